@@ -1,0 +1,94 @@
+"""What a site may become: the split a recipe's ratios ask for, and the splits a budget may choose from."""
+
+import math
+from itertools import product
+
+from augment_cli.cost import Choice, attention_size
+from augment_cli.recipe import Sites
+from augment_cli.site import ConvSite
+
+# How far from the written split a budget may look, in heads' worth of channels to either side. Close ones matter most:
+# equal sites mix them; far ones are for budgets that ask for a lot.
+_STEPS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+
+
+def written(site: ConvSite, settings: Sites) -> Choice | None:
+    """The split that the recipe's ratios ask for; None where the site is too narrow for it."""
+    reduction = _fitting_reduction(site, settings.reduction) if "aw" in settings.variant else 0
+    if settings.variant == "aw":
+        return Choice(reduction=reduction)
+    heads = _heads(site, settings)
+    keys = max(_multiple(settings.key_ratio * site.out_channels, heads), heads * settings.min_key_channels)
+    values = _multiple(settings.value_ratio * site.out_channels, heads)
+    if values == 0 or (reduction and values == site.out_channels):
+        return None
+    return Choice(heads, keys, values, attention_pool(site, settings), reduction)
+
+
+def attention_pool(site: ConvSite, settings: Sites) -> int:
+    """The smallest of 1, 2, 4, 8, ... that brings the attention's map within the recipe's number of positions."""
+    if settings.attention_pool != "auto":
+        return settings.attention_pool
+    pool = 1
+    while math.prod(attention_size(site.resolution, pool)) > settings.attention_positions:
+        pool *= 2
+    return pool
+
+
+def options(site: ConvSite, settings: Sites, target: Choice) -> tuple[Choice, ...]:
+    """The admissible choices of a site, the written one among them. Heads and pool are the written ones.
+
+    The reduction bends together with the value channels only: the whole product would be slow to search and offers
+    hardly another count.
+    """
+    reductions = [0] if not target.reduction else _reductions(site, target.reduction)
+    if not target.value_channels:
+        return tuple(Choice(reduction=r) for r in reductions)
+    heads = target.heads
+    least_keys = heads * settings.min_key_channels
+    most_keys = max(2 * target.key_channels, site.out_channels // heads * heads)
+    most_values = site.out_channels if target.value_channels == site.out_channels else site.out_channels - 1
+    keys = _around(target.key_channels, heads, max(heads, least_keys), most_keys)
+    values = _around(target.value_channels, heads, heads, most_values)
+    splits = {(k, v, target.reduction) for k, v in product(keys, values)}
+    splits |= {(target.key_channels, v, r) for v, r in product(values, reductions)}
+    return tuple(Choice(heads, k, v, target.attention_pool, r) for k, v, r in sorted(splits))
+
+
+def distance(site: ConvSite, choice: Choice, target: Choice) -> float:
+    """How far a choice is from the written one: the squared changes of kappa and upsilon, and of r in octaves."""
+    keys = (choice.key_channels - target.key_channels) / site.out_channels
+    values = (choice.value_channels - target.value_channels) / site.out_channels
+    octaves = math.log2(choice.reduction / target.reduction) if target.reduction else 0
+    return keys**2 + values**2 + (0.1 * octaves) ** 2
+
+
+def _heads(site: ConvSite, settings: Sites) -> int:
+    if settings.narrow == "more-keys":
+        return settings.heads
+    fitting = (
+        heads
+        for heads in range(settings.heads, 0, -1)
+        if settings.heads % heads == 0
+        and settings.key_ratio * site.out_channels >= heads * settings.min_key_channels
+        and settings.value_ratio * site.out_channels >= heads
+    )
+    return next(fitting, 1)
+
+
+def _multiple(value: float, of: int) -> int:
+    """Rounded down to a multiple, float noise aside: 0.1 x 80 is 8."""
+    return math.floor(value / of + 1e-9) * of
+
+
+def _around(center: int, step: int, least: int, most: int) -> list[int]:
+    steps = (0, *_STEPS, *(-s for s in _STEPS))
+    return sorted({v for v in (center + step * s for s in steps) if least <= v <= most} | {center})
+
+
+def _fitting_reduction(site: ConvSite, reduction: int) -> int:
+    return next(r for r in range(min(reduction, site.in_channels), 0, -1) if site.in_channels % r == 0)
+
+
+def _reductions(site: ConvSite, center: int) -> list[int]:
+    return sorted({r for r in (center // 2, center, center * 2, center * 4) if r and site.in_channels % r == 0})

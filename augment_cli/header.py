@@ -1,0 +1,109 @@
+"""What a converted model's file says of itself: the header's metadata, read and validated without torch.
+
+Metadata of a safetensors file are strings: `format` is pt, and `augment` is one JSON with schema, plan, what was
+inherited, versions, and the SHA-256 of the source weights.
+"""
+
+import json
+import struct
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from augment_cli.errors import AugmentError
+from augment_cli.plan import SCHEMA, Plan, check_schema
+from augment_cli.recipe import describe_errors
+
+KEY = "augment"
+WEIGHTS = "model.safetensors"
+
+# The plan of the largest timm model, its tensors' names and shapes beside it, takes a few megabytes.
+_LARGEST_HEADER = 32 * 2**20
+
+
+class Inheritance(BaseModel):
+    """What one site kept of its source.
+
+    exact: the source's function; carried: some filters bit for bit, with `share` of the importance of all; new:
+    nothing.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    kind: Literal["exact", "carried", "new"]
+    kept: int
+    given_up: int
+    share: Annotated[float, Field(ge=0, le=1)]
+
+
+class Header(BaseModel):
+    """Everything but the tensors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+    schema_number: Annotated[Literal[1], Field(alias="schema")] = SCHEMA
+    plan: Plan
+    weights: str
+    source_sha256: str
+    inheritance: tuple[Inheritance, ...] = ()
+    versions: dict[str, str] = {}
+
+    def to_metadata(self) -> dict[str, str]:
+        text = json.dumps(self.model_dump(mode="json", by_alias=True), sort_keys=True, separators=(",", ":"))
+        return {"format": "pt", KEY: text}
+
+
+def weights_file(path: Path) -> Path:
+    """The safetensors file of a converted model, given it or its folder.
+
+    Raises:
+        AugmentError: there is none.
+    """
+    file = path / WEIGHTS if path.is_dir() else path
+    if not file.is_file():
+        raise AugmentError(f"{path}: no {WEIGHTS} in this folder" if path.is_dir() else f"{path}: no such file")
+    return file
+
+
+def read_header(path: Path) -> Header:
+    """The validated header of a converted model's file or folder.
+
+    Raises:
+        AugmentError: not a safetensors file, cut short, not ours, of a newer schema, or not valid.
+    """
+    file = weights_file(path)
+    text = _metadata(file).get(KEY)
+    if text is None:
+        raise AugmentError(f"{file} is a safetensors file, but no converted model: its metadata have no {KEY!r}")
+    try:
+        data = json.loads(text)
+        if not isinstance(data, dict):
+            raise ValueError("no object")
+    except (ValueError, RecursionError) as error:
+        raise AugmentError(f"{file}: its {KEY!r} metadata are not JSON: {error}") from error
+    check_schema(data, str(file))
+    try:
+        return Header.model_validate(data)
+    except ValidationError as error:
+        raise AugmentError(f"{file}: its {KEY!r} metadata are not valid: {describe_errors(error, Header)}") from error
+
+
+def _metadata(file: Path) -> dict[str, Any]:
+    from safetensors import SafetensorError, safe_open
+
+    with file.open("rb") as stream:
+        start = stream.read(8)
+    if len(start) < 8:
+        raise AugmentError(f"{file} is no safetensors file: it has {len(start)} bytes")
+    size = struct.unpack("<Q", start)[0]
+    if size > file.stat().st_size - 8:
+        raise AugmentError(f"{file} is no safetensors file, or cut short: its header should be {size:,} bytes long")
+    if size > _LARGEST_HEADER:
+        raise AugmentError(f"{file}: a header of {size:,} bytes is refused; the most is {_LARGEST_HEADER:,}")
+    try:
+        with safe_open(file, "numpy") as opened:
+            return opened.metadata() or {}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise AugmentError(f"{file} is no whole safetensors file: {error}") from error

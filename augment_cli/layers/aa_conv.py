@@ -1,0 +1,181 @@
+"""Attention-augmented convolution (AA).
+
+Paper: `Attention Augmented Convolutional Networks` (Bello, Zoph, Vaswani, Shlens, Le), arXiv 1904.09925.
+Status: exact by the paper's formulas; what the paper leaves open is marked [ours].
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.utils import _pair
+
+from augment_cli.layers.attention import relative_attention
+from augment_cli.layers.relative import resize_table, table_rows
+
+
+class AAConv2d(nn.Module):
+    """Convolution of which some output channels come from self-attention over the input map.
+
+        AAConv(X) = Concat[ Conv(X), MHA(X) ]            F_out - d_v channels, then d_v channels
+        MHA(X)    = Concat[O_1 .. O_heads] W^O
+        O_h       = softmax( (Q K^T + S_H + S_W) / sqrt(d_k / heads) ) V
+
+    Submodules: `conv`, the convolution branch (None where value_channels equals out_channels); `qkv`, a 1x1
+    convolution to q, k, v in that order, channels head-major; `proj`, W^O as a 1x1 convolution. Parameters `rel_height`
+    (2H-1, d_k/heads) and `rel_width` (2W-1, d_k/heads), for the H x W map that the attention runs on.
+
+    A stride reduces the attention's input by 3x3 average pooling with padding 1 that does not count in the mean
+    [pooling: ours]. `attention_pool` > 1 pools so once more, and the result is brought back bilinearly.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, bias: as in `nn.Conv2d`. `padding` may be
+            less than what keeps the map's size: the attention then sees the input without the border that has no output.
+        heads: attention heads.
+        key_channels: d_k, over all heads; a multiple of `heads`.
+        value_channels: d_v, over all heads; a multiple of `heads`, at most `out_channels`.
+        resolution: (height, width) of the output map that the relative tables are made for. Other maps work: the tables
+            are resized for them.
+        attention_pool: the attention runs on a map this many times smaller, rounded up.
+        qkv_bias, proj_bias: biases in the two 1x1 convolutions; the paper has none.
+        reorder: keep a buffer `channel_order`, so that attention can stand in for any output channels, not the last
+            ones only: output channel c is channel channel_order[c] of the concatenation.
+        conv_layer: makes the convolution branch; called as `nn.Conv2d` would be.
+
+    Raises:
+        ValueError: channels that the heads do not divide, or values out of range.
+
+    Example:
+        >>> split = {"heads": 4, "key_channels": 32, "value_channels": 16}
+        >>> layer = AAConv2d(64, 128, 3, stride=2, padding=1, **split, resolution=(7, 9))
+        >>> layer(torch.zeros(1, 64, 14, 18)).shape
+        torch.Size([1, 128, 7, 9])
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        *,
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        dilation: int | tuple[int, int] = 1,
+        bias: bool = True,
+        heads: int,
+        key_channels: int,
+        value_channels: int,
+        resolution: int | tuple[int, int],
+        attention_pool: int = 1,
+        qkv_bias: bool = False,
+        proj_bias: bool = False,
+        reorder: bool = False,
+        conv_layer: Callable[..., nn.Module] = nn.Conv2d,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        _check_split(out_channels, heads, key_channels, value_channels, attention_pool)
+        dd = {"device": device, "dtype": dtype}
+        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, 1
+        self.kernel_size, self.stride, self.dilation = _pair(kernel_size), _pair(stride), _pair(dilation)
+        self.padding = padding if isinstance(padding, str) else _pair(padding)
+        self.border = _border(self.kernel_size, self.padding, self.dilation)
+        self.heads, self.key_channels, self.value_channels = heads, key_channels, value_channels
+        self.resolution, self.attention_pool = _pair(resolution), attention_pool
+
+        conv_channels = out_channels - value_channels
+        options = {"stride": stride, "padding": padding, "dilation": dilation, "bias": bias}
+        self.conv = conv_layer(in_channels, conv_channels, kernel_size, **options, **dd) if conv_channels else None
+        self.qkv = nn.Conv2d(in_channels, 2 * key_channels + value_channels, 1, bias=qkv_bias, **dd)
+        self.proj = nn.Conv2d(value_channels, value_channels, 1, bias=proj_bias, **dd)
+        height, width = (math.ceil(size / attention_pool) for size in self.resolution)
+        self.rel_height = nn.Parameter(torch.empty(table_rows(height), key_channels // heads, **dd))
+        self.rel_width = nn.Parameter(torch.empty(table_rows(width), key_channels // heads, **dd))
+        order = torch.arange(out_channels, device=device) if reorder else None
+        self.register_buffer("channel_order", order)
+        self.reset_attention_parameters()
+
+    def reset_parameters(self) -> None:
+        if self.conv is not None:
+            self.conv.reset_parameters()
+        self.reset_attention_parameters()
+
+    def reset_attention_parameters(self) -> None:
+        """Tables: normal, standard deviation (d_k/heads)^(-1/2). Projections: normal, variance-preserving. [ours]"""
+        for table in (self.rel_height, self.rel_width):
+            nn.init.normal_(table, std=table.shape[1] ** -0.5)
+        for layer in (self.qkv, self.proj):
+            nn.init.normal_(layer.weight, std=layer.in_channels**-0.5)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shapes: x (N, in_channels, H, W) to (N, out_channels, H', W'), H' and W' as `nn.Conv2d` gives them."""
+        reduced = self.reduce_to_output(x)
+        attended = self.attend(reduced)
+        size = reduced.shape[-2:] if self.conv is None else (out := self.conv(x)).shape[-2:]
+        if attended.shape[-2:] != size:
+            attended = F.interpolate(attended, size=size, mode="bilinear", align_corners=False)
+        out = attended if self.conv is None else torch.cat([out, attended.to(out.dtype)], dim=1)
+        return out if self.channel_order is None else out.index_select(1, self.channel_order)
+
+    def reduce_to_output(self, x: Tensor) -> Tensor:
+        """The input as the attention sees it: at the resolution of the output map."""
+        top, left = self.border
+        if top or left:
+            x = x[..., top : x.shape[-2] - top, left : x.shape[-1] - left]
+        return x if self.stride == (1, 1) else _average(x, self.stride)
+
+    def attend(self, x: Tensor) -> Tensor:
+        """Shapes: x (N, in_channels, H', W') to (N, value_channels, ceil(H' / pool), ceil(W' / pool))."""
+        if self.attention_pool > 1:
+            x = _average(x, (self.attention_pool, self.attention_pool))
+        q, k, v = self.qkv(x).split([self.key_channels, self.key_channels, self.value_channels], dim=1)
+        q, k, v = (t.unflatten(1, (self.heads, -1)).movedim(2, -1) for t in (q, k, v))  # N, heads, H, W, channels
+        out = relative_attention(q, k, v, self.rel_height, self.rel_width)
+        return self.proj(out.movedim(-1, 2).flatten(1, 2))
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+        """Tables for another resolution are resized to this layer's."""
+        for name in ("rel_height", "rel_width"):
+            table, own = state_dict.get(prefix + name), getattr(self, name)
+            if table is not None and table.ndim == 2 and table.shape[0] % 2 and table.shape[1] == own.shape[1]:
+                state_dict[prefix + name] = resize_table(table, (own.shape[0] + 1) // 2)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
+            f"heads={self.heads}, key_channels={self.key_channels}, value_channels={self.value_channels}, "
+            f"resolution={self.resolution}, attention_pool={self.attention_pool}"
+        )
+
+
+def _average(x: Tensor, stride: tuple[int, int]) -> Tensor:
+    return F.avg_pool2d(x, 3, stride, padding=1, count_include_pad=False)
+
+
+def _border(kernel_size: tuple[int, int], padding: tuple[int, int] | str, dilation: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns at each edge of the input that are not the centre of any window."""
+    if isinstance(padding, str):
+        return (0, 0) if padding == "same" else _border(kernel_size, (0, 0), dilation)
+    border = tuple(d * (k - 1) // 2 - p for k, p, d in zip(kernel_size, padding, dilation, strict=True))
+    if any(k % 2 == 0 for k in kernel_size) or min(border) < 0:
+        raise ValueError(
+            f"an attention-augmented convolution needs an odd kernel and at most dilation * (kernel - 1) / 2 padding; "
+            f"got kernel {kernel_size}, padding {padding}, dilation {dilation}"
+        )
+    return border
+
+
+def _check_split(out_channels: int, heads: int, key_channels: int, value_channels: int, attention_pool: int) -> None:
+    for name, channels in (("key_channels", key_channels), ("value_channels", value_channels)):
+        if heads < 1 or channels < 1 or channels % heads:
+            raise ValueError(f"{name}={channels} is not a positive multiple of heads={heads}")
+    if value_channels > out_channels:
+        raise ValueError(f"value_channels={value_channels} is more than out_channels={out_channels}")
+    if attention_pool < 1:
+        raise ValueError(f"attention_pool={attention_pool} is less than 1")

@@ -1,0 +1,114 @@
+"""Attention-weights convolution (AW): the kernel itself is attended, for every sample.
+
+Paper: `An Attention Module for Convolutional Neural Networks` (Zhu Baozhou, Hofstee, Lee, Al-Ars), arXiv 2108.08205.
+Status: our reading of AW. The shape of the map, conv(I (x) A, K) = conv(I, A (x) K) and the residual are the paper's;
+widths, groups and reduction are [ours].
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class AWConv2d(nn.Conv2d):
+    """Convolution whose kernel K is scaled, for every sample, by an attention map A of the kernel's shape.
+
+        O  = conv(I, K + A (x) K)
+        A0 = adaptive average pool of I to the kernel's size         N, C1, h, w
+        A1 = ReLU(reduce(A0))                                        N, C1/r, h, w
+        A2 = ReLU(mix(A1))                                           N, C1/r, h, w
+        A3 = expand(A2), in C1/r groups of one channel               N, C2 C1/r, h, w
+        A  = every map of A3 repeated r times along the inputs       N, C2, C1, h, w
+
+    `expand` is zero at the start, so that a fresh layer computes the plain convolution.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, bias: as in `nn.Conv2d`, except that
+            padding="same" is TensorFlow's, for any stride.
+        reduction: r, the input channels that share a map; the largest divisor of `in_channels` up to it is used.
+        standardize: applied to the kernel before the attention (weight standardisation); None for the kernel as it is.
+
+    Example:
+        >>> layer = AWConv2d(32, 48, 3, padding=1)
+        >>> layer(torch.zeros(2, 32, 8, 10)).shape
+        torch.Size([2, 48, 8, 10])
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        *,
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        dilation: int | tuple[int, int] = 1,
+        bias: bool = True,
+        reduction: int = 16,
+        standardize: nn.Module | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        dd = {"device": device, "dtype": dtype}
+        self.same_pad = padding == "same"
+        fixed_padding = 0 if self.same_pad else padding
+        super().__init__(in_channels, out_channels, kernel_size, stride, fixed_padding, dilation, bias=bias, **dd)
+        self.reduction = fitting_reduction(in_channels, reduction)
+        hidden = in_channels // self.reduction
+        self.standardize = standardize
+        self.reduce = nn.Conv2d(in_channels, hidden, 1, bias=False, **dd)
+        self.mix = nn.Conv2d(hidden, hidden, 1, bias=False, **dd)
+        self.expand = nn.Conv2d(hidden, hidden * out_channels, 1, groups=hidden, bias=False, **dd)
+        self.reset_attention_parameters()
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if hasattr(self, "expand"):  # nn.Conv2d calls this before there is any
+            self.reset_attention_parameters()
+
+    def reset_attention_parameters(self) -> None:
+        """`expand` zero, the two others He-normal for the ReLU that follows. [ours]"""
+        for layer in (self.reduce, self.mix):
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+        nn.init.zeros_(self.expand.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shapes: x (N, C1, H, W) to (N, C2, H', W'), H' and W' as `nn.Conv2d` gives them."""
+        kernels = self.attended_kernels(x)
+        if self.same_pad:
+            x = _pad_same(x, self.kernel_size, self.stride, self.dilation)
+        batch = x.shape[0]
+        x = x.reshape(1, -1, *x.shape[-2:])
+        kernels = kernels.flatten(0, 1).to(x.dtype)
+        bias = None if self.bias is None else self.bias.repeat(batch)
+        out = F.conv2d(x, kernels, bias, self.stride, self.padding, self.dilation, groups=batch)
+        return out.unflatten(1, (batch, -1)).squeeze(0)
+
+    def attended_kernels(self, x: Tensor) -> Tensor:
+        """K + A (x) K of every sample: (N, C2, C1, h, w)."""
+        kernel = self.weight if self.standardize is None else self.standardize(self.weight)
+        maps = self.expand(self.scales(x)).unflatten(1, (-1, self.out_channels)).transpose(1, 2)  # N, C2, C1/r, h, w
+        grouped = kernel.unflatten(1, (-1, self.reduction))  # C2, C1/r, r, h, w
+        return (grouped + maps.unsqueeze(3) * grouped).flatten(2, 3)
+
+    def scales(self, x: Tensor) -> Tensor:
+        """A2, one number for each group of input channels and kernel tap: (N, C1/r, h, w)."""
+        pooled = F.adaptive_avg_pool2d(x, self.kernel_size)
+        return F.relu(self.mix(F.relu(self.reduce(pooled))))
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, reduction={self.reduction}{', same_pad' if self.same_pad else ''}"
+
+
+def fitting_reduction(in_channels: int, reduction: int) -> int:
+    """The largest divisor of `in_channels` that is at most `reduction`."""
+    return next(r for r in range(min(reduction, in_channels), 0, -1) if in_channels % r == 0)
+
+
+def _pad_same(x: Tensor, kernel_size, stride, dilation) -> Tensor:
+    """TensorFlow's SAME padding: ceil(size / stride) outputs, the odd one of the padding at the end."""
+    pads = []
+    for size, k, s, d in zip(x.shape[:-3:-1], kernel_size[::-1], stride[::-1], dilation[::-1], strict=True):
+        total = max((-(-size // s) - 1) * s + (k - 1) * d + 1 - size, 0)
+        pads += [total // 2, total - total // 2]
+    return F.pad(x, pads)

@@ -1,0 +1,54 @@
+"""2-D relative positions: tables, logits, resizing.
+
+AA (Bello et al., arXiv 1904.09925, section 3.2): S_W[i, j] = q_i . r^W[x_j - x_i] and S_H[i, j] = q_i . r^H[y_j - y_i],
+with r^W of 2W-1 and r^H of 2H-1 rows, learned, shared by the heads of a layer.  [paper]
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def table_rows(size: int) -> int:
+    """Rows of a table for maps `size` long: one for each offset from -(size - 1) to size - 1."""
+    return 2 * size - 1
+
+
+def resize_table(table: Tensor, size: int) -> Tensor:
+    """A table for maps of another size, by linear interpolation over the offsets. [ours]
+
+    The largest offsets meet the largest offsets and offset 0 stays offset 0.
+
+    Shapes: table (2 S - 1, d) to (2 size - 1, d).
+    """
+    rows = table_rows(size)
+    if rows == table.shape[0]:
+        return table
+    if rows == 1:
+        middle = table.shape[0] // 2
+        return table[middle : middle + 1]
+    columns = table.t().unsqueeze(0)  # 1, d, 2 S - 1
+    return F.interpolate(columns, size=rows, mode="linear", align_corners=True).squeeze(0).t()
+
+
+def by_position(table: Tensor, size: int) -> Tensor:
+    """Rows of the table in absolute positions: entry (i, j) is the row of the offset j - i.
+
+    Shapes: table (2 S - 1, d), resized where S is not `size`, to (size, size, d).
+    """
+    table = resize_table(table, size)
+    position = torch.arange(size, device=table.device)
+    return table[position[None, :] - position[:, None] + size - 1]
+
+
+def relative_logits(q: Tensor, rel_height: Tensor, rel_width: Tensor) -> tuple[Tensor, Tensor]:
+    """Relative logits of every query, for each absolute row and for each absolute column of the keys.
+
+    S_H + S_W of a pair (i, j) is rows[i, y_j] + columns[i, x_j].
+
+    Shapes: q (N, heads, H, W, d); tables (2 S - 1, d); result (N, heads, H, W, H) and (N, heads, H, W, W).
+    """
+    height, width = q.shape[2:4]
+    rows = torch.einsum("nhyxd,yjd->nhyxj", q, by_position(rel_height, height))
+    columns = torch.einsum("nhyxd,xjd->nhyxj", q, by_position(rel_width, width))
+    return rows, columns

@@ -1,0 +1,272 @@
+"""The plan: what every convolution of a model becomes. Frozen, hashable, JSON in and out."""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
+
+from augment_cli import cost
+from augment_cli.budget import Counts, Solution, solve
+from augment_cli.cost import Choice, Variant
+from augment_cli.errors import AugmentError, nearest
+from augment_cli.recipe import Budget, Recipe, describe_errors
+from augment_cli.selection import select, structural_obstacle
+from augment_cli.site import ConvSite, Size
+
+if TYPE_CHECKING:
+    from augment_cli.graph import ModelGraph
+
+SCHEMA = 1
+
+Count = Annotated[int, Field(ge=0)]
+
+
+def _freeze(value: Any) -> Any:
+    if isinstance(value, dict):
+        return tuple(sorted((str(k), _freeze(v)) for k, v in value.items()))
+    return tuple(map(_freeze, value)) if isinstance(value, (list, tuple)) else value
+
+
+Arguments = Annotated[
+    tuple[tuple[str, Any], ...],
+    BeforeValidator(lambda value: _freeze(dict(value))),
+    PlainSerializer(dict, return_type=dict),
+]
+
+
+def natural(name: str) -> list:
+    """A sort key under which layer2.9 comes before layer2.10."""
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name)]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+
+class SitePlan(_Frozen):
+    """What one convolution becomes. Sizes are (height, width); resolution is that of the output map.
+
+    An AW site has no heads, key or value channels (0); an AA site without AW has no reduction (0).
+    """
+
+    name: str
+    variant: Variant
+    in_channels: Count
+    out_channels: Count
+    kernel_size: Size
+    stride: Size
+    resolution: Size
+    heads: Count = 0
+    key_channels: Count = 0
+    value_channels: Count = 0
+    attention_pool: Annotated[int, Field(ge=1)] = 1
+    reduction: Count = 0
+    params_before: Count = 0
+    params_after: Count = 0
+    macs_before: Count = 0
+    macs_after: Count = 0
+
+    @property
+    def choice(self) -> Choice:
+        return Choice(self.heads, self.key_channels, self.value_channels, self.attention_pool, self.reduction)
+
+    @model_validator(mode="after")
+    def _fits(self) -> "SitePlan":
+        if ("aa" in self.variant) != (self.value_channels > 0) or ("aw" in self.variant) != (self.reduction > 0):
+            raise ValueError(
+                f"{self.name}: variant {self.variant} does not go with value_channels={self.value_channels} and "
+                f"reduction={self.reduction}"
+            )
+        if "aa" in self.variant:
+            self._check_attention()
+        if self.reduction and self.in_channels % self.reduction:
+            raise ValueError(f"{self.name}: reduction={self.reduction} does not divide in_channels={self.in_channels}")
+        return self
+
+    def _check_attention(self) -> None:
+        for key in ("key_channels", "value_channels"):
+            channels = getattr(self, key)
+            if not self.heads or not channels or channels % self.heads:
+                raise ValueError(f"{self.name}: {key}={channels} is not a positive multiple of heads={self.heads}")
+        most = self.out_channels - 1 if self.reduction else self.out_channels
+        if self.value_channels > most:
+            raise ValueError(f"{self.name}: value_channels={self.value_channels} is more than {most}")
+
+
+class Skipped(_Frozen):
+    """A convolution that stays as it is, and why."""
+
+    name: str
+    reason: str
+
+
+class Plan(_Frozen):
+    """What a model becomes. `macs` are multiply-adds of one image of `input_size`; FLOPs are twice as many."""
+
+    schema_number: Annotated[Literal[1], Field(alias="schema")] = SCHEMA
+    model: str
+    model_args: Arguments = ()
+    input_size: tuple[int, int, int]
+    recipe: str
+    recipe_sha256: str = ""
+    budget: Budget = Budget()
+    params_before: Count
+    params_after: Count
+    macs_before: Count
+    macs_after: Count
+    sites: Annotated[tuple[SitePlan, ...], Field(min_length=1)]
+    skipped: tuple[Skipped, ...] = ()
+
+    @model_validator(mode="after")
+    def _names_are_unique_and_sorted(self) -> "Plan":
+        names = [site.name for site in self.sites] + [site.name for site in self.skipped]
+        twice = {name for name in names if names.count(name) > 1}
+        if twice:
+            raise ValueError(f"named more than once: {', '.join(sorted(twice))}")
+        for key in ("sites", "skipped"):
+            object.__setattr__(self, key, tuple(sorted(getattr(self, key), key=lambda site: natural(site.name))))
+        return self
+
+    def to_json(self, indent: int | None = 2) -> str:
+        return json.dumps(self.model_dump(mode="json", by_alias=True), indent=indent)
+
+    def digest(self) -> str:
+        """SHA-256 of the plan's JSON."""
+        return hashlib.sha256(self.to_json(indent=None).encode()).hexdigest()
+
+
+def make_plan(
+    model: str, graph: "ModelGraph", recipe: Recipe, model_args: dict[str, Any] | None = None
+) -> tuple[Plan, Solution]:
+    """The plan of a recipe for a model: sites selected, budget solved.
+
+    Args:
+        model: its name in timm's registry.
+        graph: the analysed model.
+        model_args: what the model is created with besides its name; JSON values.
+
+    Raises:
+        AugmentError: no site, or a budget that cannot be met.
+    """
+    selection = select(graph.sites, recipe.sites)
+    solution = solve(selection.chosen, recipe.sites, recipe.budget, Counts(graph.params, graph.macs))
+    sites = tuple(_site_plan(site, choice, recipe.sites.variant) for site, choice in solution.choices)
+    plan = Plan(
+        model=model,
+        model_args=model_args or {},
+        input_size=graph.input_size,
+        recipe=recipe.name,
+        recipe_sha256=recipe.digest(),
+        budget=recipe.budget,
+        **_totals(graph, sites),
+        sites=sites,
+        skipped=tuple(Skipped(name=name, reason=reason) for name, reason in selection.skipped),
+    )
+    return plan, solution
+
+
+def _site_plan(site: ConvSite, choice: Choice, variant: Variant) -> SitePlan:
+    return SitePlan(
+        name=site.name,
+        variant=variant,
+        in_channels=site.in_channels,
+        out_channels=site.out_channels,
+        kernel_size=site.kernel_size,
+        stride=site.stride,
+        resolution=site.resolution,
+        heads=choice.heads,
+        key_channels=choice.key_channels,
+        value_channels=choice.value_channels,
+        attention_pool=choice.attention_pool,
+        reduction=choice.reduction,
+        params_before=cost.params(site, cost.PLAIN),
+        params_after=cost.params(site, choice),
+        macs_before=cost.macs(site, cost.PLAIN),
+        macs_after=cost.macs(site, choice),
+    )
+
+
+def _totals(graph: "ModelGraph", sites: tuple[SitePlan, ...]) -> dict[str, int]:
+    return {
+        "params_before": graph.params,
+        "params_after": graph.params + sum(site.params_after - site.params_before for site in sites),
+        "macs_before": graph.macs,
+        "macs_after": graph.macs + sum(site.macs_after - site.macs_before for site in sites),
+    }
+
+
+def read_plan(path: Path) -> Plan:
+    """A plan from its JSON file, as `augment plan --json` prints it.
+
+    Raises:
+        AugmentError: no such file, no JSON, or no plan.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise AugmentError(f"plan {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    return parse_plan(text, f"plan {path}")
+
+
+def parse_plan(text: str, origin: str) -> Plan:
+    """A plan from JSON; `origin` names it in messages."""
+    try:
+        data = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise AugmentError(f"{origin} is not JSON: {error}") from error
+    check_schema(data, origin)
+    try:
+        return Plan.model_validate(data)
+    except ValidationError as error:
+        raise AugmentError(f"{origin} is no valid plan: {describe_errors(error, Plan)}") from error
+
+
+def check_schema(data: Any, origin: str) -> None:
+    """Refuse data of a newer schema than this version reads, before anything else of it is looked at."""
+    schema = data.get("schema") if isinstance(data, dict) else None
+    if isinstance(schema, int) and schema > SCHEMA:
+        raise AugmentError(
+            f"{origin} has schema {schema}, and this version reads {SCHEMA}: install a newer augment-cli"
+        )
+
+
+def fit_plan(plan: Plan, graph: "ModelGraph", origin: str) -> Plan:
+    """A plan that was edited or read, held against the model: its counts made anew, what it leaves out skipped.
+
+    Raises:
+        AugmentError: a site that the model does not have, or has in another shape.
+    """
+    sites_of = {site.name: site for site in graph.sites}
+    fitted = tuple(_fit_site(entry, sites_of, origin) for entry in plan.sites)
+    taken = {entry.name for entry in fitted}
+    reasons = {entry.name: entry.reason for entry in plan.skipped}
+    skipped = (name for name in sites_of if name not in taken)
+    return plan.model_copy(
+        update={
+            "input_size": graph.input_size,
+            **_totals(graph, fitted),
+            "sites": fitted,
+            "skipped": tuple(
+                sorted(
+                    (Skipped(name=name, reason=reasons.get(name, "not in the plan")) for name in skipped),
+                    key=lambda entry: natural(entry.name),
+                )
+            ),
+        }
+    )
+
+
+def _fit_site(entry: SitePlan, sites_of: dict[str, ConvSite], origin: str) -> SitePlan:
+    site = sites_of.get(entry.name)
+    if site is None:
+        raise AugmentError(f"{origin}: the model has no convolution {entry.name}{nearest(entry.name, sites_of)}")
+    for key in ("in_channels", "out_channels", "kernel_size", "stride", "resolution"):
+        planned, actual = getattr(entry, key), getattr(site, key)
+        if planned != actual:
+            raise AugmentError(f"{origin}: {entry.name} has {key} {actual} in the model, and {planned} in the plan")
+    if reason := site.obstacle or structural_obstacle(site, entry.variant):
+        raise AugmentError(f"{origin}: {entry.name} cannot be replaced: {reason}")
+    return _site_plan(site, entry.choice, entry.variant)

@@ -1,0 +1,214 @@
+"""Recipes: which convolutions become what, within which budget. TOML files, checked by pydantic."""
+
+import hashlib
+import re
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from augment_cli.cost import Variant
+from augment_cli.errors import AugmentError, nearest
+
+
+def _as_tuple(value: Any) -> Any:
+    """A single value stands for a list of one, so that `--set sites.names=layer3.*` needs no brackets."""
+    return value if isinstance(value, (list, tuple)) else (value,)
+
+
+Several = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
+SeveralNumbers = Annotated[tuple[int, ...], BeforeValidator(_as_tuple)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Sites(_Section):
+    """Which convolutions are replaced, and by what."""
+
+    kernel: Annotated[int, Field(ge=1, description="kernel size (square) of the convolutions to replace")] = 3
+    names: Annotated[Several, Field(description="name globs; empty takes every name")] = ()
+    regex: Annotated[str, Field(description="regular expression, found anywhere in the name")] = ""
+    stages: Annotated[SeveralNumbers, Field(description="timm's feature levels, as out_indices count them")] = ()
+    positions: Annotated[
+        SeveralNumbers, Field(description="place in the block among convolutions of this kernel; 0 first, -1 last")
+    ] = ()
+    exclude: Annotated[Several, Field(description="name globs that are left alone")] = ()
+    include_stem: Annotated[bool, Field(description="also the stem, except what reads the image itself")] = False
+    largest_map: Annotated[int | None, Field(ge=1, description="most output positions (height x width)")] = None
+    smallest_width: Annotated[int, Field(ge=1, description="fewest output channels")] = 1
+
+    variant: Annotated[Variant, Field(description="aa, aw or aa+aw")]
+    heads: Annotated[int, Field(ge=1, description="attention heads")] = 8
+    key_ratio: Annotated[float, Field(gt=0, le=4, description="kappa = d_k / F_out")] = 0.2
+    value_ratio: Annotated[float, Field(gt=0, le=1, description="upsilon = d_v / F_out; 1 leaves no convolution")] = 0.1
+    min_key_channels: Annotated[int, Field(ge=1, description="least key channels per head")] = 1
+    narrow: Annotated[
+        Literal["more-keys", "fewer-heads"], Field(description="what gives where key_ratio is under the least")
+    ] = "fewer-heads"
+    attention_pool: Annotated[
+        int | Literal["auto"], Field(description="the attention's map is this many times smaller; auto: by map size")
+    ] = "auto"
+    attention_positions: Annotated[int, Field(ge=1, description="auto: pool maps of more positions than this")] = 1024
+    max_attention_pool: Annotated[int, Field(ge=1, description="auto: the largest pool; larger maps are skipped")] = 8
+    reduction: Annotated[int, Field(ge=1, description="r of AW: input channels that share a map")] = 16
+
+    @field_validator("regex")
+    @classmethod
+    def _compiles(cls, value: str) -> str:
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise ValueError(f"not a regular expression: {error}") from error
+        return value
+
+    @field_validator("attention_pool")
+    @classmethod
+    def _pool_is_positive(cls, value: int | str) -> int | str:
+        if value != "auto" and value < 1:
+            raise ValueError("less than 1")
+        return value
+
+
+_AMOUNT = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[kKMGT]?)")
+_PERCENT = re.compile(r"(?P<number>[+-]\d+(?:\.\d+)?)\s*%")
+_UNITS = {"": 1, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
+
+
+def _check_amount(value: Any) -> Any:
+    text = str(value).strip()
+    if text in ("free", "keep") or _AMOUNT.fullmatch(text) or _PERCENT.fullmatch(text):
+        return text
+    raise ValueError(f"{text!r} is no budget: write free, keep, an amount like 25.6M, or a change like +1% or -10%")
+
+
+Amount = Annotated[str, BeforeValidator(_check_amount)]
+
+
+class Budget(_Section):
+    """The most parameters and multiply-adds of the converted model."""
+
+    params: Annotated[Amount, Field(description="free, keep, 25.6M, +1%, -10%")] = "free"
+    macs: Annotated[Amount, Field(description="the same, for multiply-adds")] = "free"
+
+
+def resolve_amount(amount: str, source: int) -> int | None:
+    """The number that a budget stands for, given the source model's count; None where it is free."""
+    if amount == "free":
+        return None
+    if amount == "keep":
+        return source
+    if match := _PERCENT.fullmatch(amount):
+        return int(source * (1 + float(match["number"]) / 100) + 1e-6)
+    match = _AMOUNT.fullmatch(amount)
+    return round(float(match["number"]) * _UNITS[match["unit"]])
+
+
+class Provenance(_Section):
+    """Where a recipe's settings come from."""
+
+    paper: str
+    table: str
+    trust: str
+
+
+class Recipe(_Section):
+    """A named choice of sites, their settings and the budget."""
+
+    name: str
+    description: str
+    source: Provenance | None = None
+    sites: Sites
+    budget: Budget = Budget()
+
+    @model_validator(mode="after")
+    def _attention_needs_a_place(self) -> "Recipe":
+        if self.sites.variant == "aa+aw" and self.sites.value_ratio == 1:
+            raise ValueError(
+                "variant aa+aw attends the kernel of the convolution branch, and value_ratio 1 leaves none"
+            )
+        return self
+
+    def digest(self) -> str:
+        """SHA-256 of the resolved recipe, overrides included."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+
+
+def recipes_dir() -> Path:
+    """The built-in recipes: inside the package when installed from a wheel, beside it in a checkout."""
+    inside = Path(__file__).parent / "recipes"
+    return inside if inside.is_dir() else Path(__file__).parent.parent / "recipes"
+
+
+def builtin_recipes() -> dict[str, Path]:
+    return {path.stem: path for path in sorted(recipes_dir().glob("*.toml"))}
+
+
+def load_recipe(name: str, overrides: tuple[str, ...] = ()) -> Recipe:
+    """A built-in recipe by name, or a TOML file by path, with `section.key=value` overrides.
+
+    Raises:
+        AugmentError: no such recipe, no TOML, an unknown key, a value that does not fit.
+    """
+    path = _find(name)
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise AugmentError(f"{path} is not a TOML file: {error}") from error
+    except OSError as error:
+        raise AugmentError(f"recipe {path} cannot be read: {error.strerror}") from error
+    data.setdefault("name", path.stem)
+    for override in overrides:
+        _override(data, override)
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        raise AugmentError(f"recipe {name}: {describe_errors(error, Recipe)}") from error
+
+
+def _find(name: str) -> Path:
+    known = builtin_recipes()
+    if name in known:
+        return known[name]
+    path = Path(name)
+    if path.suffix == ".toml" or path.exists():
+        if not path.is_file():
+            raise AugmentError(f"recipe {name}: no such file")
+        return path
+    raise AugmentError(f"no built-in recipe named {name}{nearest(name, known)} A path to a TOML file works too")
+
+
+def _override(data: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    section, _, name = key.strip().partition(".")
+    if not separator or not name:
+        raise AugmentError(f"--set {override}: write it as section.key=value, such as budget.params=keep")
+    if not isinstance(data.setdefault(section, {}), dict):
+        raise AugmentError(f"--set {override}: {section} is not a section of a recipe")
+    data[section][name] = _parse(text.strip())
+
+
+def _parse(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:  # a bare word is a string
+        return text
+
+
+def describe_errors(error: ValidationError, model: type[BaseModel]) -> str:
+    """Every error of a validation on a line of its own: where, what, and for unknown keys the nearest names."""
+    return "; ".join(_describe(item, model) for item in error.errors())
+
+
+def _describe(item: dict[str, Any], model: type[BaseModel]) -> str:
+    where = ".".join(str(part) for part in item["loc"])
+    if item["type"] != "extra_forbidden":
+        message = item["msg"].removeprefix("Value error, ")
+        return f"{where}: {message}" if where else message
+    fields = model.model_fields
+    for part in item["loc"][:-1]:
+        annotation = fields[part].annotation if part in fields else None
+        fields = getattr(annotation, "model_fields", fields)
+    return f"unknown key {where}{nearest(str(item['loc'][-1]), fields)}"

@@ -1,0 +1,152 @@
+"""Apply a plan to a model: the chosen convolutions are replaced in the module tree, in place.
+
+What this does not do: it does not wrap the model, replace its forward or turn it into a GraphModule. The graph serves
+to find the sites before and to prove the result after.
+"""
+
+import copy
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from augment_cli.errors import AugmentError
+from augment_cli.graph import ModelGraph, conv_padding, meta_copy, propagate_shapes
+from augment_cli.layers import AAConv2d, AWConv2d, ScaledStandardize, Standardize
+from augment_cli.plan import Plan, SitePlan
+
+
+class KeepFilters(Protocol):
+    """Names the filters that an augmented convolution keeps: `count` indices, ascending."""
+
+    def __call__(self, name: str, conv: nn.Conv2d, count: int) -> list[int]: ...
+
+
+def keep_first(name: str, conv: nn.Conv2d, count: int) -> list[int]:
+    """The first ones: attention takes the place of the last output channels, as in the AA paper."""
+    return list(range(count))
+
+
+def apply_plan(model: nn.Module, plan: Plan, keep: KeepFilters = keep_first) -> None:
+    """Replace the plan's sites in `model`.
+
+    Kept filters, kernels and biases are the model's own tensors; what attention adds is freshly initialised.
+
+    Raises:
+        AugmentError: a site that the model does not have or has in another shape.
+    """
+    for site in plan.sites:
+        conv = find_conv(model, site)
+        model.set_submodule(site.name, replacement(conv, site, keep))
+
+
+def find_conv(model: nn.Module, site: SitePlan) -> nn.Conv2d:
+    try:
+        conv = model.get_submodule(site.name)
+    except AttributeError:
+        conv = None
+    if not isinstance(conv, nn.Conv2d):
+        raise AugmentError(f"{type(model).__name__} has no convolution {site.name}")
+    for key in ("in_channels", "out_channels", "kernel_size", "stride"):
+        if getattr(conv, key) != getattr(site, key):
+            raise AugmentError(f"{site.name} has {key} {getattr(conv, key)}, and {getattr(site, key)} in the plan")
+    return conv
+
+
+def replacement(conv: nn.Conv2d, site: SitePlan, keep: KeepFilters = keep_first) -> nn.Module:
+    """What the plan puts in the place of a convolution."""
+    filters = conv.out_channels - site.value_channels
+    kept = keep(site.name, conv, filters) if site.value_channels else None
+    branch = conv if kept is None else select_filters(conv, kept)
+    if site.reduction:
+        branch = attend_kernel(branch, site.reduction)
+    new = branch if kept is None else augment(conv, branch, kept, site)
+    return new.train(conv.training)
+
+
+def select_filters(conv: nn.Conv2d, kept: list[int]) -> nn.Conv2d:
+    """A convolution of the same class and behaviour with some of the filters: every parameter cut along dimension 0."""
+    memo = {id(p): nn.Parameter(p.detach()[kept], p.requires_grad) for p in conv.parameters()}
+    selected = copy.deepcopy(conv, memo)
+    selected.out_channels = len(kept)
+    return selected
+
+
+def attend_kernel(conv: nn.Conv2d, reduction: int) -> AWConv2d:
+    """AWConv2d on a convolution's own kernel, bias and weight standardisation."""
+    new = AWConv2d(
+        conv.in_channels,
+        conv.out_channels,
+        conv.kernel_size,
+        stride=conv.stride,
+        padding=conv_padding(conv),
+        dilation=conv.dilation,
+        bias=conv.bias is not None,
+        reduction=reduction,
+        standardize=_standardization(conv),
+        device=conv.weight.device,
+        dtype=conv.weight.dtype,
+    )
+    new.weight, new.bias = conv.weight, conv.bias
+    return new
+
+
+def _standardization(conv: nn.Conv2d) -> Standardize | None:
+    if hasattr(conv, "gain"):
+        standardize = ScaledStandardize(conv.out_channels, conv.scale, conv.eps)
+        standardize.gain = conv.gain
+        return standardize
+    return Standardize(conv.eps) if hasattr(conv, "eps") else None
+
+
+def augment(conv: nn.Conv2d, branch: nn.Conv2d, kept: list[int], site: SitePlan) -> AAConv2d:
+    """AAConv2d around a convolution branch, its output channels in the source's order."""
+    new = AAConv2d(
+        conv.in_channels,
+        conv.out_channels,
+        conv.kernel_size,
+        stride=conv.stride,
+        padding=conv_padding(conv),
+        dilation=conv.dilation,
+        bias=conv.bias is not None,
+        heads=site.heads,
+        key_channels=site.key_channels,
+        value_channels=site.value_channels,
+        resolution=site.resolution,
+        attention_pool=site.attention_pool,
+        reorder=True,
+        conv_layer=lambda *args, **kwargs: branch,
+        device=conv.weight.device,
+        dtype=conv.weight.dtype,
+    )
+    order = channel_order(kept, conv.out_channels)
+    new.channel_order.copy_(torch.tensor(order, device=new.channel_order.device))
+    return new
+
+
+def channel_order(kept: list[int], out_channels: int) -> list[int]:
+    """For each output channel its place in Concat[kept filters, attention]."""
+    given_up = sorted(set(range(out_channels)) - set(kept))
+    place = {channel: i for i, channel in enumerate([*kept, *given_up])}
+    return [place[channel] for channel in range(out_channels)]
+
+
+def verify(model: nn.Module, plan: Plan, graph: ModelGraph) -> None:
+    """Prove a plan on a copy of the model on the meta device: the rewritten graph is linted and its shapes propagated.
+
+    A replaced convolution keeps its name, so its node in the graph calls the replacement.
+
+    Raises:
+        AugmentError: a node whose shape is not what it was.
+    """
+    model = meta_copy(model).eval().requires_grad_(False)
+    apply_plan(model, plan)
+    torch.fx.GraphModule(model, graph.graph).graph.lint()
+    shapes = propagate_shapes(model, graph.graph, graph.input_size)
+    changed = [name for name, shape in graph.shapes.items() if shapes[name] != shape]
+    if changed:
+        first = changed[0]
+        raise AugmentError(
+            f"the plan changes the shape of {first} from {graph.shapes[first]} to {shapes[first]}, and of "
+            f"{len(changed) - 1} more; please report the model and the plan"
+        )
