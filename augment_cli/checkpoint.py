@@ -4,14 +4,16 @@ Loading runs no code from the file: the base is looked up in timm's registry, th
 held against it on the meta device, and only then are weights read, strictly.
 """
 
+import json
 import platform
+import struct
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from augment_cli import timm_plugin
+from augment_cli import rebuild
 from augment_cli.errors import AugmentError
 from augment_cli.header import Header, read_header, weights_file
 from augment_cli.plan import Plan
@@ -32,6 +34,20 @@ def save_weights(model: nn.Module, header: Header, path: Path) -> None:
         save_file(tensors, path, metadata=header.to_metadata())
     except SafetensorError as error:  # wraps what the disk said
         raise AugmentError(f"{path.name} cannot be written: {error}") from error
+    _sort_metadata(path)
+
+
+def _sort_metadata(path: Path) -> None:
+    """safetensors writes metadata in the random order of a hash map: put them in order, in place."""
+    with path.open("r+b") as file:
+        (size,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) > size:
+            raise AssertionError(f"{path.name}: the sorted header takes {len(text)} bytes, and {size} are there")
+        file.seek(8)
+        file.write(text.ljust(size))
 
 
 def load(path: str | Path) -> nn.Module:
@@ -44,7 +60,7 @@ def load(path: str | Path) -> nn.Module:
 
     header, file = read_header(Path(path)), weights_file(Path(path))
     check_fit(header.plan, file)
-    model = timm_plugin.build(header.plan)
+    model = rebuild.build(header.plan)
     model.load_state_dict(load_file(file))
     return model
 
@@ -59,7 +75,7 @@ def check_fit(plan: Plan, file: Path) -> None:
 
     try:
         with torch.device("meta"):
-            expected = {name: tuple(t.shape) for name, t in timm_plugin.build(plan).state_dict().items()}
+            expected = {name: tuple(t.shape) for name, t in rebuild.build(plan).state_dict().items()}
     except AugmentError as error:
         raise AugmentError(f"{file}: {error}") from error
     with safe_open(file, "numpy") as opened:

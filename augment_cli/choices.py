@@ -18,8 +18,9 @@ def written(site: ConvSite, settings: Sites) -> Choice | None:
     if settings.variant == "aw":
         return Choice(reduction=reduction)
     heads = _heads(site, settings)
-    keys = max(_multiple(settings.key_ratio * site.out_channels, heads), heads * settings.min_key_channels)
-    values = _multiple(settings.value_ratio * site.out_channels, heads)
+    keys = max(_multiple(settings.key_ratio * site.out_channels, heads), _least_keys(heads, settings))
+    least_values = 0 if settings.narrow == "more-keys" else heads
+    values = max(_multiple(settings.value_ratio * site.out_channels, heads), least_values)
     if values == 0 or (reduction and values == site.out_channels):
         return None
     return Choice(heads, keys, values, attention_pool(site, settings), reduction)
@@ -45,10 +46,9 @@ def options(site: ConvSite, settings: Sites, target: Choice) -> tuple[Choice, ..
     if not target.value_channels:
         return tuple(Choice(reduction=r) for r in reductions)
     heads = target.heads
-    least_keys = heads * settings.min_key_channels
     most_keys = max(2 * target.key_channels, site.out_channels // heads * heads)
     most_values = site.out_channels if target.value_channels == site.out_channels else site.out_channels - 1
-    keys = _around(target.key_channels, heads, max(heads, least_keys), most_keys)
+    keys = _around(target.key_channels, heads, _least_keys(heads, settings), most_keys)
     values = _around(target.value_channels, heads, heads, most_values)
     splits = {(k, v, target.reduction) for k, v in product(keys, values)}
     splits |= {(target.key_channels, v, r) for v, r in product(values, reductions)}
@@ -74,6 +74,11 @@ def _heads(site: ConvSite, settings: Sites) -> int:
         and settings.value_ratio * site.out_channels >= heads
     )
     return next(fitting, 1)
+
+
+def _least_keys(heads: int, settings: Sites) -> int:
+    """A layer too narrow even for one head of the recipe's least keeps its ratio, where fewer heads are what gives."""
+    return 1 if heads == 1 and settings.narrow == "fewer-heads" else heads * settings.min_key_channels
 
 
 def _multiple(value: float, of: int) -> int:

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from augment_cli import checkpoint, source, surgery, timm_plugin
+from augment_cli import checkpoint, rebuild, source, surgery
 from augment_cli.graph import ModelGraph, analyze
 from augment_cli.header import Header
 from augment_cli.inherit import carry
@@ -50,7 +50,7 @@ def operate(model: nn.Module, plan: Plan, graph: ModelGraph, weights: str) -> He
     """Convert a model with weights in place, by a verified plan, and say what its file will say of it."""
     digest = source.weights_digest(model)
     inheritance = carry(model, plan, graph)
-    timm_plugin.adopt(model, plan)
+    rebuild.adopt(model, plan)
     return Header(
         plan=plan,
         weights=weights,

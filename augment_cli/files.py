@@ -52,6 +52,8 @@ def write_folder(path: Path, write: Callable[[Path], object]) -> None:
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.absolute().parent))
         try:
             write(temporary)
+            for file in temporary.iterdir():
+                file.chmod(0o666 & ~_umask())
             temporary.chmod(0o777 & ~_umask())
             if path.is_dir():
                 for file in sorted(temporary.iterdir()):

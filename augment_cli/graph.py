@@ -88,8 +88,7 @@ def trace(model: nn.Module) -> fx.Graph:
     try:
         return _Tracer().trace(model, concrete_args=constants)
     except Exception as error:  # symbolic tracing fails in as many ways as there are models
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise AugmentError(f"{type(model).__name__} cannot be traced with torch.fx: {reason}") from error
+        raise AugmentError(f"{type(model).__name__} cannot be traced with torch.fx: {_reason(error)}") from error
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -116,8 +115,12 @@ def propagate_shapes(model: nn.Module, graph: fx.Graph, input_size: tuple[int, i
         interpreter.run(torch.empty(1, *input_size, device="meta", dtype=dtype))
     except Exception as error:  # whatever a model raises on a size that it cannot take
         size = "x".join(map(str, input_size))
-        raise AugmentError(f"{type(model).__name__} does not run on an image of {size}: {error}") from error
+        raise AugmentError(f"{type(model).__name__} does not run on an image of {size}: {_reason(error)}") from error
     return interpreter.shapes
+
+
+def _reason(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 class CallRecorder:

@@ -6,7 +6,16 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from augment_cli import cost
 from augment_cli.budget import Counts, Solution, solve
@@ -20,6 +29,24 @@ if TYPE_CHECKING:
     from augment_cli.graph import ModelGraph
 
 SCHEMA = 1
+
+# Arguments that would make creating a model read files or the network, or return something else than the model.
+FORBIDDEN_ARGUMENTS = frozenset(
+    {
+        "pretrained",
+        "pretrained_cfg",
+        "pretrained_cfg_overlay",
+        "checkpoint_path",
+        "cache_dir",
+        "features_only",
+        "out_indices",
+        "feature_cls",
+        "feature_cfg",
+        "device",
+        "dtype",
+        "plan",
+    }
+)
 
 Count = Annotated[int, Field(ge=0)]
 
@@ -119,6 +146,13 @@ class Plan(_Frozen):
     macs_after: Count
     sites: Annotated[tuple[SitePlan, ...], Field(min_length=1)]
     skipped: tuple[Skipped, ...] = ()
+
+    @field_validator("model_args")
+    @classmethod
+    def _arguments_are_harmless(cls, value: Arguments) -> Arguments:
+        if refused := sorted(FORBIDDEN_ARGUMENTS & dict(value).keys()):
+            raise ValueError(f"sets {refused[0]}, which no plan may")
+        return value
 
     @model_validator(mode="after")
     def _names_are_unique_and_sorted(self) -> "Plan":

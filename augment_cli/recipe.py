@@ -4,7 +4,7 @@ import hashlib
 import re
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -207,8 +207,15 @@ def _describe(item: dict[str, Any], model: type[BaseModel]) -> str:
     if item["type"] != "extra_forbidden":
         message = item["msg"].removeprefix("Value error, ")
         return f"{where}: {message}" if where else message
-    fields = model.model_fields
     for part in item["loc"][:-1]:
-        annotation = fields[part].annotation if part in fields else None
-        fields = getattr(annotation, "model_fields", fields)
-    return f"unknown key {where}{nearest(str(item['loc'][-1]), fields)}"
+        if part in model.model_fields:
+            model = _model_within(model.model_fields[part].annotation) or model
+    known = [field.alias or name for name, field in model.model_fields.items()]
+    return f"unknown key {where}{nearest(str(item['loc'][-1]), known)}"
+
+
+def _model_within(annotation: Any) -> type[BaseModel] | None:
+    """The model of a field that holds one, or several in a tuple."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for arg in get_args(annotation) if (found := _model_within(arg))), None)

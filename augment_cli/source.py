@@ -11,24 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from augment_cli.errors import AugmentError, nearest
-
-# Arguments that would make creating a model read files or the network, or return something else than the model.
-FORBIDDEN_ARGUMENTS = frozenset(
-    {
-        "pretrained",
-        "pretrained_cfg",
-        "pretrained_cfg_overlay",
-        "checkpoint_path",
-        "cache_dir",
-        "features_only",
-        "out_indices",
-        "feature_cls",
-        "feature_cfg",
-        "device",
-        "dtype",
-        "plan",
-    }
-)
+from augment_cli.plan import FORBIDDEN_ARGUMENTS
+from augment_cli.timm_plugin import NAME
 
 
 @dataclass(frozen=True)
@@ -149,6 +133,13 @@ def weights_digest(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def weights_origin(pretrained: bool, checkpoint: Path | None, seed: int) -> str:
+    """What a file says of where its source weights came from."""
+    if checkpoint:
+        return f"checkpoint {checkpoint.name}"
+    return "pretrained" if pretrained else f"random, seed {seed}"
+
+
 def first_line(error: BaseException) -> str:
     text = str(error).strip()
     return text.splitlines()[0].rstrip(".") if text else type(error).__name__
@@ -180,6 +171,6 @@ def _check(name: str, args: dict[str, Any]) -> None:
 def _registry_name(name: str, model: nn.Module) -> str:
     """What timm's registry knows the model by: a hub or folder name is resolved."""
     architecture = model.pretrained_cfg.get("architecture") or name
-    if architecture == "augmented":
+    if architecture == NAME:
         raise AugmentError(f"{name} is a converted model already: convert its source, or edit its plan")
     return name if ":" not in name else architecture

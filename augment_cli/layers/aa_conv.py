@@ -32,7 +32,8 @@ class AAConv2d(nn.Module):
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, bias: as in `nn.Conv2d`. `padding` may be
-            less than what keeps the map's size: the attention then sees the input without the border that has no output.
+            less than what keeps the map's size: the attention then sees the input without the border that no window is
+            centred on.
         heads: attention heads.
         key_channels: d_k, over all heads; a multiple of `heads`.
         value_channels: d_v, over all heads; a multiple of `heads`, at most `out_channels`.
@@ -85,6 +86,8 @@ class AAConv2d(nn.Module):
         self.border = _border(self.kernel_size, self.padding, self.dilation)
         self.heads, self.key_channels, self.value_channels = heads, key_channels, value_channels
         self.resolution, self.attention_pool = _pair(resolution), attention_pool
+        if min(self.resolution) < 1:
+            raise ValueError(f"resolution={self.resolution} is not a map of at least one position")
 
         conv_channels = out_channels - value_channels
         options = {"stride": stride, "padding": padding, "dilation": dilation, "bias": bias}
@@ -143,7 +146,7 @@ class AAConv2d(nn.Module):
         for name in ("rel_height", "rel_width"):
             table, own = state_dict.get(prefix + name), getattr(self, name)
             if table is not None and table.ndim == 2 and table.shape[0] % 2 and table.shape[1] == own.shape[1]:
-                state_dict[prefix + name] = resize_table(table, (own.shape[0] + 1) // 2)
+                state_dict[prefix + name] = resize_table(table, (own.shape[0] + 1) // 2).contiguous()
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:

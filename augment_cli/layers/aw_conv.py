@@ -102,6 +102,8 @@ class AWConv2d(nn.Conv2d):
 
 def fitting_reduction(in_channels: int, reduction: int) -> int:
     """The largest divisor of `in_channels` that is at most `reduction`."""
+    if reduction < 1:
+        raise ValueError(f"reduction={reduction} is less than 1")
     return next(r for r in range(min(reduction, in_channels), 0, -1) if in_channels % r == 0)
 
 

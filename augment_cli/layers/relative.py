@@ -49,6 +49,11 @@ def relative_logits(q: Tensor, rel_height: Tensor, rel_width: Tensor) -> tuple[T
     Shapes: q (N, heads, H, W, d); tables (2 S - 1, d); result (N, heads, H, W, H) and (N, heads, H, W, W).
     """
     height, width = q.shape[2:4]
-    rows = torch.einsum("nhyxd,yjd->nhyxj", q, by_position(rel_height, height))
-    columns = torch.einsum("nhyxd,xjd->nhyxj", q, by_position(rel_width, width))
+    rows = _line_logits(q.movedim(2, 0), by_position(rel_height, height)).movedim(0, 2)
+    columns = _line_logits(q.movedim(3, 0), by_position(rel_width, width)).movedim(0, 3)
     return rows, columns
+
+
+def _line_logits(q: Tensor, table: Tensor) -> Tensor:
+    """Queries of each line with the table's rows for that line. Shapes: (S, ..., d) and (S, S, d) to (S, ..., S)."""
+    return torch.bmm(q.flatten(1, -2), table.transpose(1, 2)).unflatten(1, q.shape[1:-1])

@@ -1,0 +1,34 @@
+PYTHON ?= python3
+VENV := .venv
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint format benchmark clean
+
+demo: $(READY)
+	mkdir -p out
+	$(VENV)/bin/augment convert resnet50 --recipe aa-resnet --set budget.params=keep \
+		--output out/resnet50-aa.safetensors --overwrite
+	$(VENV)/bin/augment check out/resnet50-aa.safetensors
+
+test: $(READY)
+	$(VENV)/bin/python -m pytest -n auto
+
+lint: $(READY)
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+
+format: $(READY)
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff check --fix .
+
+benchmark: $(READY)
+	$(VENV)/bin/python benchmarks/convert.py
+
+# The environment is made when it is missing, broken or older than what it is made from.
+$(READY): pyproject.toml
+	$(VENV)/bin/python -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) out

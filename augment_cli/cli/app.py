@@ -1,0 +1,65 @@
+"""The `augment` program: its commands, and how every one of them fails."""
+
+import os
+import sys
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from augment_cli.cli import check, convert, models, plan, recipes, report
+from augment_cli.errors import AugmentError
+
+
+class _Program(TyperGroup):
+    """Bad input ends every command with one message and exit code 2, Ctrl-C with 130, a closed pipe in silence."""
+
+    def invoke(self, ctx: typer.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except AugmentError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(2) from error
+        except KeyboardInterrupt as error:
+            typer.echo("interrupted", err=True)
+            raise typer.Exit(130) from error
+        except BrokenPipeError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(1) from error
+
+
+app = typer.Typer(
+    cls=_Program,
+    name="augment",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(value: bool) -> None:
+    if value:
+        from importlib.metadata import version
+
+        typer.echo(f"augment-cli {version('augment-cli')}")
+        raise typer.Exit
+
+
+@app.callback()
+def program(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Say which.")] = False,
+) -> None:
+    """Attention for the convolutions of any timm model, within its parameter budget."""
+
+
+app.command("plan")(plan.plan)
+app.command("convert")(convert.convert)
+app.command("report")(report.report)
+app.command("check")(check.check)
+app.add_typer(recipes.app, name="recipes")
+app.command("models")(models.models)
+
+
+def main() -> None:
+    app()

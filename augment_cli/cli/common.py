@@ -1,0 +1,103 @@
+"""Arguments and habits that several commands share. Data go to stdout, all else to stderr."""
+
+import json
+import re
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from augment_cli.errors import AugmentError
+
+if TYPE_CHECKING:
+    from augment_cli.budget import Solution
+    from augment_cli.graph import ModelGraph
+    from augment_cli.plan import Plan
+    from augment_cli.recipe import Recipe
+
+RecipeName = Annotated[
+    str, typer.Option("--recipe", "-r", help="A built-in recipe (`augment recipes`) or a TOML file.", show_default=True)
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="A recipe value, such as budget.params=keep. Repeatable."),
+]
+ImageSize = Annotated[
+    str | None,
+    typer.Option("--img-size", metavar="N|HxW", help="Image size to convert for, if not the model's own."),
+]
+ModelArguments = Annotated[
+    list[str] | None,
+    typer.Option("--model-arg", "-a", metavar="KEY=VALUE", help="For timm.create_model: num_classes=10. Repeatable."),
+]
+
+
+def say(message: str) -> None:
+    """A message for the person at the terminal."""
+    typer.echo(message, err=True)
+
+
+@contextmanager
+def working(what: str):
+    """A spinner while something takes long; nothing where stderr is not a terminal."""
+    from rich.console import Console
+
+    with Console(stderr=True).status(what):
+        yield
+
+
+def show(renderable: Any) -> None:
+    """A table or other rich object as data: colours only on a terminal."""
+    from rich.console import Console
+
+    Console().print(renderable)
+
+
+def as_text(renderable: Any) -> str:
+    """The same for a file: no colours, and wide enough for every column."""
+    from io import StringIO
+
+    from rich.console import Console
+
+    text = StringIO()
+    Console(file=text, width=160, color_system=None).print(renderable)
+    return text.getvalue()
+
+
+def parse_image_size(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text.strip())
+    if not match or not int(match[1]):
+        raise AugmentError(f"--img-size {text}: write it as 224, or as HEIGHTxWIDTH such as 224x288")
+    return int(match[1]), int(match[2] or match[1])
+
+
+def parse_arguments(pairs: list[str] | None) -> dict[str, Any]:
+    """KEY=VALUE pairs; a value is JSON where it can be, a string otherwise."""
+    arguments = {}
+    for pair in pairs or ():
+        key, separator, text = pair.partition("=")
+        if not separator or not key.isidentifier():
+            raise AugmentError(f"--model-arg {pair}: write it as KEY=VALUE, such as num_classes=10")
+        try:
+            arguments[key] = json.loads(text)
+        except json.JSONDecodeError:
+            arguments[key] = text
+    return arguments
+
+
+def announce(graph: "ModelGraph", plan: "Plan", solution: "Solution | None") -> None:
+    """What was found and solved, and what a user should know before relying on it."""
+    say(f"{plan.model}: {len(graph.sites)} convolutions, {len(plan.sites)} to replace (recipe {plan.recipe})")
+    if solution is not None:
+        say(solution.describe())
+    bare = [site.name for site in graph.sites if site.norm is None and site.name in {s.name for s in plan.sites}]
+    if bare and any(site.value_channels for site in plan.sites):
+        say(f"note: no normalisation directly follows {len(bare)} of them, such as {bare[0]}; the AA paper has one")
+
+
+def load_named_recipe(name: str, overrides: list[str] | None) -> "Recipe":
+    from augment_cli.recipe import load_recipe
+
+    return load_recipe(name, tuple(overrides or ()))

@@ -1,0 +1,90 @@
+"""augment convert: a timm model in, one file that rebuilds the converted model out."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from augment_cli.cli import common
+from augment_cli.errors import AugmentError
+
+
+def convert(
+    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="A timm model's name.")] = None,
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", "-r", help="A built-in recipe (`augment recipes`) or a TOML file. [aa]")
+    ] = None,
+    overrides: common.Overrides = None,
+    plan_file: Annotated[
+        Path | None, typer.Option("--plan", metavar="FILE", help="A plan (`augment plan --json`) instead of a recipe.")
+    ] = None,
+    pretrained: Annotated[bool, typer.Option("--pretrained", help="Start from timm's pretrained weights.")] = False,
+    checkpoint: Annotated[
+        Path | None, typer.Option("--checkpoint", metavar="FILE", help="Start from a safetensors or torch file.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="For random weights and what attention adds.")] = 0,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE.safetensors|DIR",
+            help="One file, or a folder that timm loads. [MODEL-RECIPE.safetensors]",
+        ),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")] = False,
+    image_size: common.ImageSize = None,
+    model_args: common.ModelArguments = None,
+    full: Annotated[bool, typer.Option("--full", help="A line for every site, equal neighbours too.")] = False,
+) -> None:
+    """Replace convolutions of MODEL by a recipe or a plan, and save the result.
+
+    augment convert resnet50 --recipe aa-resnet --set budget.params=keep --pretrained -o resnet50-aa
+    """
+    if pretrained and checkpoint:
+        raise AugmentError("--pretrained and --checkpoint both name weights: give one of them")
+    with common.working("importing torch and timm"):
+        from augment_cli import conversion, source, surgery
+        from augment_cli.files import check_output
+        from augment_cli.graph import analyze
+        from augment_cli.output import write_model
+        from augment_cli.plan import fit_plan, make_plan, read_plan
+        from augment_cli.report import Report
+        from augment_cli.report.table import table
+
+    given = read_plan(plan_file) if plan_file else None
+    if given:
+        _refuse_beside_plan(model, recipe, overrides, image_size, model_args)
+        model, arguments, size = given.model, dict(given.model_args), given.input_size[1:]
+    elif model:
+        settings = common.load_named_recipe(recipe or "aa", overrides)
+        arguments, size = common.parse_arguments(model_args), common.parse_image_size(image_size)
+    else:
+        raise AugmentError("which model? Give a timm model's name, or a plan with --plan")
+
+    with common.working(f"planning {model}"):
+        described, meta_model = source.describe(model, arguments, size)
+        graph = analyze(meta_model, described.input_size)
+        if given:
+            plan, solution = fit_plan(given, graph, f"plan {plan_file}"), None
+        else:
+            plan, solution = make_plan(described.name, graph, settings, described.args)
+        surgery.verify(meta_model, plan, graph)
+    common.announce(graph, plan, solution)
+    target = output or Path(f"{plan.model}-{plan.recipe}.safetensors")
+    check_output(target, overwrite)
+
+    with common.working(f"converting {model}"):
+        weights = source.create(described, seed, origin=model if pretrained else None)
+        if checkpoint:
+            source.load_checkpoint(weights, checkpoint)
+        header = conversion.operate(weights, plan, graph, source.weights_origin(pretrained, checkpoint, seed))
+        write_model(weights, header, target)
+    common.show(table(Report.of(plan, header), full=full))
+    common.say(f"wrote {target}")
+
+
+def _refuse_beside_plan(*others) -> None:
+    for value, option in zip(others, ("MODEL", "--recipe", "--set", "--img-size", "--model-arg"), strict=True):
+        if value:
+            raise AugmentError(f"--plan says which model and what becomes of it: leave out {option}, or edit the plan")

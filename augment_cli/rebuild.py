@@ -1,0 +1,128 @@
+"""A converted model from its plan alone: built by timm's own machinery, whole or as a feature extractor."""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import timm
+from pydantic import ValidationError
+from timm.models import build_model_with_cfg, get_pretrained_cfg
+from torch import nn
+
+from augment_cli.errors import AugmentError
+from augment_cli.plan import Plan
+from augment_cli.recipe import describe_errors
+from augment_cli.surgery import apply_plan
+from augment_cli.timm_plugin import NAME
+
+_FEATURE_ARGUMENTS = ("out_indices", "feature_cls", "feature_cfg", "output_fmt")
+
+
+def build(plan: Plan) -> nn.Module:
+    """A plan's model, its weights random; a timm model of the architecture `augmented`.
+
+    Raises:
+        AugmentError: the base is not a model of timm's registry, or the plan does not fit it.
+    """
+    return timm.create_model(NAME, plan=plan.model_dump(mode="json", by_alias=True), **dict(plan.model_args))
+
+
+def adopt(model: nn.Module, plan: Plan) -> None:
+    """Make a model that was converted in memory the same to timm as one built from its plan."""
+    model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, "architecture": NAME}
+    model._model_args = {**getattr(model, "_model_args", {}), "plan": plan.model_dump(mode="json", by_alias=True)}
+
+
+def create(pretrained: bool, plan: dict[str, Any] | None, **kwargs: Any) -> nn.Module:
+    """What timm's entry point `augmented` returns: `plan` is a plan's JSON object, `kwargs` as for any timm model."""
+    plan = _checked(plan)
+    kwargs["pretrained_cfg"] = kwargs.get("pretrained_cfg") or _own_cfg(plan)
+    if kwargs.pop("features_only", False):
+        return _features(plan, pretrained, kwargs)
+    return build_model_with_cfg(partial(_construct, plan), NAME, pretrained, **kwargs)
+
+
+def _checked(plan: dict[str, Any] | None) -> Plan:
+    """A plan from outside may name nothing but a model of timm's own registry."""
+    if plan is None:
+        raise AugmentError(f"{NAME} is the architecture of converted models: load one, or give its plan")
+    try:
+        plan = Plan.model_validate(plan)
+    except ValidationError as error:
+        raise AugmentError(f"the plan is not valid: {describe_errors(error, Plan)}") from error
+    base = plan.model.partition(".")[0]
+    if not timm.is_model(base) or base == NAME:
+        raise AugmentError(f"the plan's base {plan.model!r} is not in timm's registry")
+    return plan
+
+
+def _own_cfg(plan: Plan) -> dict[str, Any]:
+    """The base's configuration without the places that its weights come from."""
+    base = get_pretrained_cfg(plan.model)
+    cfg = base.to_dict() if base else {}
+    sources = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "custom_load")
+    return {k: v for k, v in cfg.items() if k not in sources} | {"architecture": NAME}
+
+
+def _construct(plan: Plan, **kwargs: Any) -> nn.Module:
+    arguments = {**dict(plan.model_args), **kwargs}
+    try:
+        model = timm.create_model(plan.model, **arguments)
+    except TypeError as error:
+        raise AugmentError(f"{plan.model} does not take the arguments {arguments}: {error}") from error
+    apply_plan(model, plan)
+    return model
+
+
+def _features(plan: Plan, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
+    """timm's own feature extractor of the base, the converted model's modules and weights put into it."""
+    features = {k: kwargs.pop(k) for k in _FEATURE_ARGUMENTS if k in kwargs}
+    full = timm.create_model(NAME, pretrained, plan=plan.model_dump(mode="json", by_alias=True), **kwargs)
+    arguments = {k: v for k, v in kwargs.items() if k not in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")}
+    extractor = timm.create_model(plan.model, features_only=True, **{**dict(plan.model_args), **arguments, **features})
+    transplant(full, extractor, {site.name for site in plan.sites})
+    extractor.pretrained_cfg = extractor.default_cfg = full.pretrained_cfg
+    return extractor
+
+
+def transplant(model: nn.Module, extractor: nn.Module, sites: set[str]) -> None:
+    """Put a model's modules at `sites`, and all its weights, into a feature extractor of the same architecture.
+
+    The extractor may hold a part of the model, under timm's names for it: `model.` or `graph_module.` before, or the
+    first levels joined by underscores.
+    """
+    modules = dict(model.named_modules())
+    own_name = {name: _first_in(modules, name) for name, _ in extractor.named_modules()}
+    moved = {name: own for name, own in own_name.items() if own in sites}
+    _check_called(extractor, moved)
+    for name, own in moved.items():
+        extractor.set_submodule(name, modules[own])
+    state = model.state_dict()
+    extractor.load_state_dict({key: state[_first_in(state, key)] for key in extractor.state_dict()})
+
+
+def _check_called(extractor: nn.Module, names: dict[str, str]) -> None:
+    graph = getattr(getattr(extractor, "graph_module", None), "graph", None)
+    if graph is None:
+        return
+    called = {f"graph_module.{node.target}" for node in graph.nodes if node.op == "call_module"}
+    if missed := sorted(names.keys() - called):
+        raise AugmentError(
+            f"timm's graph feature extractor looks inside {names[missed[0]]}, so that it cannot be replaced there; "
+            f"use feature_cls='hook' or forward_intermediates"
+        )
+
+
+def _first_in(known: dict[str, Any], name: str) -> str | None:
+    return next((candidate for candidate in _candidates(name) if candidate in known), None)
+
+
+def _candidates(name: str) -> Iterator[str]:
+    yield name
+    for prefix in ("model.", "graph_module."):
+        if name.startswith(prefix):
+            yield name.removeprefix(prefix)
+    head, dot, rest = name.partition(".")
+    parts = head.split("_")
+    for i in range(1, len(parts)):
+        yield "_".join(parts[:i]) + "." + "_".join(parts[i:]) + dot + rest

@@ -1,0 +1,146 @@
+"""A model card: the README.md of a converted model's folder, as the Hugging Face hub reads it."""
+
+import re
+from collections.abc import Iterator
+
+from augment_cli.report.folding import Line, fold
+from augment_cli.report.numbers import Report
+from augment_cli.report.provenance import TRUST_TERMS, VARIANTS, papers
+from augment_cli.report.text import code, escape, markdown_table, totals_table
+from augment_cli.report.units import counted, percent, share, size, span
+
+_TAGGED = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)+")
+
+
+def model_card(report: Report) -> str:
+    """What the model is, what it follows and how far, what it costs, and how to load it.
+
+    Names no licence: that is for whoever publishes it, by the terms of the source weights.
+    """
+    parts = [
+        _front_matter(report),
+        f"# {code(report.model)} with recipe {code(report.recipe.name)}",
+        _what(report),
+        *_warning(report),
+        "## Loading",
+        _LOADING,
+        "## What it costs",
+        totals_table(report),
+        f"Multiply-adds are those of one image of {size(report.input_size)}; FLOPs = 2 x multiply-adds.",
+        "## What was replaced",
+        _sites(report),
+        "## What it follows",
+        "\n".join(f"- {line}" for line in _follows(report)),
+        "## Where it comes from",
+        "\n".join(f"- {line}" for line in _provenance(report)),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+_LOADING = """With augment-cli installed, from this folder, here called `DIR`:
+
+```python
+import augment_cli, timm
+
+model = timm.create_model("local-dir:DIR", pretrained=True)
+```
+
+or from the file alone:
+
+```python
+import augment_cli
+
+model = augment_cli.load("model.safetensors")
+```
+
+Either gives a timm model, with timm's usual methods."""
+
+
+def _front_matter(report: Report) -> str:
+    base = base_model(report)
+    lines = ["library_name: timm", *([f"base_model: {base}"] if base else [])]
+    return "\n".join(["---", *lines, "tags:", "- image-classification", "- timm", "- augment-cli", "---"])
+
+
+def base_model(report: Report) -> str | None:
+    """The source weights on the hub; None unless they are pretrained ones that the model's name says exactly."""
+    exact = report.weights == "pretrained" and _TAGGED.fullmatch(report.model)
+    return f"timm/{report.model}" if exact else None
+
+
+def _what(report: Report) -> str:
+    what = " or ".join(VARIANTS[variant] for variant in report.variants)
+    arguments = ", ".join(f"{key}={value}" for key, value in report.model_args.items())
+    created = f" (created with {code(arguments)})" if arguments else ""
+    return (
+        f"timm's {code(report.model)}{created} with {len(report.sites)} of "
+        f"{counted(report.convolutions, 'convolution')} replaced: {what}. "
+        f"Converted for images of {size(report.input_size[1:])}."
+    )
+
+
+def _warning(report: Report) -> Iterator[str]:
+    """What a user has to know before the first prediction."""
+    if report.weights and report.weights.startswith("random"):
+        yield f"> **Not trained.** The weights are {escape(report.weights)}."
+    elif report.exact:
+        yield "> As converted, the model computes exactly what its source computes."
+    if not report.exact:
+        yield (
+            "> **Fine-tune before use.** As converted, attention is untrained. It took the places of the least "
+            "important filters; those that were kept are the source's, bit for bit."
+        )
+
+
+def _sites(report: Report) -> str:
+    titles = ["Sites", "Becomes", "Parameters", "Multiply-adds"] + (["Kept"] if report.inheritance else [])
+    return markdown_table(titles, (_row(line, bool(report.inheritance)) for line in fold(report.sites)), left=2)
+
+
+def _row(line: Line, inherited: bool) -> list[str]:
+    number = f" ({len(line.sites)})" if len(line.sites) > 1 else ""
+    row = [code(line.name) + number, _becomes(line), percent(line.params.percent), percent(line.macs.percent)]
+    if inherited:
+        records = [site.inheritance for site in line.sites if site.inheritance]
+        row.append(span((record.share for record in records), share) if records else "")
+    return row
+
+
+def _becomes(line: Line) -> str:
+    site, parts = line.site, []
+    if site.value_channels:
+        parts += [counted(site.heads, "head"), f"{site.key_channels} key and {site.value_channels} value channels"]
+        parts += [f"pool {site.attention_pool}"] if site.attention_pool > 1 else []
+    if site.reduction:
+        parts.append(f"attended kernel, reduction {site.reduction}")
+    return ", ".join(parts)
+
+
+def _follows(report: Report) -> Iterator[str]:
+    recipe, variants = report.recipe, report.variants
+    yield from papers(variants)
+    if any("aw" in variant for variant in variants):
+        yield (
+            "AW is our reading of AW: the order of its operations and the residual are the paper's; widths, groups, "
+            "reduction and how it joins AA are ours."
+        )
+    if not recipe.description:
+        yield f"Recipe {code(recipe.name)}, which is not one of augment-cli's own."
+        return
+    yield f"Recipe {code(recipe.name)}{recipe.departure}: {escape(recipe.description)}."
+    if recipe.source:
+        yield f"Recipe as it is in augment-cli: {escape(recipe.source.table)}. Trust: {escape(recipe.source.trust)}."
+        yield f"Words of trust: {escape(TRUST_TERMS)}."
+
+
+def _provenance(report: Report) -> Iterator[str]:
+    facts = {
+        "Recipe SHA-256": report.recipe.sha256,
+        "Plan SHA-256": report.plan_sha256,
+        "Source weights": report.weights,
+        "Source SHA-256": report.source_sha256,
+        "Versions": ", ".join(f"{name} {version}" for name, version in report.versions.items()),
+    }
+    for title, text in facts.items():
+        if text:
+            yield f"{title}: {code(text)}"

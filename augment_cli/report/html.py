@@ -1,0 +1,235 @@
+"""A report as one HTML file that needs nothing else: no scripts, fonts, images or network."""
+
+from pathlib import Path
+
+from augment_cli.report.chart import bar_chart, direction
+from augment_cli.report.folding import overview
+from augment_cli.report.markup import DASH, TIMES, Markup, join, minus, tag
+from augment_cli.report.numbers import Change, Limit, Report, SkippedGroup
+from augment_cli.report.provenance import TRUST_TERMS, VARIANTS
+from augment_cli.report.sites_table import D_K, D_V, F_OUT, sites_table
+from augment_cli.report.units import amount, counted, percent, share, signed_amount, span
+
+_MOST_BARS = 30
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+
+
+def to_html(report: Report) -> str:
+    """The page. Light or dark as the reader's system is, for screens of any width and for paper."""
+    style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
+    head = tag(
+        "head",
+        tag("meta", charset="utf-8"),
+        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        tag("meta", http_equiv="Content-Security-Policy", content=_POLICY),
+        tag("title", f"{report.model} with {report.recipe.name}"),
+        tag("style", Markup(style)),
+    )
+    main = tag(
+        "main", _cards(report), _notice(report), _charts(report), _totals(report), _sites(report), _skipped(report)
+    )
+    body = tag("body", _header(report), main, _footer(report))
+    return f"<!doctype html>\n{tag('html', head, body, lang='en')}\n"
+
+
+def _header(report: Report) -> Markup:
+    height_width = f"{report.input_size[1]} {TIMES} {report.input_size[2]}"
+    what = " or ".join(VARIANTS[variant] for variant in report.variants)
+    return tag(
+        "header",
+        tag("p", "augment-cli report" if report.source_sha256 else "augment-cli plan", class_="eyebrow"),
+        tag("h1", report.model, " ", tag("span", report.recipe.name, class_="chip")),
+        tag(
+            "p",
+            tag("b", f"{len(report.sites)} of {counted(report.convolutions, 'convolution')} replaced"),
+            f": {what}, for images of ",
+            tag("span", height_width, "."),
+            (tag("br"), report.recipe.sentence) if report.recipe.description else None,
+            class_="lead",
+        ),
+    )
+
+
+def _cards(report: Report) -> Markup:
+    flops = f"{amount(report.flops.after)} FLOPs, 2 {TIMES} multiply-adds"
+    cards = [
+        _change_card("Parameters", report.params, minus(f"{report.params.delta:+,}")),
+        _change_card("Multiply-adds", report.macs, flops),
+        _card("Sites replaced", f"{len(report.sites):,}", f"of {report.convolutions:,}", "convolutions"),
+        _budget_card(report),
+    ]
+    if report.inheritance:
+        shares = span(
+            (site.inheritance.share for site in report.sites if site.inheritance), lambda n: share(n, digits=0)
+        )
+        kinds = ", ".join(f"{number} {kind}" for kind, number in report.inheritance.items() if number)
+        cards.append(_card("Kept of the source", shares.replace("-", DASH), None, f"of filter importance; {kinds}"))
+    return tag("dl", cards, class_="cards")
+
+
+def _card(title: str, big: str, beside: str | Markup | None, below: str) -> Markup:
+    small = tag("small", beside) if beside else None
+    return tag(
+        "div", tag("dt", title), tag("dd", big, small, class_="big"), tag("dd", below, class_="sub"), class_="card"
+    )
+
+
+def _change_card(title: str, change: Change, below: str) -> Markup:
+    beside = tag("span", minus(percent(change.percent)), class_=direction(change))
+    return _card(title, amount(change.after), beside, f"from {amount(change.before)}; {below}")
+
+
+def _budget_card(report: Report) -> Markup:
+    """The budget that there is the least left of."""
+    limits = {"parameters": report.params_limit, "multiply-adds": report.macs_limit}
+    asked = {name: limit for name, limit in limits.items() if limit.most}
+    if not asked:
+        return _card("Budget", "free", None, "no limit was asked for")
+    name, limit = min(asked.items(), key=lambda item: item[1].left / item[1].most)
+    under = "those of the source" if limit.asked == "keep" else minus(limit.asked) if "%" in limit.asked else "a limit"
+    return _card("Budget left", minus(f"{limit.left:,}"), None, f"{name}, under {under}: {amount(limit.most)}")
+
+
+def _notice(report: Report) -> Markup:
+    if report.exact:
+        text = "As converted, every site computes exactly what its source does: nothing was given up."
+        return tag("p", text, class_="notice good")
+    changed = sum(1 for site in report.sites if site.value_channels)
+    where = f" at {changed} of {len(report.sites)} sites" if changed < len(report.sites) else ""
+    text = f" The attention that replaces filters{where} is untrained as converted."
+    return tag("p", tag("b", "Fine-tune before use."), text, class_="notice")
+
+
+def _charts(report: Report) -> Markup:
+    lines = overview(report.sites, _MOST_BARS)
+    note = "A pair of bars for each site."
+    if len(lines) < len(report.sites):
+        note = "A pair of bars that stands for several sites gives their sum."
+    legend = (tag("span", tag("i", class_=kind), kind) for kind in ("before", "after"))
+    return tag(
+        "section",
+        tag("h2", "Site by site, before and after"),
+        tag("p", note, class_="quiet"),
+        tag("p", legend, class_="legend"),
+        tag(
+            "div",
+            tag(
+                "figure",
+                tag("figcaption", "Parameters"),
+                bar_chart("chart-params", lines, lambda line: line.params, "parameters"),
+            ),
+            tag(
+                "figure",
+                tag("figcaption", "Multiply-adds"),
+                bar_chart("chart-macs", lines, lambda line: line.macs, "multiply-adds"),
+            ),
+            class_="charts",
+        ),
+    )
+
+
+def _totals(report: Report) -> Markup:
+    titles = ("Count", "Before", "After", "Change", "%", "Budget", "At most", "Left")
+    rows = [
+        ("Parameters", report.params, "{:,}".format, "{:+,}".format, report.params_limit),
+        ("Multiply-adds", report.macs, amount, signed_amount, report.macs_limit),
+        ("FLOPs", report.flops, amount, signed_amount, None),
+    ]
+    body = (_total(*row) for row in rows)
+    table = tag(
+        "table",
+        tag("caption", "Parameters, multiply-adds and FLOPs of the whole model"),
+        tag("thead", tag("tr", (tag("th", title, scope="col") for title in titles))),
+        tag("tbody", body),
+    )
+    shape = f" {TIMES} ".join(map(str, report.input_size))
+    note = f"Multiply-adds of one image of {shape}; FLOPs = 2 {TIMES} multiply-adds."
+    return tag(
+        "section",
+        tag("h2", "The whole model"),
+        tag("p", note, _ratios(report), class_="quiet"),
+        scroll(table, "The whole model"),
+    )
+
+
+def _total(title: str, change: Change, show, show_signed, limit: Limit | None) -> Markup:
+    budget = ("", "", "")
+    if limit:
+        budget = (limit.asked, *(DASH if number is None else show(number) for number in (limit.most, limit.left)))
+    return tag(
+        "tr",
+        tag("th", title, scope="row"),
+        tag("td", show(change.before)),
+        tag("td", show(change.after), class_="after"),
+        tag("td", minus(show_signed(change.delta))),
+        tag("td", minus(percent(change.percent)), class_=direction(change)),
+        (tag("td", minus(text)) for text in budget),
+    )
+
+
+def _ratios(report: Report) -> Markup | None:
+    if not report.key_ratio or not report.value_ratio:
+        return None
+    return join(
+        (
+            tag("br"),
+            "Attained by all attention together: \N{GREEK SMALL LETTER KAPPA} = ",
+            *(D_K, " / ", F_OUT, f" = {report.key_ratio.overall:.3f}, \N{GREEK SMALL LETTER UPSILON} = "),
+            *(D_V, " / ", F_OUT, f" = {report.value_ratio.overall:.3f}."),
+        )
+    )
+
+
+def _sites(report: Report) -> Markup:
+    what = [f"Map is the height {TIMES} width of the output. "]
+    if report.key_ratio:
+        what += [D_K, " and ", D_V, " are the key and value channels of the attention, "]
+        what += ["Pool is how many times smaller its map is. "]
+    if any(site.reduction for site in report.sites):
+        what += ["r is the reduction, in our reading of AW."]
+    return tag(
+        "section",
+        tag("h2", counted(len(report.sites), "site")),
+        tag("p", what, class_="quiet"),
+        scroll(sites_table(report), "Sites", tall=True),
+    )
+
+
+def scroll(table: Markup, label: str, tall: bool = False) -> Markup:
+    """A table that scrolls by itself, by keyboard too, so that the page does not."""
+    return tag("div", table, class_="scroll tall" if tall else "scroll", tabindex=0, role="region", aria_label=label)
+
+
+def _skipped(report: Report) -> Markup | None:
+    if not report.skipped:
+        return None
+    number = sum(len(group.names) for group in report.skipped)
+    title = counted(number, "convolution stays as it is", "convolutions stay as they are")
+    return tag("section", tag("h2", title), tag("div", map(_reason, report.skipped), class_="reasons"))
+
+
+def _reason(group: SkippedGroup) -> Markup:
+    names = join((", " if i else "", tag("code", name)) for i, name in enumerate(group.names))
+    return tag(
+        "details",
+        tag("summary", tag("b", len(group.names)), group.reason),
+        tag("p", names, class_="names"),
+    )
+
+
+def _footer(report: Report) -> Markup:
+    recipe = report.recipe
+    entries = [
+        ("Recipe", f"{recipe.name} ({recipe.status})"),
+        ("Recipe SHA-256", recipe.sha256),
+        ("Plan SHA-256", report.plan_sha256),
+        ("Model arguments", ", ".join(f"{key}={value}" for key, value in report.model_args.items())),
+        ("Source weights", report.weights),
+        ("Source SHA-256", report.source_sha256),
+        ("Versions", ", ".join(f"{name} {version}" for name, version in report.versions.items())),
+    ]
+    if recipe.source:
+        entries[1:1] = [("Paper", recipe.source.paper), ("Table", recipe.source.table), ("Trust", recipe.source.trust)]
+        entries[4:4] = [("Words of trust", TRUST_TERMS)]
+    shown = ((tag("dt", title), tag("dd", text)) for title, text in entries if text)
+    return tag("footer", tag("h2", "Where this comes from"), tag("dl", shown))

@@ -1,0 +1,63 @@
+"""Where a plan's recipe comes from: one of the built-in ones, as it is or changed, or somebody's own."""
+
+from dataclasses import dataclass
+
+from augment_cli.plan import Plan
+from augment_cli.recipe import Provenance, builtin_recipes, load_recipe
+
+AA_PAPER = "Attention Augmented Convolutional Networks, arXiv 1904.09925"
+AW_PAPER = "An Attention Module for Convolutional Neural Networks, arXiv 2108.08205"
+
+TRUST_TERMS = (
+    "paper: read in the paper itself; arith: not read there, but our arithmetic reproduces published numbers with it; "
+    "notes: from secondary notes; ours: our reading, where the paper's text could not be had"
+)
+
+VARIANTS = {
+    "aa": "attention-augmented (AA)",
+    "aw": "attended kernels (our reading of AW)",
+    "aa+aw": "attention-augmented (AA) with attended kernels (our reading of AW)",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class RecipeOrigin:
+    """A recipe's name and hash, how it compares to the built-in one of that name, and what that one follows."""
+
+    name: str
+    sha256: str
+    status: str  # built-in, built-in with another budget, built-in with changes, not built-in
+    description: str = ""
+    source: Provenance | None = None
+
+    @classmethod
+    def of(cls, plan: Plan) -> "RecipeOrigin":
+        """Compare by hash: a recipe that only bears a built-in one's name gets no paper for it."""
+        if plan.recipe not in builtin_recipes():
+            return cls(plan.recipe, plan.recipe_sha256, "not built-in")
+        builtin = load_recipe(plan.recipe)
+        with_budget = builtin.model_copy(update={"budget": plan.budget})
+        if builtin.digest() == plan.recipe_sha256:
+            status = "built-in"
+        elif with_budget.digest() == plan.recipe_sha256:
+            status = "built-in with another budget"
+        else:
+            status = "built-in with changes"
+        return cls(plan.recipe, plan.recipe_sha256, status, builtin.description, builtin.source)
+
+    @property
+    def departure(self) -> str:
+        """How it departs from the built-in recipe, as the end of a sentence; nothing where it does not."""
+        end = self.status.removeprefix("built-in").strip()
+        return f", {end}" if end else ""
+
+    @property
+    def sentence(self) -> str:
+        """The description of the built-in recipe, and how this one departs from it."""
+        return f"{self.description[:1].upper()}{self.description[1:]}{self.departure}."
+
+
+def papers(variants: tuple[str, ...]) -> tuple[str, ...]:
+    """The papers that a plan's operators come from."""
+    found = ((AA_PAPER, "aa"), (AW_PAPER, "aw"))
+    return tuple(paper for paper, variant in found if any(variant in name for name in variants))

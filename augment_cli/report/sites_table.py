@@ -1,0 +1,111 @@
+"""The HTML report's table of sites."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from augment_cli.report.chart import direction
+from augment_cli.report.markup import DASH, TIMES, Markup, minus, tag
+from augment_cli.report.numbers import Change, Report, SiteRow
+from augment_cli.report.units import amount, kernel, percent, share, size
+
+D_K = tag("i", "d", tag("sub", "k"))
+D_V = tag("i", "d", tag("sub", "v"))
+F_OUT = tag("i", "F", tag("sub", "out"))
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """Columns under one heading: their titles and the cells of a site."""
+
+    heading: str
+    titles: tuple[str, ...]
+    cells: Callable[[SiteRow], tuple[Markup, ...]]
+    foot: tuple[Markup, ...] = ()
+
+
+def sites_table(report: Report) -> Markup:
+    """A row for every site, and their sums."""
+    groups = list(_groups(report))
+    foot = (group.foot or (tag("td") for _ in group.titles) for group in groups)
+    return tag(
+        "table",
+        tag("caption", "What each site becomes and costs"),
+        tag("thead", *_head(groups)),
+        tag("tbody", (_row(site, groups) for site in report.sites)),
+        tag("tfoot", tag("tr", tag("th", "Together", scope="row"), foot)),
+        class_="sites",
+    )
+
+
+def _head(groups: list[_Columns]) -> Iterator[Markup]:
+    spans = (tag("th", group.heading, scope="colgroup", colspan=len(group.titles), class_="span") for group in groups)
+    yield tag("tr", tag("th", "Site", scope="col", rowspan=2), spans)
+    titles = (
+        tag("th", title, scope="col", class_=None if i else "edge")
+        for group in groups
+        for i, title in enumerate(group.titles)
+    )
+    yield tag("tr", titles)
+
+
+def _row(site: SiteRow, groups: list[_Columns]) -> Markup:
+    return tag("tr", tag("th", tag("code", site.name), scope="row"), (group.cells(site) for group in groups))
+
+
+def _groups(report: Report) -> Iterator[_Columns]:
+    yield _Columns("Convolution", ("In", "Out", "Kernel", "Map"), _convolution)
+    yield _Columns("Becomes", *_operator(report))
+    for heading, show, counts, total in (
+        ("Parameters", "{:,}".format, lambda site: site.params, report.sites_params),
+        ("Multiply-adds", amount, lambda site: site.macs, report.sites_macs),
+    ):
+        yield _change_columns(heading, show, counts, total)
+    if report.inheritance:
+        yield _Columns("Inherited", ("Kind", "Filters", "Share"), _inherited)
+
+
+def _cells(*texts: str) -> tuple[Markup, ...]:
+    return tuple(tag("td", text, class_=None if i else "edge") for i, text in enumerate(texts))
+
+
+def _convolution(site: SiteRow) -> tuple[Markup, ...]:
+    shape = kernel(site.kernel_size, site.stride), size(site.resolution)
+    return _cells(str(site.in_channels), str(site.out_channels), *(text.replace("x", TIMES) for text in shape))
+
+
+def _operator(report: Report) -> tuple[tuple[str, ...], Callable[[SiteRow], tuple[Markup, ...]]]:
+    """Titles and cells of what a site becomes: no column that would say the same throughout, or nothing."""
+    variant = len(report.variants) > 1
+    attention = any(site.value_channels for site in report.sites)
+    reduced = any(site.reduction for site in report.sites)
+
+    def cells(site: SiteRow) -> tuple[Markup, ...]:
+        pool = site.attention_pool if site.value_channels else 0
+        numbers = (site.heads, site.key_channels, site.value_channels, pool) if attention else ()
+        numbers += (site.reduction,) if reduced else ()
+        return _cells(*((site.variant.upper(),) if variant else ()), *(str(number or DASH) for number in numbers))
+
+    titles = ("Variant",) if variant else ()
+    titles += ("Heads", D_K, D_V, "Pool") if attention else ()
+    return titles + (("r",) if reduced else ()), cells
+
+
+def _change_columns(
+    heading: str, show: Callable[[int], str], counts: Callable[[SiteRow], Change], total: Change
+) -> _Columns:
+    def cells(change: Change) -> tuple[Markup, ...]:
+        text = minus(percent(change.percent))
+        return (
+            tag("td", show(change.before), class_="edge"),
+            tag("td", show(change.after), class_="after"),
+            tag("td", text, class_=direction(change)),
+        )
+
+    return _Columns(heading, ("Before", "After", "Change"), lambda site: cells(counts(site)), cells(total))
+
+
+def _inherited(site: SiteRow) -> tuple[Markup, ...]:
+    record = site.inheritance
+    if not record:
+        return _cells("", "", "")
+    return _cells(record.kind, f"{record.kept}/{record.kept + record.given_up}", share(record.share))

@@ -1,0 +1,208 @@
+"""A report for the terminal: rich tables that suit its width. ASCII but for the lines, so that any pipe takes it."""
+
+import io
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from rich import box
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
+
+from augment_cli.report.folding import Line, fold, fold_names, unfolded
+from augment_cli.report.numbers import Change, Limit, Report
+from augment_cli.report.provenance import VARIANTS
+from augment_cli.report.units import amount, counted, kernel, percent, plain, share, signed_amount, size, span
+
+_NAMES_SHOWN = 4
+
+
+def table(report: Report, full: bool = False) -> RenderableType:
+    """What becomes of a model: its sites, what is skipped and why, and the totals at the bottom.
+
+    Args:
+        full: a line for every site and all names of what is skipped; otherwise equal sites share a line, which gives
+            their sums.
+    """
+    lines = unfolded(report.sites) if full else fold(report.sites)
+    parts = [_heading(report), _SiteTables(report, lines)]
+    if report.skipped:
+        parts += [_skipped_heading(report), _skipped(report, full), ""]
+    return Group(*parts, _totals(report), "", _notes(report))
+
+
+def plain_table(report: Report, full: bool = False, width: int = 120) -> str:
+    """The same as text, for a file."""
+    stream = io.StringIO()
+    Console(file=stream, width=width, color_system=None).print(table(report, full))
+    return "".join(f"{line.rstrip()}\n" for line in stream.getvalue().splitlines())
+
+
+def _heading(report: Report) -> Text:
+    text = Text.assemble((plain(report.model), "bold"), " with recipe ", (plain(report.recipe.name), "bold"))
+    text.append(f": {len(report.sites)} of {counted(report.convolutions, 'convolution')} replaced\n")
+    what = " or ".join(VARIANTS[variant] for variant in report.variants)
+    return text.append(f"{what}; images of {size(report.input_size)}\n", style="dim")
+
+
+@dataclass(frozen=True)
+class _Column:
+    title: str
+    cell: Callable[[Line], str]
+    foot: str = ""
+    justify: str = "right"
+
+
+_Columns = list[_Column]
+
+
+class _SiteTables:
+    """The columns of the sites in as few tables as the width allows, each beginning with the sites' names."""
+
+    def __init__(self, report: Report, lines: tuple[Line, ...]):
+        self.report, self.lines = report, lines
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        def fits(groups: list[_Columns]) -> bool:
+            unlimited = options.update(width=10_000)
+            return Measurement.get(console, unlimited, self._table(groups)).maximum <= options.max_width
+
+        becomes, costs = _becomes(self.report), _costs(self.report)
+        for groups in [[*becomes, *costs]] if fits([*becomes, *costs]) else [becomes, costs]:
+            while groups:
+                count = max((n for n in range(1, len(groups) + 1) if fits(groups[:n])), default=1)
+                yield self._table(groups[:count])
+                yield ""
+                groups = groups[count:]
+
+    def _table(self, groups: list[_Columns]) -> Table:
+        columns = [column for group in groups for column in group]
+        folded = len(self.lines) < len(self.report.sites)
+        if folded:
+            columns.insert(0, _Column("Sites", lambda line: str(len(line.sites)), str(len(self.report.sites))))
+        result = _bare(show_footer=any(group[0].foot for group in groups))
+        result.add_column("Site", "All of them", overflow="fold")
+        for column in columns:
+            result.add_column(column.title, column.foot, justify=column.justify, no_wrap=True)
+        for line in self.lines:
+            result.add_row(Text(plain(line.name)), *(Text(column.cell(line)) for column in columns))
+        return result
+
+
+def _bare(show_footer: bool = False) -> Table:
+    return Table(
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        show_footer=show_footer,
+        header_style="bold",
+        footer_style="bold",
+        pad_edge=False,
+        collapse_padding=True,
+        padding=(0, 1, 0, 0),
+    )
+
+
+def _becomes(report: Report) -> list[_Columns]:
+    """What a site is and becomes; columns of a group stay in one table."""
+    return [list(_convolution_columns(report)), list(_operator_columns(report))]
+
+
+def _costs(report: Report) -> list[_Columns]:
+    """What a site costs and keeps."""
+    params = _change_columns("Params", lambda line: line.params, report.sites_params)
+    macs = _change_columns("MACs", lambda line: line.macs, report.sites_macs)
+    kept = [_Column("Kept", _kept)] if report.inheritance else []
+    return [list(params), [*macs, *kept]]
+
+
+def _convolution_columns(report: Report) -> Iterator[_Column]:
+    if len(report.variants) > 1:
+        yield _Column("Variant", lambda line: line.site.variant, justify="left")
+    yield _Column("In", lambda line: str(line.site.in_channels))
+    yield _Column("Out", lambda line: str(line.site.out_channels))
+    yield _Column("Kernel", lambda line: kernel(line.site.kernel_size, line.site.stride), justify="left")
+    yield _Column("Map", lambda line: size(line.site.resolution))
+
+
+def _operator_columns(report: Report) -> Iterator[_Column]:
+    if any(site.value_channels for site in report.sites):
+        yield _Column("Heads", lambda line: _or_dash(line.site.heads))
+        yield _Column("Keys", lambda line: _or_dash(line.site.key_channels))
+        yield _Column("Values", lambda line: _or_dash(line.site.value_channels))
+        yield _Column("Pool", lambda line: _or_dash(line.site.value_channels and line.site.attention_pool))
+    if any(site.reduction for site in report.sites):
+        yield _Column("r", lambda line: _or_dash(line.site.reduction))
+
+
+def _or_dash(number: int) -> str:
+    return str(number or "-")
+
+
+def _change_columns(title: str, counts: Callable[[Line], Change], total: Change) -> Iterator[_Column]:
+    yield _Column(f"{title}\nbefore", lambda line: amount(counts(line).before), amount(total.before))
+    yield _Column("\nafter", lambda line: amount(counts(line).after), amount(total.after))
+    yield _Column("\nchange", lambda line: percent(counts(line).percent), percent(total.percent))
+
+
+def _kept(line: Line) -> str:
+    records = [site.inheritance for site in line.sites if site.inheritance]
+    if not records or records[0].kind != "carried":
+        return records[0].kind if records else ""
+    return span((record.share for record in records), lambda value: share(value, digits=0))
+
+
+def _skipped_heading(report: Report) -> Text:
+    number = sum(len(group.names) for group in report.skipped)
+    return Text(f"{counted(number, 'convolution stays as it is', 'convolutions stay as they are')}\n", style="bold")
+
+
+def _skipped(report: Report, full: bool) -> Table:
+    result = _bare()
+    result.add_column("Number", justify="right", no_wrap=True)
+    result.add_column("Why", ratio=2)
+    result.add_column("Which", ratio=3, style="dim", overflow="fold")
+    for group in report.skipped:
+        names = [plain(name) for name, _ in fold_names(group.names)]
+        if len(names) > _NAMES_SHOWN and not full:
+            names = [*names[: _NAMES_SHOWN - 1], "..."]
+        result.add_row(str(len(group.names)), Text(plain(group.reason)), Text(", ".join(names)))
+    return result
+
+
+def _totals(report: Report) -> Table:
+    result = _bare()
+    result.add_column("Whole model")
+    for title in ("before", "after", "change", "", "budget", "left"):
+        result.add_column(title, justify="right", no_wrap=True)
+    result.add_row("Parameters", *_change(report.params, "{:,}".format), *_limit(report.params_limit, "{:,}".format))
+    result.add_row("Multiply-adds (MACs)", *_change(report.macs, amount), *_limit(report.macs_limit, amount))
+    result.add_row("FLOPs", *_change(report.flops, amount), "", "")
+    return result
+
+
+def _change(change: Change, show: Callable[[int], str]) -> tuple[str | Text, ...]:
+    delta = f"{change.delta:+,}" if show is not amount else signed_amount(change.delta)
+    return show(change.before), Text(show(change.after), style="bold"), delta, percent(change.percent)
+
+
+def _limit(limit: Limit, show: Callable[[int], str]) -> tuple[str | Text, ...]:
+    if limit.left is None:
+        return limit.asked, "-"
+    return limit.asked, Text(show(limit.left), style="green" if limit.left >= 0 else "red")
+
+
+def _notes(report: Report) -> Text:
+    notes = ["MACs are the multiply-adds of one image; FLOPs = 2 x multiply-adds."]
+    if report.key_ratio and report.value_ratio:
+        notes += [
+            "Keys and Values are attention's channels; on a map Pool times smaller where Pool is not 1.",
+            f"Attained ratios to the output channels: keys {report.key_ratio.overall:.3f}, "
+            f"values {report.value_ratio.overall:.3f}.",
+        ]
+    if report.inheritance:
+        kinds = ", ".join(f"{number} {kind}" for kind, number in report.inheritance.items() if number)
+        notes.append(f"Kept is the share of the source's filters by importance: {kinds}.")
+    if report.weights:
+        notes.append(f"Source weights: {plain(report.weights)}.")
+    return Text("\n".join(notes), style="dim")

@@ -1,0 +1,191 @@
+"""A report as JSON, CSV and Markdown."""
+
+import csv
+import io
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import Any
+
+from augment_cli.report.folding import fold_names
+from augment_cli.report.numbers import Change, Limit, Report, SiteRow
+from augment_cli.report.units import UNITS, amount, counted, kernel, percent, plain, share, signed_amount, size
+
+SCHEMA = 1
+
+
+def to_json(report: Report) -> str:
+    """Everything, numbers as numbers; what is not known or does not apply is null."""
+    recipe = report.recipe
+    data = {
+        "schema": SCHEMA,
+        "model": report.model,
+        "model_args": report.model_args,
+        "input_size": report.input_size,
+        "recipe": {
+            "name": recipe.name,
+            "sha256": recipe.sha256,
+            "status": recipe.status,
+            "source": recipe.source.model_dump() if recipe.source else None,
+        },
+        "plan_sha256": report.plan_sha256,
+        "units": UNITS,
+        "totals": {
+            "params": _change(report.params) | _limit(report.params_limit),
+            "macs": _change(report.macs) | _limit(report.macs_limit),
+            "flops": _change(report.flops),
+        },
+        "sites_totals": {
+            "sites": len(report.sites),
+            "convolutions": report.convolutions,
+            "params": _change(report.sites_params),
+            "macs": _change(report.sites_macs),
+            "key_ratio": asdict(report.key_ratio) if report.key_ratio else None,
+            "value_ratio": asdict(report.value_ratio) if report.value_ratio else None,
+            "inheritance": report.inheritance,
+        },
+        "sites": [_site(site) for site in report.sites],
+        "skipped": [
+            {"reason": group.reason, "count": len(group.names), "names": group.names} for group in report.skipped
+        ],
+        "weights": report.weights,
+        "source_sha256": report.source_sha256,
+        "versions": report.versions,
+    }
+    return json.dumps(data, indent=2) + "\n"
+
+
+def _change(change: Change) -> dict[str, Any]:
+    keys = ("before", "after", "delta", "percent", "ratio")
+    return {key: getattr(change, key) for key in keys}
+
+
+def _limit(limit: Limit) -> dict[str, Any]:
+    return {"budget": limit.asked, "limit": limit.most, "left": limit.left}
+
+
+def _site(site: SiteRow) -> dict[str, Any]:
+    data = asdict(site) | {"params": _change(site.params), "macs": _change(site.macs)}
+    data["inheritance"] = site.inheritance.model_dump(exclude={"name"}) if site.inheritance else None
+    return data
+
+
+def to_csv(report: Report) -> str:
+    """A row for each site under a row of names, numbers in full; what does not apply is 0, what is unknown empty."""
+    stream = io.StringIO()
+    rows = [_csv_row(site) for site in report.sites]
+    writer = csv.DictWriter(stream, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return stream.getvalue()
+
+
+def _csv_row(site: SiteRow) -> dict[str, Any]:
+    row = asdict(site)
+    for key, sides in (("kernel_size", "kernel"), ("stride", "stride"), ("resolution", "map")):
+        row |= {f"{sides}_height": row[key][0], f"{sides}_width": row.pop(key)[1]}
+    for key in ("params", "macs"):
+        change = getattr(site, key)
+        row |= {f"{key}_before": change.before, f"{key}_after": change.after, f"{key}_delta": change.delta}
+        del row[key]
+    record = row.pop("inheritance")
+    return row | {
+        "inheritance": record.kind if record else None,
+        "filters_kept": record.kept if record else None,
+        "filters_given_up": record.given_up if record else None,
+        "importance_share": record.share if record else None,
+    }
+
+
+def to_markdown(report: Report) -> str:
+    """Totals, every site, and what is skipped by reason."""
+    skipped = sum(len(group.names) for group in report.skipped)
+    parts = [
+        f"# {code(report.model)} with recipe {code(report.recipe.name)}",
+        f"{len(report.sites)} of {counted(report.convolutions, 'convolution')} replaced, "
+        f"for images of {size(report.input_size)}.",
+        totals_table(report),
+        "Multiply-adds are those of one image; FLOPs = 2 x multiply-adds.",
+        f"## {counted(len(report.sites), 'site')}",
+        _sites_table(report),
+    ]
+    if skipped:
+        parts += [f"## {counted(skipped, 'convolution stays as it is', 'convolutions stay as they are')}"]
+        parts += [skipped_table(report)]
+    return "\n\n".join(parts) + "\n"
+
+
+def totals_table(report: Report) -> str:
+    """Parameters, multiply-adds and FLOPs of the whole model, and what is left of the budget."""
+    params = (f"{report.params.before:,}", f"{report.params.after:,}", f"{report.params.delta:+,}")
+    rows = [
+        ("Parameters", *params, percent(report.params.percent), *_markdown_limit(report.params_limit)),
+        ("Multiply-adds", *_amounts(report.macs), *_markdown_limit(report.macs_limit)),
+        ("FLOPs", *_amounts(report.flops), "", ""),
+    ]
+    return markdown_table(("Whole model", "Before", "After", "Change", "%", "Budget", "Left"), rows)
+
+
+def _amounts(change: Change) -> tuple[str, ...]:
+    return amount(change.before), amount(change.after), signed_amount(change.delta), percent(change.percent)
+
+
+def _markdown_limit(limit: Limit) -> tuple[str, str]:
+    return limit.asked, "" if limit.left is None else f"{limit.left:,}"
+
+
+def _sites_table(report: Report) -> str:
+    names = (
+        "Site Variant In Out Kernel Map Heads Keys Values Pool r "
+        "Parameters|before Parameters|after % Multiply-adds|before Multiply-adds|after %"
+    )
+    titles = [name.replace("|", " ") for name in names.split()]
+    inherited = bool(report.inheritance)
+    titles += ["Inherited", "Filters", "Importance"] if inherited else []
+    return markdown_table(titles, (_markdown_row(site, inherited) for site in report.sites), left=2)
+
+
+def _markdown_row(site: SiteRow, inherited: bool) -> list[str]:
+    heads = (site.heads, site.key_channels, site.value_channels, site.attention_pool if site.value_channels else 0)
+    row = [code(site.name), site.variant, str(site.in_channels), str(site.out_channels)]
+    row += [kernel(site.kernel_size, site.stride), size(site.resolution)]
+    row += [str(number or "-") for number in (*heads, site.reduction)]
+    row += [f"{site.params.before:,}", f"{site.params.after:,}", percent(site.params.percent)]
+    row += [amount(site.macs.before), amount(site.macs.after), percent(site.macs.percent)]
+    if inherited:
+        record = site.inheritance
+        kept = f"{record.kept} of {record.kept + record.given_up}" if record else ""
+        row += [record.kind, kept, share(record.share)] if record else ["", "", ""]
+    return row
+
+
+def skipped_table(report: Report) -> str:
+    """What stays as it is, by reason."""
+    rows = (
+        (str(len(group.names)), escape(group.reason), ", ".join(code(short) for short, _ in fold_names(group.names)))
+        for group in report.skipped
+    )
+    return markdown_table(("Number", "Why", "Which"), rows, left=0, right=1)
+
+
+def markdown_table(
+    titles: Iterable[str], rows: Iterable[Iterable[str]], left: int = 1, right: int | None = None
+) -> str:
+    """A table whose first `left` columns are text and the next `right`, or all others, numbers."""
+    titles = list(titles)
+    right = len(titles) - left if right is None else right
+    rule = ["---"] * left + ["---:"] * right + ["---"] * (len(titles) - left - right)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (titles, rule, *rows))
+
+
+def code(text: str) -> str:
+    """Text as a Markdown code span, whatever is in it, in a table too."""
+    text = plain(text).replace("|", "\\|")
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    return f"{fence} {text} {fence}" if text.startswith("`") or text.endswith("`") else f"{fence}{text}{fence}"
+
+
+def escape(text: str) -> str:
+    """Text that Markdown shows as it is."""
+    return re.sub(r"([\\`*_{}\[\]<>#|~&])", r"\\\1", plain(text))

@@ -1,0 +1,83 @@
+"""Numbers and names as people read them. Every view prints through these, so that all views agree."""
+
+from collections.abc import Callable, Iterable
+
+_SIZES = ((10**12, "T"), (10**9, "G"), (10**6, "M"), (10**3, "k"))
+
+UNITS = {
+    "params": "parameters",
+    "macs": "multiply-adds of one image",
+    "flops": "floating-point operations of one image; FLOPs = 2 x multiply-adds",
+}
+
+
+def amount(number: int) -> str:
+    """Four digits and a decimal prefix.
+
+    >>> amount(25557032), amount(4089184256), amount(-18648), amount(999999), amount(512)
+    ('25.56M', '4.089G', '-18.65k', '1.000M', '512')
+    """
+    for size, prefix in _SIZES:
+        if abs(number) >= 0.99995 * size:  # what rounds to 1000k is 1.000M
+            return f"{number / size:#.4g}{prefix}"
+    return str(number)
+
+
+def signed_amount(number: int) -> str:
+    return f"{'+' if number > 0 else ''}{amount(number)}"
+
+
+def percent(value: float | None) -> str:
+    """A change in percent; one that is there never reads as none.
+
+    >>> percent(2.5755), percent(-34.26), percent(-0.00031), percent(0), percent(None)
+    ('+2.58%', '-34.3%', '-0.0003%', '0%', 'n/a')
+    """
+    if value is None:
+        return "n/a"
+    if not value:
+        return "0%"
+    text = f"{value:+.1f}" if abs(value) >= 10 else f"{value:+.2f}"
+    return f"{text if float(text) else f'{value:+.1g}'}%"
+
+
+def share(value: float, digits: int = 1) -> str:
+    """A part of a whole. What is not all of it never reads 100%, and what is not nothing never 0%.
+
+    >>> share(0.9399), share(0.9999), share(1), share(0.0001, digits=0)
+    ('94.0%', '>99.9%', '100%', '<1%')
+    """
+    hair = 10**-digits
+    if 0 < value < 1 and round(100 * value, digits) in (0, 100):
+        return f">{100 - hair:.{digits}f}%" if value > 0.5 else f"<{hair:.{digits}f}%"
+    return f"{100 * value:.{digits if 0 < value < 1 else 0}f}%"
+
+
+def span(values: Iterable[float], show: Callable[[float], str]) -> str:
+    """The least and the most of some values, or the one that they all read as."""
+    ordered = sorted(values)
+    least, most = show(ordered[0]), show(ordered[-1])
+    return least if least == most else f"{least.removesuffix('%')}-{most}"
+
+
+def size(pair: Iterable[int]) -> str:
+    return "x".join(map(str, pair))
+
+
+def kernel(kernel_size: tuple[int, int], stride: tuple[int, int]) -> str:
+    """A kernel's size and, where it is not 1, its stride.
+
+    >>> kernel((3, 3), (2, 2)), kernel((3, 3), (1, 1)), kernel((1, 7), (2, 1))
+    ('3x3 /2', '3x3', '1x7 /2x1')
+    """
+    short = str(stride[0]) if stride[0] == stride[1] else size(stride)
+    return size(kernel_size) + ("" if short == "1" else f" /{short}")
+
+
+def counted(number: int, singular: str, plural: str | None = None) -> str:
+    return f"{number:,} {singular if number == 1 else plural or singular + 's'}"
+
+
+def plain(text: str) -> str:
+    """A name from outside without control characters, which a terminal or a browser might obey."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

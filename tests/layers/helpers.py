@@ -1,0 +1,43 @@
+"""What the tests of the layers share."""
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.func import functional_call
+
+seeds = st.integers(0, 2**31)
+
+
+def pairs(*values: int) -> st.SearchStrategy:
+    """One of the values for both axes, or one for each."""
+    return st.sampled_from(values) | st.tuples(st.sampled_from(values), st.sampled_from(values))
+
+
+def randomised(layer: nn.Module, seed: int) -> nn.Module:
+    """Every parameter normal around 1/2 (so that ReLUs are open, and no part is zero), every channel order shuffled."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.normal_(0.5, generator=generator)
+        for name, buffer in layer.named_buffers():
+            if name.endswith("channel_order"):
+                buffer.copy_(torch.randperm(len(buffer), generator=generator))
+    return layer
+
+
+def normal(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def assert_equal(actual: Tensor, expected: Tensor, tolerance: float = 1e-10) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
+
+
+def assert_gradients(layer: nn.Module, x: Tensor) -> None:
+    """Analytic gradients are the numeric ones, for the input and for every parameter."""
+    names, parameters = zip(*layer.named_parameters(), strict=True)
+
+    def run(x: Tensor, *values: Tensor) -> Tensor:
+        return functional_call(layer, dict(zip(names, values, strict=True)), x)
+
+    assert torch.autograd.gradcheck(run, [t.detach().clone().requires_grad_() for t in (x, *parameters)])

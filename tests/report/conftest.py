@@ -1,0 +1,93 @@
+import pytest
+
+from augment_cli.header import Header, Inheritance
+from augment_cli.plan import Plan, SitePlan, Skipped
+from augment_cli.recipe import Budget, load_recipe
+from augment_cli.report import Report
+
+HOSTILE = "<script>alert(1)</script>|`[red]x[/red]`\x1b[31m"
+
+
+def site(name: str, **changed) -> SitePlan:
+    """A 3x3 convolution of 128 channels, attention-augmented; its counts are made up."""
+    attention = {"heads": 8, "key_channels": 160, "value_channels": 8, "attention_pool": 2}
+    counts = {"params_before": 1000, "params_after": 1100, "macs_before": 20_000, "macs_after": 19_000}
+    shape = {"in_channels": 128, "out_channels": 128, "kernel_size": (3, 3), "stride": (1, 1), "resolution": (28, 28)}
+    return SitePlan(**{"name": name, "variant": "aa"} | shape | attention | counts | changed)
+
+
+def attended(name: str, **changed) -> SitePlan:
+    """The same under AW alone."""
+    none = {"heads": 0, "key_channels": 0, "value_channels": 0, "attention_pool": 1}
+    return site(name, **{"variant": "aw", "reduction": 16} | none | changed)
+
+
+def plan(*sites: SitePlan, skipped: tuple[tuple[str, str], ...] = (), **changed) -> Plan:
+    """A plan whose model has 50,000 parameters and 3,000,000,000 multiply-adds besides its sites."""
+    totals = {
+        f"{count}_{side}": rest + sum(getattr(entry, f"{count}_{side}") for entry in sites)
+        for count, rest in (("params", 50_000), ("macs", 3_000_000_000))
+        for side in ("before", "after")
+    }
+    recipe = load_recipe("aa")
+    values = {"model": "resnet50.a1_in1k", "input_size": (3, 224, 224), "recipe": "aa"} | totals
+    values |= {"recipe_sha256": recipe.digest(), "budget": recipe.budget, "sites": sites}
+    values["skipped"] = [Skipped(name=name, reason=reason) for name, reason in skipped]
+    return Plan(**values | changed)
+
+
+def header(made: Plan, weights: str = "pretrained") -> Header:
+    kinds = {True: "carried", False: "exact"}
+    records = tuple(
+        Inheritance(
+            name=entry.name,
+            kind=kinds[entry.value_channels > 0],
+            kept=entry.out_channels - entry.value_channels,
+            given_up=entry.value_channels,
+            share=0.9 if entry.value_channels else 1,
+        )
+        for entry in made.sites
+    )
+    versions = {"python": "3.11.0", "torch": "2.9.0"}
+    return Header(plan=made, weights=weights, source_sha256="ab" * 32, inheritance=records, versions=versions)
+
+
+@pytest.fixture
+def small() -> Plan:
+    """Two stages, one site that is unlike the others, three reasons to be skipped."""
+    return plan(
+        *(site(f"layer3.{i}.conv2") for i in range(6)),
+        site("layer4.0.conv2", stride=(2, 2), resolution=(14, 14), attention_pool=1, params_after=950, key_channels=80),
+        skipped=(
+            ("conv1", "stem: reads the image"),
+            *((f"layer3.{i}.conv1", "1x1 kernel, the recipe takes 3x3") for i in range(6)),
+            ("layer1.0.conv2", "map too large: 112x112"),
+        ),
+    )
+
+
+@pytest.fixture
+def report(small: Plan) -> Report:
+    return Report.of(small, header(small))
+
+
+@pytest.fixture
+def hostile() -> Report:
+    made = plan(
+        site(f"{HOSTILE}.0"),
+        site(f"{HOSTILE}.1"),
+        skipped=((f"skip.{HOSTILE}", HOSTILE),),
+        model=HOSTILE,
+        recipe=HOSTILE,
+        model_args={HOSTILE: HOSTILE},
+        budget=Budget(params="keep", macs="-10%"),
+    )
+    made_header = header(made, weights=HOSTILE)
+    return Report.of(made, made_header.model_copy(update={"versions": {HOSTILE: HOSTILE}}))
+
+
+@pytest.fixture
+def many() -> Report:
+    """As many sites as hrnet_w18 has, no two alike."""
+    made = plan(*(site(f"stage{i % 4}.{i // 40}.block.{i}.conv", params_after=1000 + i) for i in range(270)))
+    return Report.of(made, header(made))

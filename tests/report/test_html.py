@@ -1,0 +1,127 @@
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from augment_cli.report import Report
+from augment_cli.report.html import to_html
+from augment_cli.report.markup import Markup, tag
+from tests.report.conftest import attended, header, plan, site
+
+VOID = {"meta", "br"}
+
+
+class Page(HTMLParser):
+    """Holds tags to balance; gathers elements and the text of each kind."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open, self.elements, self.texts = [], [], {}
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, name, attributes):
+        self.elements.append((name, dict(attributes)))
+        if name not in VOID:
+            self.open.append(name)
+
+    def handle_endtag(self, name):
+        assert self.open.pop() == name
+
+    def handle_data(self, data):
+        self.texts.setdefault(self.open[-1] if self.open else "", []).append(data)
+
+    def all(self, name: str) -> list[dict]:
+        return [attributes for element, attributes in self.elements if element == name]
+
+
+def one_site() -> Report:
+    return Report.of(plan(site("features.40")))
+
+
+def exact() -> Report:
+    made = plan(attended("a.0.conv"), attended("a.1.conv"))
+    return Report.of(made, header(made))
+
+
+@pytest.mark.parametrize("name", ["report", "hostile", "many"])
+def test_tags_balance(name: str, request: pytest.FixtureRequest):
+    Page(to_html(request.getfixturevalue(name)))
+
+
+def test_tags_balance_for_one_site_without_a_header():
+    page = Page(to_html(one_site()))
+    assert len(page.all("rect")) == 4
+    assert "augment-cli plan" in page.texts["p"]
+
+
+def test_every_site_has_a_row_and_bars(report: Report):
+    page = Page(to_html(report))
+    rows = [text for text in page.texts["code"] if text.startswith(("layer3", "layer4")) and text.endswith("conv2")]
+    assert rows == [entry.name for entry in report.sites]
+    assert len(page.all("rect")) == 2 * 2 * len(report.sites)
+
+
+def test_many_sites_share_bars_but_have_rows(many: Report):
+    page = Page(to_html(many))
+    assert len(page.all("rect")) <= 2 * 2 * 30
+    assert {entry.name for entry in many.sites} <= set(page.texts["code"])
+
+
+def test_headline_numbers(report: Report):
+    text = to_html(report)
+    for number in ("57.55k", "of 15", "57,550", "\N{MINUS SIGN}550", "6.000G FLOPs", "90%"):
+        assert number in text
+
+
+def test_loads_nothing(report: Report):
+    text = to_html(report)
+    assert not re.search(r"https?:|//|url\(|@import|src=|href=", text.replace("</", "").replace("/>", ""))
+    assert not Page(text).all("script")
+    policy = next(meta for meta in Page(text).all("meta") if meta.get("http-equiv"))
+    assert "default-src 'none'" in policy["content"]
+
+
+def test_hostile_names_stay_text(hostile: Report):
+    text = to_html(hostile)
+    assert "<script" not in text
+    assert "&lt;script&gt;" in text
+    assert "\x1b" not in text
+
+
+def test_charts_and_tables_are_described(report: Report):
+    page = Page(to_html(report))
+    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    for chart in page.all("svg"):
+        assert chart["role"] == "img"
+        assert set(chart["aria-labelledby"].split()) <= set(ids)
+    assert len(page.all("caption")) == len(page.all("table")) == 2
+    assert all(cell.get("scope") in ("row", "col", "colgroup") for cell in page.all("th"))
+
+
+def test_rows_are_as_wide_as_the_head(report: Report):
+    table = to_html(report).partition('<table class="sites">')[2].partition("</table>")[0]
+    titles = sum(int(span) for span in re.findall(r'colspan="(\d+)"', table)) + 1
+    for row in re.findall(r"<tr>(.*?)</tr>", table)[2:]:
+        assert len(re.findall(r"<t[hd][ >]", row)) == titles
+
+
+def test_says_whether_to_fine_tune(report: Report):
+    assert "Fine-tune before use." in to_html(report)
+    assert "Fine-tune" not in to_html(exact())
+    assert "our reading of AW" in to_html(exact())
+
+
+def test_light_dark_and_print(report: Report):
+    style = "".join(Page(to_html(report)).texts["style"])
+    for query in ("prefers-color-scheme: dark", "@media print", "max-width"):
+        assert query in style
+    used = set(re.findall(r"var\((--[\w-]+)\)", style))
+    assert used <= set(re.findall(r"(--[\w-]+):", style))
+
+
+def test_markup_escapes_what_is_not_markup():
+    assert tag("b", "<i>", Markup("<i></i>")) == "<b>&lt;i&gt;<i></i></b>"
+    assert tag("b", class_='"x"') == '<b class="&quot;x&quot;"></b>'

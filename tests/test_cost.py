@@ -1,0 +1,115 @@
+"""The closed forms against counting, for every recipe and a dozen architectures."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from augment_cli import cost, source, surgery
+from augment_cli.graph import analyze, count_parameters, meta_copy
+from augment_cli.recipe import builtin_recipes
+from augment_cli.site import ConvSite
+from tests.conftest import plan_of
+
+MODELS = [
+    "resnet18",
+    "resnet50",
+    "resnet101",
+    "vgg11",
+    "vgg16_bn",
+    "densenet121",
+    "cspdarknet53",
+    "hrnet_w18_small",
+    "tf_efficientnetv2_b0",
+    "nf_resnet50",
+    "resnetv2_50x1_bit",
+    "inception_v3",
+    "repvgg_a0",
+]
+
+
+@pytest.mark.parametrize("recipe", builtin_recipes())
+@pytest.mark.parametrize("model", MODELS)
+def test_planned_counts_are_the_built_models(model, recipe):
+    overrides = [] if recipe in ("aa", "aw", "aa-aw") else ["sites.stages=[]", "sites.positions=[]"]
+    if model == "densenet121" and "sites.stages=[]" in overrides:
+        overrides.append("sites.heads=2")  # 32 channels are too few for eight heads
+    plan = plan_of(model, recipe, *overrides)
+    _, built = source.describe(model)
+    surgery.apply_plan(built, plan)
+    counted = analyze(built, plan.input_size)
+    assert plan.params_after == counted.params
+    assert plan.macs_after == counted.macs
+    for site in plan.sites:
+        assert count_parameters(built.get_submodule(site.name)) == site.params_after
+
+
+PUBLISHED = [
+    ("resnet50", "aa-resnet", (), 25_809_392),
+    ("resnet101", "aa-resnet", (), 45_386_728),
+    ("resnet50", "aa-ratio", (), 24_303_728),
+    ("resnet50", "aa-ratio", ("sites.key_ratio=1.0", "sites.value_ratio=1.0"), 19_383_560),
+    ("resnet50", "aw-resnet", (), 25_719_128),
+]
+
+
+@pytest.mark.parametrize(("model", "recipe", "overrides", "params"), PUBLISHED)
+def test_published_parameter_counts_are_reproduced(model, recipe, overrides, params):
+    assert plan_of(model, recipe, *overrides).params_after == params
+
+
+def test_multiply_adds_of_aa_resnet50_and_its_published_neighbours():
+    gflops = {
+        name: round(2 * plan_of("resnet50", *args).macs_after / 1e9, 2)
+        for name, args in {
+            "paper": ("aa-resnet",),
+            "quarter": ("aa-ratio",),
+            "all": ("aa-ratio", "sites.key_ratio=1.0", "sites.value_ratio=1.0"),
+        }.items()
+    }
+    assert gflops == {"paper": 8.41, "quarter": 8.0, "all": 6.58}
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_a_single_site_costs_what_the_module_counts(data):
+    draw = data.draw
+    heads = draw(st.sampled_from([1, 2, 4]))
+    aa = draw(st.booleans())
+    aw = draw(st.booleans()) or not aa
+    out_channels = 4 * draw(st.integers(2, 6))
+    conv = nn.Conv2d(
+        draw(st.integers(1, 24)),
+        out_channels,
+        draw(st.sampled_from([1, 3, 5])),
+        draw(st.integers(1, 2)),
+        bias=draw(st.booleans()),
+        device="meta",
+    )
+    conv.padding = tuple((k - 1) // 2 for k in conv.kernel_size)
+    size = (draw(st.integers(5, 12)), draw(st.integers(5, 12)))
+    before = analyze(nn.Sequential(nn.Identity(), conv), (conv.in_channels, *size))
+    site = before.sites[0]
+    choice = cost.Choice(
+        heads if aa else 0,
+        heads * draw(st.integers(1, 4)) if aa else 0,
+        heads * draw(st.integers(1, (out_channels - 1) // heads)) if aa else 0,
+        draw(st.integers(1, 3)) if aa else 1,
+        draw(st.sampled_from([r for r in range(1, 25) if conv.in_channels % r == 0])) if aw else 0,
+    )
+    module = surgery.replacement(meta_copy(conv), _as_plan(site, choice))
+    assert count_parameters(module) == cost.params(site, choice)
+    with FlopCounterMode(display=False) as flops:
+        module(torch.empty(1, conv.in_channels, *size, device="meta"))
+    assert flops.get_total_flops() == 2 * cost.macs(site, choice)
+
+
+def _as_plan(site: ConvSite, choice: cost.Choice):
+    from augment_cli.plan import SitePlan
+
+    variant = "+".join(v for v, there in (("aa", choice.value_channels), ("aw", choice.reduction)) if there)
+    fields = {key: getattr(site, key) for key in ("in_channels", "out_channels", "kernel_size", "stride", "resolution")}
+    choices = {key: getattr(choice, key) for key in choice.__slots__}
+    return SitePlan(name=site.name, variant=variant, **fields, **choices)

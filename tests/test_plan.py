@@ -1,0 +1,120 @@
+import json
+
+import pytest
+
+from augment_cli.errors import AugmentError
+from augment_cli.plan import Plan, fit_plan, natural, parse_plan
+from tests.conftest import graph_of, plan_of
+
+TOP = ["schema", "model", "recipe", "params_before", "params_after", "macs_before", "macs_after", "sites", "skipped"]
+SITE = [
+    *["name", "variant", "in_channels", "out_channels", "kernel_size", "stride", "resolution", "heads"],
+    *["key_channels", "value_channels", "attention_pool", "reduction"],
+    *["params_before", "params_after", "macs_before", "macs_after"],
+]
+
+
+def data(**changes):
+    return json.loads(plan_of("resnet18", "aa").to_json()) | changes
+
+
+def test_the_json_has_the_names_that_scripts_rely_on():
+    plan = data()
+    assert set(TOP) <= plan.keys()
+    assert plan["schema"] == 1
+    assert plan["recipe"] == "aa"
+    assert list(plan["sites"][0]) == SITE
+    assert set(plan["skipped"][0]) == {"name", "reason"}
+
+
+def test_json_and_back_is_the_same_plan_with_the_same_hash():
+    plan = plan_of("resnet18", "aa-aw")
+    again = parse_plan(plan.to_json(), "plan")
+    assert again == plan
+    assert hash(again) == hash(plan)
+    assert again.digest() == plan.digest()
+    assert {plan: 1}[again] == 1
+
+
+def test_a_plan_is_frozen_and_sorted_whatever_order_it_came_in():
+    plan = plan_of("resnet101", "aa")
+    shuffled = data()
+    shuffled["sites"].reverse()
+    assert parse_plan(json.dumps(shuffled), "plan") == plan_of("resnet18", "aa")
+    names = [site.name for site in plan.sites]
+    assert names == sorted(names, key=natural)
+    assert names.index("layer3.9.conv2") < names.index("layer3.10.conv2")
+    with pytest.raises(ValueError, match="frozen"):
+        plan.params_after = 1
+
+
+def test_totals_are_the_sums_of_the_sites():
+    for recipe in ("aa", "aw", "aa-aw"):
+        plan = plan_of("resnet50", recipe)
+        assert plan.params_after - plan.params_before == sum(s.params_after - s.params_before for s in plan.sites)
+        assert plan.macs_after - plan.macs_before == sum(s.macs_after - s.macs_before for s in plan.sites)
+
+
+def test_model_arguments_survive_and_are_hashable():
+    plan = Plan.model_validate(data(model_args={"num_classes": 10, "img_size": [64, 96]}))
+    assert dict(plan.model_args) == {"num_classes": 10, "img_size": (64, 96)}
+    assert json.loads(plan.to_json())["model_args"] == {"num_classes": 10, "img_size": [64, 96]}
+    hash(plan)
+
+
+def edited(change) -> str:
+    plan = data()
+    change(plan)
+    return json.dumps(plan)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p: p.update(schema=2), "has schema 2, and this version reads 1: install a newer"),
+        (lambda p: p.update(sitse=[]), "unknown key sitse; did you mean sites"),
+        (lambda p: p["sites"][0].update(head=4), "unknown key sites.0.head; did you mean heads"),
+        (lambda p: p.update(sites=[]), "sites: Tuple should have at least 1 item"),
+        (lambda p: p["sites"][0].update(key_channels=7), "key_channels=7 is not a positive multiple of heads=2"),
+        (lambda p: p["sites"][0].update(value_channels=66), "value_channels=66 is more than 64"),
+        (lambda p: p["sites"][0].update(reduction=16), "variant aa does not go with"),
+        (lambda p: p["sites"].append(p["sites"][0]), "named more than once: layer1.0.conv1"),
+        (lambda p: p.update(model_args={"checkpoint_path": "/x"}), "sets checkpoint_path, which no plan may"),
+        (lambda p: p.pop("model"), "model: Field required"),
+    ],
+)
+def test_a_bad_plan_is_refused_with_the_place_and_the_reason(change, message):
+    with pytest.raises(AugmentError, match=message):
+        parse_plan(edited(change), "plan x.json")
+
+
+def test_text_that_is_not_json_is_refused():
+    for text in ("{", "[" * 100_000, '"a"'):
+        with pytest.raises(AugmentError, match="plan x"):
+            parse_plan(text, "plan x")
+
+
+def test_an_edited_plan_is_counted_anew_and_what_it_leaves_out_is_skipped():
+    plan = data()
+    dropped = plan["sites"].pop()["name"]
+    plan["sites"][0].update(key_channels=16, value_channels=10, params_after=0)
+    fitted = fit_plan(parse_plan(json.dumps(plan), "plan"), graph_of("resnet18"), "plan")
+    assert fitted.params_after - fitted.params_before == sum(s.params_after - s.params_before for s in fitted.sites)
+    assert fitted.sites[0].params_after > 0
+    assert {s.name: s.reason for s in fitted.skipped}[dropped] == "not in the plan"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"name": "layer1.0.conv9"}, "no convolution layer1.0.conv9; did you mean layer1.0.conv"),
+        ({"in_channels": 32}, r"layer1.0.conv1 has in_channels 64 in the model, and 32 in the plan"),
+        ({"stride": [2, 2]}, r"has stride \(1, 1\) in the model"),
+        ({"name": "fc"}, "no convolution fc"),
+    ],
+)
+def test_a_plan_that_does_not_fit_the_model_is_refused(change, message):
+    plan = data()
+    plan["sites"][0].update(change)
+    with pytest.raises(AugmentError, match=message):
+        fit_plan(parse_plan(json.dumps(plan), "plan"), graph_of("resnet18"), "plan x")

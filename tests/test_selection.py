@@ -1,0 +1,105 @@
+import re
+
+import pytest
+
+from augment_cli.errors import AugmentError
+from augment_cli.recipe import load_recipe
+from augment_cli.selection import select
+from tests.conftest import graph_of
+
+
+def chosen(model: str, recipe: str, *overrides: str) -> list[str]:
+    return [site.name for site, _ in select(graph_of(model).sites, load_recipe(recipe, overrides).sites).chosen]
+
+
+def reasons(model: str, recipe: str, *overrides: str) -> dict[str, str]:
+    return dict(select(graph_of(model).sites, load_recipe(recipe, overrides).sites).skipped)
+
+
+def test_every_convolution_is_either_chosen_or_has_a_reason():
+    for model in ("resnet50", "hrnet_w18", "tf_efficientnetv2_s"):
+        selection = select(graph_of(model).sites, load_recipe("aa").sites)
+        names = [site.name for site, _ in selection.chosen] + [name for name, _ in selection.skipped]
+        assert sorted(names) == sorted(site.name for site in graph_of(model).sites)
+        assert all(reason for _, reason in selection.skipped)
+
+
+def test_selectors_narrow_the_choice():
+    assert chosen("resnet34", "aw", "sites.names=layer4.*") == [f"layer4.{i}.conv{j}" for i in range(3) for j in (1, 2)]
+    assert chosen("resnet34", "aw", "sites.regex=4\\.\\d\\.conv2$") == [f"layer4.{i}.conv2" for i in range(3)]
+    assert chosen("resnet34", "aw", "sites.stages=4", "sites.positions=-1") == [f"layer4.{i}.conv2" for i in range(3)]
+    assert chosen("resnet34", "aw", "sites.stages=4", "sites.exclude=*.conv1", "sites.exclude=*.0.*") == [
+        "layer4.1.conv1",
+        "layer4.1.conv2",
+        "layer4.2.conv1",
+        "layer4.2.conv2",
+    ]
+    assert len(chosen("resnet34", "aw", "sites.largest_map=49")) == 6
+    assert len(chosen("resnet34", "aw", "sites.smallest_width=256")) == 18
+
+
+def test_the_paper_recipes_choose_what_the_papers_augment():
+    assert chosen("resnet50", "aa-resnet") == [
+        f"layer{stage}.{block}.conv2" for stage, blocks in ((2, 4), (3, 6), (4, 3)) for block in range(blocks)
+    ]
+    assert chosen("resnet34", "aa-resnet34") == [
+        f"layer{stage}.{block}.conv1" for stage, blocks in ((2, 4), (3, 6), (4, 3)) for block in range(blocks)
+    ]
+    assert len(chosen("resnet50", "aw-resnet")) == 16
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "overrides", "reason"),
+    [
+        ("resnet50", "conv1", (), "7x7 kernel, the recipe takes 3x3"),
+        ("resnet50", "layer1.0.conv1", (), "1x1 kernel"),
+        ("resnet50", "conv1", ("sites.kernel=7", "sites.include_stem=true", "sites.names=*"), None),
+        ("resnet50d", "conv1.0", (), "stem: reads the image"),
+        ("resnet50d", "conv1.3", (), r"stem \(sites.include_stem=true takes it\)"),
+        ("resnet50", "layer1.0.conv2", ("sites.names=layer4.*",), "not selected by sites.names"),
+        ("resnet50", "layer1.0.conv2", ("sites.regex=layer4",), "not selected by sites.regex"),
+        ("resnet50", "layer1.0.conv2", ("sites.stages=4",), "not selected by sites.stages: in stage 1"),
+        ("resnet34", "layer1.0.conv2", ("sites.positions=0",), "not selected by sites.positions: position 1"),
+        ("resnet50", "layer1.0.conv2", ("sites.exclude=layer1.*",), "excluded by sites.exclude"),
+        ("resnet50", "layer1.0.conv2", ("sites.largest_map=784",), "map too large: 56x56, over sites.largest_map=784"),
+        ("resnet50", "layer1.0.conv2", ("sites.smallest_width=65",), "too few channels: 64, under"),
+        ("resnet50", "layer1.0.conv2", ("sites.max_attention_pool=2",), "map too large: 56x56 needs attention_pool 4"),
+        ("tf_efficientnetv2_s", "blocks.3.0.conv_dw", (), "depthwise"),
+    ],
+)
+def test_reasons_are_ones_that_a_person_understands(model, name, overrides, reason):
+    if reason is None:
+        with pytest.raises(AugmentError, match="no convolution to replace"):
+            chosen(model, "aa", *overrides)
+    else:
+        assert re.match(reason, reasons(model, "aa", *overrides)[name])
+
+
+def test_a_grouped_convolution_is_named_with_its_groups():
+    with pytest.raises(AugmentError, match="16 grouped"):
+        chosen("resnext50_32x4d", "aa")
+    assert reasons("resnext50_32x4d", "aw", "sites.kernel=1")["layer1.0.conv2"].startswith("3x3 kernel")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("sites.names=layer9.*",), "sites.names: 'layer9.*' matches no convolution"),
+        (("sites.names=layer4",), "layer4 is a module, write layer4.* for the convolutions in it"),
+        (("sites.names=layer4.0.conv9",), "did you mean layer4.0.conv"),
+        (("sites.exclude=nothing*",), "sites.exclude: 'nothing\\*' matches no convolution"),
+        (("sites.regex=^zz",), "sites.regex: '\\^zz' matches no convolution"),
+        (("sites.stages=7",), "sites.stages: no stage 7; the convolutions are in stages 0, 1, 2, 3, 4"),
+        (("sites.positions=5",), "sites.positions: no block has a position 5"),
+        (("sites.kernel=5",), "sites.kernel: no 5x5 convolution here; there are 36 of 1x1, 16 of 3x3, 1 of 7x7"),
+    ],
+)
+def test_a_selector_that_matches_nothing_is_an_error_with_the_nearest(overrides, message):
+    with pytest.raises(AugmentError, match=message):
+        chosen("resnet50", "aa", *overrides)
+
+
+def test_a_model_with_all_of_its_convolutions_in_the_stem_says_how_to_choose_them():
+    with pytest.raises(AugmentError, match=r"4 stem.*--set sites\.include_stem=true"):
+        chosen("levit_128", "aa")
+    assert len(chosen("levit_128", "aa", "sites.include_stem=true")) == 3
