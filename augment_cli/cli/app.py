@@ -1,6 +1,7 @@
 """The `augment` program: its commands, and how every one of them fails."""
 
 import os
+import signal
 import sys
 from typing import Annotated, Any
 
@@ -62,4 +63,7 @@ app.command("models")(models.models)
 
 
 def main() -> None:
-    app()
+    try:
+        app()
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is done or undone: a late Ctrl-C only spoils the way out

@@ -53,17 +53,6 @@ def show(renderable: Any) -> None:
     Console().print(renderable)
 
 
-def as_text(renderable: Any) -> str:
-    """The same for a file: no colours, and wide enough for every column."""
-    from io import StringIO
-
-    from rich.console import Console
-
-    text = StringIO()
-    Console(file=text, width=160, color_system=None).print(renderable)
-    return text.getvalue()
-
-
 def parse_image_size(text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None

@@ -35,7 +35,7 @@ def convert(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")] = False,
     image_size: common.ImageSize = None,
     model_args: common.ModelArguments = None,
-    full: Annotated[bool, typer.Option("--full", help="A line for every site, equal neighbours too.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="A line for every site, equal ones too.")] = False,
 ) -> None:
     """Replace convolutions of MODEL by a recipe or a plan, and save the result.
 

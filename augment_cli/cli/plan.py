@@ -14,7 +14,7 @@ def plan(
     image_size: common.ImageSize = None,
     model_args: common.ModelArguments = None,
     as_json: Annotated[bool, typer.Option("--json", help="The plan as JSON, to edit and give to convert.")] = False,
-    full: Annotated[bool, typer.Option("--full", help="A line for every site, equal neighbours too.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="A line for every site, equal ones too.")] = False,
 ) -> None:
     """Show what each convolution of MODEL would become, and what it costs.
 

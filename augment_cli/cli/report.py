@@ -22,7 +22,7 @@ def report(
     form: Annotated[Format, typer.Option("--format", "-f", help="How to show it.")] = Format.table,
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write it there.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")] = False,
-    full: Annotated[bool, typer.Option("--full", help="A line for every site, equal neighbours too.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="A line for every site, equal ones too.")] = False,
 ) -> None:
     """Show the parameters and multiply-adds of a converted model, site by site and in total.
 
@@ -32,7 +32,7 @@ def report(
     from augment_cli.header import read_header
     from augment_cli.plan import read_plan
     from augment_cli.report import FORMATS, Report
-    from augment_cli.report.table import table
+    from augment_cli.report.table import plain_table, table
 
     if output:
         check_output(output, overwrite)
@@ -44,7 +44,7 @@ def report(
     if form is Format.table and not output:
         common.show(table(numbers, full=full))
         return
-    text = common.as_text(table(numbers, full=full)) if form is Format.table else FORMATS[form](numbers)
+    text = plain_table(numbers, full=full) if form is Format.table else FORMATS[form](numbers)
     if output:
         write_file(output, lambda temporary: temporary.write_text(text, encoding="utf-8"))
         common.say(f"wrote {output}")

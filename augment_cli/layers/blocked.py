@@ -28,7 +28,7 @@ BLOCK_BYTES = 1_600_000
 """Size of one block of logits. Measured: best a little above a 1 MiB second-level cache, flat to twice that."""
 
 _LOG2_E = math.log2(math.e)
-_SAFE_EXPONENT = 100.0  # 2^100 times a million keys is below the largest float32, and 2^-100 is a normal number
+_SAFE_EXPONENT = 60.0  # 2^60, times a million keys, times values up to 2^40, is below the largest float32
 _WAY_OUT = "use augment_cli.layers.attention.relative_attention, which computes the same from differentiable operations"
 
 
@@ -76,7 +76,8 @@ class _Attention(Function):
 
     @staticmethod
     def backward(ctx, d_out, _):
-        return *_Gradients.apply(d_out, *ctx.saved_tensors, ctx.size, ctx.block_bytes), None, None
+        with torch.autocast(d_out.device.type, enabled=False):
+            return *_Gradients.apply(d_out, *ctx.saved_tensors, ctx.size, ctx.block_bytes), None, None
 
     @staticmethod
     def vmap(info, in_dims, *inputs):
@@ -201,9 +202,9 @@ class _Blocks:
 
 
 def _share(total: int, fitting: int) -> int:
-    """The size of equal shares of `total`, none above `fitting` (or 1)."""
+    """The size of equal shares of `total`, none above `fitting`; at least 1."""
     shares = -(-total // max(1, fitting))
-    return -(-total // max(1, shares))
+    return max(1, -(-total // max(1, shares)))
 
 
 def _bound(q, k, rows, columns) -> float:
@@ -217,36 +218,37 @@ def _bound(q, k, rows, columns) -> float:
 
 def _relative_logits(q, rel_height, rel_width, size) -> tuple[Tensor, Tensor]:
     """Shapes: q (b, d, HW); tables (H, H, d) and (W, W, d); result (b, H, HW) and (b, W, HW)."""
-    by_row, by_column = _by_line(q, size)
-    rows, columns = torch.bmm(rel_height, by_row), torch.bmm(rel_width, by_column)
-    return _from_rows(rows, size), _from_columns(columns, size)
+    rows = _from_rows(torch.bmm(rel_height, _by_row(q, size)), size)
+    columns = _from_columns(torch.bmm(rel_width, _by_column(q, size)), size)
+    return rows, columns
 
 
 def _relative_logits_backward(d_rows, d_columns, q, rel_height, rel_width, size, dq, d_rel_height, d_rel_width) -> None:
     """Add the gradients that come through the relative logits to those of the query and of the tables."""
-    queries, logits = _by_line(q, size), (_by_line(d_rows, size)[0], _by_line(d_columns, size)[1])
-    for d_table, d_logits, by_line in zip((d_rel_height, d_rel_width), logits, queries, strict=True):
-        d_table.baddbmm_(d_logits, by_line.transpose(1, 2))
-    dq += _from_rows(torch.bmm(rel_height.transpose(1, 2), logits[0]), size)
-    dq += _from_columns(torch.bmm(rel_width.transpose(1, 2), logits[1]), size)
+    d_rows, d_columns = _by_row(d_rows, size), _by_column(d_columns, size)
+    d_rel_height.baddbmm_(d_rows, _by_row(q, size).transpose(1, 2))
+    d_rel_width.baddbmm_(d_columns, _by_column(q, size).transpose(1, 2))
+    dq += _from_rows(torch.bmm(rel_height.transpose(1, 2), d_rows), size)
+    dq += _from_columns(torch.bmm(rel_width.transpose(1, 2), d_columns), size)
 
 
-def _by_line(maps: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """One matrix for each row, and one for each column, of the map.
+def _by_row(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """One matrix for each row of the map. Shapes: (b, c, HW) to (H, c, b W)."""
+    return maps.unflatten(2, size).permute(2, 1, 0, 3).flatten(2)
 
-    Shapes: maps (b, c, HW) to (H, c, b W) and (W, c, b H).
-    """
-    maps = maps.unflatten(2, size)
-    return maps.permute(2, 1, 0, 3).flatten(2), maps.permute(3, 1, 0, 2).flatten(2)
+
+def _by_column(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """One matrix for each column of the map. Shapes: (b, c, HW) to (W, c, b H)."""
+    return maps.unflatten(2, size).permute(3, 1, 0, 2).flatten(2)
 
 
 def _from_rows(lines: Tensor, size: tuple[int, int]) -> Tensor:
-    """Shapes: (H, c, b W) to (b, c, HW)."""
+    """What `_by_row` took. Shapes: (H, c, b W) to (b, c, HW)."""
     return lines.unflatten(2, (-1, size[1])).permute(2, 1, 0, 3).flatten(2)
 
 
 def _from_columns(lines: Tensor, size: tuple[int, int]) -> Tensor:
-    """Shapes: (W, c, b H) to (b, c, HW)."""
+    """What `_by_column` took. Shapes: (W, c, b H) to (b, c, HW)."""
     return lines.unflatten(2, (-1, size[0])).permute(2, 1, 3, 0).flatten(2)
 
 

@@ -53,5 +53,5 @@ def _position(maps: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _round_up(channels: int, multiple: int = 8) -> int:
-    """The kernels for GPUs want head widths that are multiples of 8, and some, as that for CPUs, q, k, v of one width."""
+    """GPU kernels want head widths that are multiples of 8; some of them, and the one for CPUs, one width for all."""
     return -(-channels // multiple) * multiple

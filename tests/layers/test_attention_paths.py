@@ -1,0 +1,244 @@
+"""The fast ways through the attention core compute what the plain one does, in less memory."""
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from augment_cli.layers.attention import relative_attention
+from augment_cli.layers.blocked import blocked_relative_attention
+from augment_cli.layers.fused import fused_relative_attention
+
+PATHS = {"blocked": blocked_relative_attention, "fused": fused_relative_attention}
+drawn = settings(derandomize=True, deadline=None, max_examples=30)
+each_path = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
+
+
+@st.composite
+def shapes(draw: st.DrawFn) -> dict[str, int]:
+    """Sizes of one case, the map rarely square, one row or one position included."""
+    limits = {"n": 3, "heads": 3, "height": 9, "width": 9, "d": 5, "e": 4}
+    return {name: draw(st.integers(1, limit), label=name) for name, limit in limits.items()}
+
+
+def make_inputs(n=2, heads=2, height=6, width=5, d=4, e=3, *, dtype=torch.float64, scale=1.0, seed=0) -> list[Tensor]:
+    """q, k, v as the layer passes them, views of one channels-first map, and two tables."""
+    random = torch.Generator().manual_seed(seed)
+    qkv = torch.randn(n, heads * (2 * d + e), height, width, generator=random, dtype=torch.float64) * scale
+    tables = [torch.randn(2 * size - 1, d, generator=random, dtype=torch.float64) * scale for size in (height, width)]
+    q, k, v = qkv.to(dtype).split([heads * d, heads * d, heads * e], dim=1)
+    q, k, v = (t.unflatten(1, (heads, -1)).movedim(2, -1) for t in (q, k, v))
+    return [t.detach().requires_grad_() for t in (q, k, v, *(table.to(dtype) for table in tables))]
+
+
+def gradients(function: Callable[..., Tensor], inputs: list[Tensor]) -> tuple[Tensor, ...]:
+    """The result and the gradients of a sum that weighs every number of it differently."""
+    out = function(*inputs)
+    weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)
+    return out, *torch.autograd.grad((out * weights).sum(), inputs)
+
+
+def assert_same(found: tuple[Tensor, ...], expected: tuple[Tensor, ...], tolerance: float) -> None:
+    for a, b in zip(found, expected, strict=True):
+        assert a.shape == b.shape
+        assert (a - b).abs().max() <= tolerance * max(1.0, b.abs().max())
+
+
+@drawn
+@given(shapes())
+def test_fused_is_the_reference(shape):
+    inputs = make_inputs(**shape)
+    assert_same(gradients(fused_relative_attention, inputs), gradients(relative_attention, inputs), 1e-10)
+
+
+@drawn
+@given(shapes(), st.integers(1, 40_000), st.sampled_from([0.1, 1.0, 30.0]))
+def test_blocked_is_the_reference_for_any_block_size(shape, block_bytes, scale):
+    inputs = make_inputs(**shape, scale=scale)
+    blocked = partial(blocked_relative_attention, block_bytes=block_bytes)
+    assert_same(gradients(blocked, inputs), gradients(relative_attention, inputs), 1e-10)
+
+
+@pytest.mark.parametrize("scale", [1.0, 20.0], ids=["bounded", "largest subtracted"])
+@pytest.mark.parametrize("block_bytes", [8 * 77 * 16, 8 * 77 * 77 * 2], ids=["some queries", "some heads"])
+def test_ragged_last_blocks(block_bytes, scale):
+    inputs = make_inputs(n=1, heads=5, height=7, width=11, scale=scale)
+    blocked = partial(blocked_relative_attention, block_bytes=block_bytes)
+    assert_same(gradients(blocked, inputs), gradients(relative_attention, inputs), 1e-10)
+
+
+@each_path
+def test_gradcheck(path):
+    torch.autograd.gradcheck(path, make_inputs(n=1, height=2, width=3, d=2, e=2))
+
+
+@each_path
+def test_tables_made_for_another_resolution(path):
+    *maps, _, _ = make_inputs()
+    inputs = [*maps, *make_inputs(height=4, width=9)[3:]]
+    assert_same(gradients(path, inputs), gradients(relative_attention, inputs), 1e-10)
+
+
+@each_path
+def test_any_layout(path):
+    expected = gradients(relative_attention, inputs := make_inputs(n=2, heads=2))
+    for order in ((0, 2, 3, 1, 4), (4, 3, 2, 1, 0), (0, 1, 2, 3, 4)):
+        back = [order.index(axis) for axis in range(5)]
+        laid = [t.detach().permute(order).contiguous().permute(back).requires_grad_() for t in inputs[:3]]
+        assert_same(gradients(path, [*laid, *inputs[3:]]), expected, 1e-10)
+
+
+@each_path
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.1), (torch.float16, 0.02)], ids=str
+)
+def test_lower_precision(path, dtype, tolerance):
+    exact = make_inputs(height=14, width=9, dtype=dtype)
+    found = gradients(path, exact)
+    assert all(t.dtype == dtype for t in found)
+    expected = gradients(relative_attention, [t.detach().double().requires_grad_() for t in exact])
+    assert_same([t.double() for t in found], expected, tolerance)
+
+
+def test_blocked_computes_half_precision_in_float32():
+    """Only the inputs, the result and the gradients are rounded."""
+    half = make_inputs(height=14, width=9, dtype=torch.bfloat16)
+    found = gradients(blocked_relative_attention, half)[0]
+    exact = relative_attention(*(t.detach().double() for t in half))
+    torch.testing.assert_close(found.double(), exact, rtol=2**-8, atol=1e-6)
+
+
+@each_path
+def test_autocast(path):
+    q, k, v, *tables = make_inputs(height=14, width=9, dtype=torch.float32)
+    inputs = [*(t.detach().bfloat16().requires_grad_() for t in (q, k, v)), *tables]  # as after an autocast convolution
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = gradients(path, inputs)
+        expected = relative_attention(*inputs)
+    assert found[0].dtype == expected.dtype == torch.bfloat16
+    assert [t.dtype for t in found[1:]] == [t.dtype for t in inputs]
+    exact = gradients(relative_attention, [t.detach().double().requires_grad_() for t in inputs])
+    assert_same([t.double() for t in found], exact, 0.1)
+
+
+def test_blocked_does_not_autocast_what_is_inside():
+    inputs = make_inputs(height=14, width=9, dtype=torch.float32)
+    expected = gradients(blocked_relative_attention, inputs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = gradients(blocked_relative_attention, inputs)
+    assert_same(found, expected, 0.0)
+
+
+def test_blocked_takes_logits_that_would_overflow():
+    q, k, v, rows, columns = make_inputs(dtype=torch.float32)
+    inputs = [q * 1e4, k * 1e4, v, rows, columns]
+    exact = relative_attention(*(t.double() for t in inputs))
+    out = blocked_relative_attention(*inputs)
+    assert torch.isfinite(out).all()
+    torch.testing.assert_close(out.double(), exact, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("scale", [0.5, 1.0, 1.5, 2.0, 3.0, 5.0])
+def test_blocked_takes_large_values_whatever_the_logits(scale):
+    """Up to both sides of the bound above which the largest logit is subtracted."""
+    q, k, v, *tables = make_inputs(height=9, width=9, dtype=torch.float32, scale=scale)
+    inputs = [q, k, v * 1e9, *tables]
+    exact = relative_attention(*(t.double() for t in inputs))
+    torch.testing.assert_close(blocked_relative_attention(*inputs).double(), exact, rtol=1e-4, atol=1e-4 * 1e9 * scale)
+
+
+@each_path
+def test_a_nan_stays_one(path):
+    q, *others = make_inputs(dtype=torch.float32)
+    q = q.detach().clone()
+    q[0, 0, 0, 0, 0] = float("nan")
+    out = path(q, *others)
+    assert out[0, 0, 0, 0].isnan().all()
+    assert not out[1].isnan().any()
+
+
+@each_path
+def test_empty_batch(path):
+    inputs = make_inputs(n=0)
+    assert path(*inputs).shape == (0, 2, 6, 5, 3)
+
+
+def peak_bytes(function: Callable[[], object]) -> int:
+    """Most bytes that tensors made by a call held at one time."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        function()
+    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def test_blocked_trains_in_a_tenth_of_the_memory():
+    inputs = make_inputs(n=1, heads=2, height=56, width=56, d=20, e=1, dtype=torch.float32)
+    plain = peak_bytes(partial(gradients, relative_attention, inputs))
+    assert plain > 2 * 56**4 * 4  # logits of two heads, at the least
+    assert peak_bytes(partial(gradients, blocked_relative_attention, inputs)) < plain / 10
+
+
+def test_fused_infers_in_a_tenth_of_the_memory():
+    inputs = [t.detach() for t in make_inputs(n=1, heads=2, height=56, width=56, d=20, e=1, dtype=torch.float32)]
+    plain = peak_bytes(partial(relative_attention, *inputs))
+    assert peak_bytes(partial(fused_relative_attention, *inputs)) < plain / 10
+
+
+def test_blocked_memory_grows_with_the_positions():
+    small, large = (make_inputs(n=1, heads=1, height=s, width=s, d=4, e=1, dtype=torch.float32) for s in (32, 64))
+    small, large = (
+        peak_bytes(partial(gradients, partial(blocked_relative_attention, block_bytes=1), inputs))
+        for inputs in (small, large)
+    )
+    assert large < 8 * small  # four times the positions; the logits would be sixteen times
+
+
+def test_blocked_has_no_second_derivatives_and_says_what_has():
+    inputs = make_inputs()
+    first = torch.autograd.grad(blocked_relative_attention(*inputs).square().sum(), inputs, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"no second derivatives; use augment_cli.layers.attention"):
+        torch.autograd.grad(sum(t.square().sum() for t in first), inputs)
+
+
+def test_blocked_under_functional_grad():
+    inputs = [t.detach() for t in make_inputs()]
+    found, expected = (
+        torch.func.grad(lambda *a, path=path: path(*a).square().sum(), argnums=(0, 1, 2, 3, 4))(*inputs)
+        for path in (blocked_relative_attention, relative_attention)
+    )
+    assert_same(found, expected, 1e-10)
+
+
+def test_blocked_under_vmap_says_what_has_a_rule():
+    inputs = [t.detach() for t in make_inputs()]
+    with pytest.raises(RuntimeError, match=r"no rule for torch.func.vmap; use augment_cli.layers.attention"):
+        torch.func.vmap(lambda q: blocked_relative_attention(q, *inputs[1:]))(torch.stack([inputs[0]] * 2))
+
+
+def test_blocked_in_forward_mode_says_what_has_it():
+    inputs = tuple(t.detach() for t in make_inputs())
+    with pytest.raises(RuntimeError, match=r"no forward-mode derivative; use augment_cli.layers.attention"):
+        torch.func.jvp(blocked_relative_attention, inputs, inputs)
+
+
+def test_fused_under_compile_and_export():
+    inputs = [t.detach() for t in make_inputs()]
+    expected = relative_attention(*inputs)
+    compiled = torch.compile(fused_relative_attention, backend="eager", fullgraph=True)
+    assert_same([compiled(*inputs)], [expected], 1e-10)
+
+    class Core(torch.nn.Module):
+        def forward(self, *tensors: Tensor) -> Tensor:
+            return fused_relative_attention(*tensors)
+
+    exported = torch.export.export(Core(), tuple(inputs))
+    assert_same([exported.module()(*inputs)], [expected], 1e-10)
