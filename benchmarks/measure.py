@@ -4,6 +4,8 @@ import json
 import os
 import platform
 import statistics
+import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -35,3 +37,41 @@ def quartiles(values: list[float]) -> dict[str, float]:
 def write_results(name: str, results: dict) -> None:
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(results, indent=2) + "\n")
+
+
+def interleaved(
+    functions: dict[str, Callable[[], object]], rounds: int, synchronize: Callable[[], None]
+) -> dict[str, list[float]]:
+    """Seconds of each function in each round, after one round that is not counted; a round runs them all in turn."""
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for i in range(rounds + 1):
+        for name, function in functions.items():
+            synchronize()
+            start = time.perf_counter()
+            function()
+            synchronize()
+            if i:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def ratios(numerator: list[float], denominator: list[float]) -> dict[str, float]:
+    """Quartiles of the ratio round by round: what a machine's drift does not move."""
+    return quartiles([a / b for a, b in zip(numerator, denominator, strict=True)])
+
+
+def peak_mib(function: Callable[[], object]) -> float:
+    """The most memory that tensors made by a call hold at one time, in MiB, on the CPU: by torch's profiler."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    held = most = 0
+    for event in sorted(_memory_events(profiler), key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return round(most / 2**20, 1)
+
+
+def _memory_events(profiler) -> list:
+    return [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]

@@ -10,9 +10,10 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import Function
 from torch.nn.modules.utils import _pair
 
-from augment_cli.layers.attention import relative_attention
+from augment_cli.layers.attention import Path, attention
 from augment_cli.layers.relative import resize_table, table_rows
 
 
@@ -54,6 +55,9 @@ class AAConv2d(nn.Module):
         >>> layer(torch.zeros(1, 64, 14, 18)).shape
         torch.Size([1, 128, 7, 9])
     """
+
+    attention_path: Path = "auto"
+    """How the attention is run; set it on a layer to decide in the place of `attention.choose_path`."""
 
     def __init__(
         self,
@@ -123,7 +127,7 @@ class AAConv2d(nn.Module):
         if attended.shape[-2:] != size:
             attended = F.interpolate(attended, size=size, mode="bilinear", align_corners=False)
         out = attended if self.conv is None else torch.cat([out, attended.to(out.dtype)], dim=1)
-        return out if self.channel_order is None else out.index_select(1, self.channel_order)
+        return out if self.channel_order is None else _Reorder.apply(out, self.channel_order)
 
     def reduce_to_output(self, x: Tensor) -> Tensor:
         """The input as the attention sees it: at the resolution of the output map."""
@@ -138,7 +142,7 @@ class AAConv2d(nn.Module):
             x = _average(x, (self.attention_pool, self.attention_pool))
         q, k, v = self.qkv(x).split([self.key_channels, self.key_channels, self.value_channels], dim=1)
         q, k, v = (t.unflatten(1, (self.heads, -1)).movedim(2, -1) for t in (q, k, v))  # N, heads, H, W, channels
-        out = relative_attention(q, k, v, self.rel_height, self.rel_width)
+        out = attention(q, k, v, self.rel_height, self.rel_width, self.attention_path)
         return self.proj(out.movedim(-1, 2).flatten(1, 2))
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
@@ -155,6 +159,31 @@ class AAConv2d(nn.Module):
             f"heads={self.heads}, key_channels={self.key_channels}, value_channels={self.value_channels}, "
             f"resolution={self.resolution}, attention_pool={self.attention_pool}"
         )
+
+
+class _Reorder(Function):
+    """Channels in the order of a permutation; the gradient is gathered by the inverse, not added up by index: faster."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, order: Tensor) -> Tensor:
+        return x.index_select(1, order)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(inputs[1])
+        ctx.save_for_forward(inputs[1])
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (order,) = ctx.saved_tensors
+        return _Reorder.apply(grad, order.argsort()), None
+
+    @staticmethod
+    def jvp(ctx, tangent: Tensor, _) -> Tensor:
+        (order,) = ctx.saved_tensors
+        return tangent.index_select(1, order)
 
 
 def _average(x: Tensor, stride: tuple[int, int]) -> Tensor:

@@ -1,16 +1,27 @@
-"""Softmax attention over the positions of a map, with 2-D relative positions.
+"""Softmax attention over the positions of a map, with 2-D relative positions: the ways to run it, and which is taken.
 
 AA (Bello et al., arXiv 1904.09925, section 3.2), for one head:
     O = softmax( (Q K^T + S_H + S_W) / sqrt(d) ) V
 """
 
+from collections.abc import Callable
+from typing import Literal
+
+import torch
 from torch import Tensor
 
+from augment_cli.layers.blocked import blocked_relative_attention
+from augment_cli.layers.fused import fused_relative_attention
 from augment_cli.layers.relative import relative_logits
+
+Path = Literal["auto", "reference", "blocked", "fused"]
+
+# Logits of a call under which blocks cost more than they save: measured, level at eight 7x7 maps of eight heads.
+_FEW_LOGITS = 2**18
 
 
 def relative_attention(q: Tensor, k: Tensor, v: Tensor, rel_height: Tensor, rel_width: Tensor) -> Tensor:
-    """Attention of every position to every other, the logits materialised: O(heads (HW)^2) memory.
+    """The reference: every logit materialised, O(heads (HW)^2) memory, from differentiable operations.
 
     The query is scaled by d^(-1/2) before both the content and the relative logits. [paper]
 
@@ -24,3 +35,35 @@ def relative_attention(q: Tensor, k: Tensor, v: Tensor, rel_height: Tensor, rel_
     logits = logits + rows.flatten(2, 3).unsqueeze(-1) + columns.flatten(2, 3).unsqueeze(-2)
     weights = logits.flatten(-2).softmax(-1)
     return (weights.to(v.dtype) @ v.flatten(2, 3)).unflatten(2, (height, width))
+
+
+PATHS: dict[str, Callable[..., Tensor]] = {
+    "reference": relative_attention,
+    "blocked": blocked_relative_attention,
+    "fused": fused_relative_attention,
+}
+
+
+def choose_path(q: Tensor) -> str:
+    """The way that "auto" takes for a query (N, heads, H, W, d). All give the same numbers.
+
+    - fused, when torch.compile or torch.export look on, who can follow it, and on CUDA;
+    - blocked, on a CPU, from 2^18 logits on;
+    - reference otherwise: few logits, the meta device, fake tensors, other devices, and inside torch.func transforms,
+      which blocked has no rules for.
+    """
+    if torch.compiler.is_compiling():
+        return "fused"
+    if type(q) is not Tensor or torch._C._are_functorch_transforms_active():
+        return "reference"
+    if q.device.type == "cuda":
+        return "fused"
+    batch, heads, height, width, _ = q.shape
+    many = batch * heads * (height * width) ** 2 >= _FEW_LOGITS
+    return "blocked" if many and q.device.type == "cpu" else "reference"
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, rel_height: Tensor, rel_width: Tensor, path: Path = "auto") -> Tensor:
+    """Attention of every position to every other, by the named way. Shapes: as for `relative_attention`."""
+    chosen = choose_path(q) if path == "auto" else path
+    return PATHS[chosen](q, k, v, rel_height, rel_width)

@@ -8,6 +8,7 @@ from timm.layers import Conv2dSame
 from torch import nn
 
 from augment_cli.layers import AAConv2d
+from augment_cli.layers.aa_conv import _Reorder
 from tests.layers import oracles
 from tests.layers.helpers import assert_equal, assert_gradients, normal, pairs, randomised, seeds
 
@@ -275,3 +276,15 @@ def test_reset_parameters_draws_all_of_them_again():
     before = {name: p.detach().clone() for name, p in layer.named_parameters()}
     layer.reset_parameters()
     assert all(not torch.equal(p, before[name]) for name, p in layer.named_parameters())
+
+
+def test_reordering_has_the_derivatives_of_an_index_of_every_kind():
+    order = torch.tensor([2, 0, 3, 1])
+    x = torch.randn(2, 4, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.equal(_Reorder.apply(x, order), x[:, order])
+    assert torch.autograd.gradcheck(lambda x: _Reorder.apply(x, order), x)
+    assert torch.autograd.gradgradcheck(lambda x: _Reorder.apply(x, order) ** 2, x)
+    value, tangent = torch.func.jvp(lambda x: _Reorder.apply(x, order), (x,), (2 * x,))
+    assert torch.equal(tangent, 2 * value)
+    mapped = torch.func.vmap(torch.func.grad(lambda x: _Reorder.apply(x[None], order).cumsum(1).sum()))(x)
+    assert torch.equal(mapped, (4 - order.argsort()).double()[None, :, None].expand(2, 4, 3))

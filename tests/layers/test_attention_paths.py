@@ -8,9 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
-from augment_cli.layers.attention import relative_attention
+from augment_cli.layers import AAConv2d
+from augment_cli.layers import attention as attention_module
+from augment_cli.layers.attention import choose_path, relative_attention
 from augment_cli.layers.blocked import blocked_relative_attention
 from augment_cli.layers.fused import fused_relative_attention
 
@@ -242,3 +245,59 @@ def test_fused_under_compile_and_export():
 
     exported = torch.export.export(Core(), tuple(inputs))
     assert_same([exported.module()(*inputs)], [expected], 1e-10)
+
+
+def queries(size: int, batch: int = 1) -> Tensor:
+    return torch.randn(batch, 2, size, size, 4)
+
+
+def test_the_rule_takes_blocks_for_many_logits_and_the_reference_for_few():
+    assert choose_path(queries(7)) == "reference"
+    assert choose_path(queries(20)) == "blocked"
+    assert choose_path(queries(7, batch=64)) == "blocked"
+
+
+def test_the_rule_takes_the_reference_where_blocks_cannot_go():
+    assert choose_path(queries(28).to("meta")) == "reference"
+    with FakeTensorMode():
+        assert choose_path(torch.empty(1, 2, 28, 28, 4)) == "reference"
+    seen = []
+    torch.func.vmap(lambda q: seen.append(choose_path(q)) or q)(queries(28).unsqueeze(0))
+    assert seen == ["reference"]
+
+
+def test_compilers_and_exporters_are_given_what_they_can_follow():
+    seen = []
+
+    def backend(module, example):
+        seen.extend(str(node.target) for node in module.graph.nodes)
+        return module.forward
+
+    layer = AAConv2d(8, 8, 3, padding=1, heads=2, key_channels=8, value_channels=4, resolution=28)
+    x = torch.randn(1, 8, 28, 28)
+    compiled = torch.compile(layer, backend=backend, fullgraph=True)(x)
+    assert any("scaled_dot_product_attention" in target for target in seen)
+    exported = torch.export.export(layer, (x,)).module()(x)
+    for out in (compiled, exported):
+        torch.testing.assert_close(out, layer(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("path", ["reference", "blocked", "fused"])
+def test_a_layer_can_be_told_its_path(path, monkeypatch):
+    layer = AAConv2d(8, 8, 3, padding=1, heads=2, key_channels=8, value_channels=4, resolution=5)
+    layer.attention_path = path
+    called = []
+    run = attention_module.PATHS[path]
+    monkeypatch.setitem(attention_module.PATHS, path, lambda *args: called.append(path) or run(*args))
+    layer(torch.randn(1, 8, 5, 5))
+    assert called == [path]
+
+
+@pytest.mark.parametrize("path", ["blocked", "fused"])
+def test_every_path_computes_the_same_layer(path):
+    split = {"heads": 4, "key_channels": 16, "value_channels": 8}
+    layer = AAConv2d(12, 16, 3, stride=2, padding=1, **split, resolution=(9, 13), dtype=torch.float64)
+    x = torch.randn(2, 12, 18, 25, dtype=torch.float64)
+    expected = layer(x)
+    layer.attention_path = path
+    assert (layer(x) - expected).abs().max() < 1e-10

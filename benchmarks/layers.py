@@ -1,0 +1,206 @@
+"""One layer at a time, side by side in one process: AAConv2d's ways and their peers, AWConv2d against nn.Conv2d.
+
+    python benchmarks/layers.py [--only aa aw] [--rounds 15] [--threads 1] [--floors]
+
+Each reading is a whole layer, convolution branch and projections included, float32, forward or forward + backward. The
+rounds of all ways alternate, so that what else the machine does meets each of them; ratios are medians of the rounds'
+ratios, with quartiles. Peak memory is that of the tensors that one call makes.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from types import SimpleNamespace
+
+import torch
+from measure import machine, peak_mib, quartiles, ratios, write_results
+from timm.layers.bottleneck_attn import PosEmbedRel
+from torch import Tensor, nn
+
+from augment_cli.layers import AAConv2d, AWConv2d
+from augment_cli.layers.attention import PATHS
+
+HEADS, KEY_CHANNELS = 8, 160
+AA_CASES = {7: (512, 8, 56), 14: (256, 8, 32), 28: (128, 4, 16), 56: (64, 2, 8)}  # map: channels, batch, d_v
+AW_CASES = {56: 64, 28: 128, 14: 256, 7: 512}  # map: channels
+AW_BATCHES = (1, 8, 32)
+MODES = ("forward", "forward+backward")
+
+
+def bottleneck_attention(q: Tensor, k: Tensor, v: Tensor, rel_height: Tensor, rel_width: Tensor) -> Tensor:
+    """What timm.layers.BottleneckAttn does between its qkv convolution and its pooling, scale_pos_embed=True.
+
+    Shapes: q, k (N, heads, H, W, d); v (N, heads, H, W, e); tables (2 S - 1, d); result (N, heads, H, W, e).
+    """
+    height, width, d = q.shape[2:]
+    position = SimpleNamespace(height=height, width=width, height_rel=rel_height, width_rel=rel_width)
+    q, v = (t.movedim(-1, 2).flatten(3).flatten(0, 1).transpose(1, 2) for t in (q, v))
+    k = k.movedim(-1, 2).flatten(3).flatten(0, 1)
+    logits = (q @ k + PosEmbedRel.forward(position, q)) * d**-0.5
+    out = (logits.softmax(dim=-1) @ v).transpose(1, 2)
+    return out.unflatten(0, (-1, HEADS)).unflatten(-1, (height, width)).movedim(2, -1)
+
+
+PATHS["timm"] = bottleneck_attention
+
+
+def aa_layer(size: int) -> tuple[AAConv2d, Tensor]:
+    channels, batch, value_channels = AA_CASES[size]
+    split = {"heads": HEADS, "key_channels": KEY_CHANNELS, "value_channels": value_channels}
+    layer = AAConv2d(channels, channels, 3, padding=1, bias=False, **split, resolution=size)
+    return layer, torch.randn(batch, channels, size, size, requires_grad=True)
+
+
+def run(layer: nn.Module, x: Tensor, mode: str) -> None:
+    if mode == "forward":
+        with torch.no_grad():
+            layer(x)
+        return
+    layer.zero_grad()
+    x.grad = None
+    out = layer(x)
+    out.backward(torch.ones_like(out))
+
+
+def along(path: str | None, attribute: str, layer: nn.Module, x: Tensor, mode: str) -> None:
+    if path:
+        setattr(layer, attribute, path)
+    run(layer, x, mode)
+
+
+def seconds(step: Callable[[], object], at_least: float = 0.02) -> float:
+    """One reading: the mean of as many calls as fill `at_least` seconds."""
+    start, calls = time.perf_counter(), 0
+    while (spent := time.perf_counter() - start) < at_least:
+        step()
+        calls += 1
+    return spent / calls
+
+
+def side_by_side(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+    for step in steps.values():
+        step()
+    readings = [{name: seconds(step) for name, step in steps.items()} for _ in range(rounds)]
+    return {name: [reading[name] for reading in readings] for name in steps}
+
+
+def measure_aa(rounds: int, cases: list[int], paths: list[str]) -> list[dict]:
+    rows = []
+    for size in cases:
+        layer, x = aa_layer(size)
+        for mode in MODES:
+            steps = {path: partial(along, path, "attention_path", layer, x, mode) for path in paths}
+            taken = side_by_side(steps, rounds)
+            for path in paths:
+                row = {"map": size, "mode": mode, "path": path, "milliseconds": milliseconds(taken[path])}
+                row["peak_mib"] = peak_mib(steps[path])
+                row |= {f"times_{other}": ratios(taken[other], taken[path]) for other in ("reference", "timm")}
+                rows.append(row)
+                show(f"AA {size:2d} {mode:16s} {path:10s}", row, ("times_reference", "times_timm"))
+    return rows
+
+
+def measure_aw(rounds: int, cases: list[int], paths: list[str]) -> list[dict]:
+    rows = []
+    for size in cases:
+        channels = AW_CASES[size]
+        plain, layer = (made(channels, channels, 3, padding=1, bias=False) for made in (nn.Conv2d, AWConv2d))
+        nn.init.normal_(layer.expand.weight, std=0.1)
+        for batch in AW_BATCHES:
+            x = torch.randn(batch, channels, size, size, requires_grad=True)
+            for mode in MODES:
+                steps = {"conv": partial(run, plain, x, mode)}
+                steps |= {path: partial(along, path, "kernel_path", layer, x, mode) for path in paths}
+                taken = side_by_side(steps, rounds)
+                for name in steps:
+                    row = {"map": size, "batch": batch, "mode": mode, "path": name}
+                    row |= {"milliseconds": milliseconds(taken[name]), "peak_mib": peak_mib(steps[name])}
+                    row["cost_of_conv"] = ratios(taken[name], taken["conv"])
+                    rows.append(row)
+                    show(f"AW {size:2d} x{batch:<3d} {mode:16s} {name:10s}", row, ("cost_of_conv",))
+    for mode in MODES:
+        for path in paths:
+            costs = [r["cost_of_conv"]["median"] for r in rows if r["path"] == path and r["mode"] == mode]
+            print(f"AW {mode} {path}: geometric mean {statistics.geometric_mean(costs):.2f}, worst {max(costs):.2f}")
+    return rows
+
+
+def milliseconds(values: list[float]) -> dict[str, float]:
+    return quartiles([1e3 * value for value in values])
+
+
+def show(title: str, row: dict, keys: tuple[str, ...]) -> None:
+    spread = "  ".join(
+        f"{key} {row[key]['median']:5.2f} ({row[key]['low']:.2f}-{row[key]['high']:.2f})" for key in keys
+    )
+    print(f"{title} {row['milliseconds']['median']:9.2f} ms {row['peak_mib']:8.1f} MiB  {spread}", flush=True)
+
+
+def rate(amount: float, step: Callable[[], object]) -> float:
+    """Amount a second, at the fastest of several readings."""
+    return amount / min(seconds(step, 0.005) for _ in range(20))
+
+
+def floor(size: int) -> dict:
+    """The parts of blocked attention that no arrangement leaves out, each at its own measured rate, on one core."""
+    _, batch, value_channels = AA_CASES[size]
+    d, e, positions, queries = KEY_CHANNELS // HEADS, value_channels // HEADS, size**2, min(size**2, 112)
+    logits = batch * HEADS * positions**2
+    q, k, v = torch.randn(d, queries), torch.randn(positions, d), torch.randn(e + 1, positions)
+    block, other = torch.randn(positions, queries), torch.empty(positions, queries)
+    sums = torch.randn(e + 1, queries)
+    per_second = {
+        "q k": rate(block.numel(), lambda: torch.mm(k, q, out=other)),
+        "exp2": rate(block.numel(), lambda: torch.exp2(block, out=other)),
+        "p v": rate(block.numel(), lambda: torch.mm(v, block)),
+        "dp": rate(block.numel(), lambda: torch.mm(v.t(), sums, out=other)),
+        "dq": rate(block.numel(), lambda: torch.mm(k.t(), block)),
+        "dk": rate(block.numel(), lambda: torch.mm(q, block.t())),
+        "pass": rate(block.numel(), lambda: torch.mul(block, block, out=other)),
+    }
+    forward = ("q k", "exp2", "p v", "pass")
+    both = (*forward, "q k", "exp2", "pass", "dp", "pass", "p v", "dq", "dk", "pass", "pass")
+    layer, x = aa_layer(size)
+    PATHS["nothing"] = lambda q, k, v, *tables: v
+    row = {
+        "map": size,
+        "billion_logits_per_second": {name: round(value / 1e9, 2) for name, value in per_second.items()},
+    }
+    for mode, parts in zip(MODES, (forward, both), strict=True):
+        core = 1e3 * sum(logits / per_second[part] for part in parts)
+        rest = 1e3 / rate(1, partial(along, "nothing", "attention_path", layer, x, mode))
+        row[mode] = {"core_ms": round(core, 2), "convolutions_ms": round(rest, 2)}
+        print(
+            f"AA {size:2d} {mode:16s} floor {core + rest:9.2f} ms: core {core:.2f}, convolutions {rest:.2f}", flush=True
+        )
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=("aa", "aw"), default=["aa", "aw"])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--maps", type=int, nargs="+", choices=AA_CASES, default=list(AA_CASES))
+    parser.add_argument("--aa-paths", nargs="+", default=["reference", "timm", "auto"])
+    parser.add_argument("--aw-paths", nargs="+", default=["per_sample", "auto"])
+    parser.add_argument("--floors", action="store_true", help="AA: the floor of each case too")
+    parser.add_argument("--no-write", action="store_true", help="print only")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    results = {"machine": machine(), "threads": options.threads, "rounds": options.rounds}
+    if "aa" in options.only:
+        results["aa"] = measure_aa(options.rounds, options.maps, options.aa_paths)
+    if options.floors:
+        results["aa_floors"] = [floor(size) for size in options.maps]
+    if "aw" in options.only:
+        results["aw"] = measure_aw(options.rounds, options.maps, options.aw_paths)
+    if not options.no_write:
+        write_results(f"layers-{options.threads}-thread{'s' * (options.threads > 1)}", results)
+
+
+if __name__ == "__main__":
+    main()
