@@ -1,6 +1,5 @@
 """The whole way in one call, for the library's users; the command line walks it step by step in cli/convert.py."""
 
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -58,10 +57,3 @@ def operate(model: nn.Module, plan: Plan, graph: ModelGraph, weights: str) -> He
         inheritance=inheritance,
         versions=checkpoint.versions(),
     )
-
-
-def save(model: nn.Module, header: Header, path: Path) -> None:
-    """Write a converted model's file, whole or not at all."""
-    from augment_cli.files import write_file
-
-    write_file(path, lambda temporary: checkpoint.save_weights(model, header, temporary))

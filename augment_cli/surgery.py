@@ -5,7 +5,7 @@ to find the sites before and to prove the result after.
 """
 
 import copy
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -78,17 +78,24 @@ def attend_kernel(conv: nn.Conv2d, reduction: int) -> AWConv2d:
         conv.in_channels,
         conv.out_channels,
         conv.kernel_size,
-        stride=conv.stride,
-        padding=conv_padding(conv),
-        dilation=conv.dilation,
-        bias=conv.bias is not None,
         reduction=reduction,
         standardize=_standardization(conv),
-        device=conv.weight.device,
-        dtype=conv.weight.dtype,
+        **_like(conv),
     )
     new.weight, new.bias = conv.weight, conv.bias
     return new
+
+
+def _like(conv: nn.Conv2d) -> dict[str, Any]:
+    """What a replacement has in common with a convolution."""
+    return {
+        "stride": conv.stride,
+        "padding": conv_padding(conv),
+        "dilation": conv.dilation,
+        "bias": conv.bias is not None,
+        "device": conv.weight.device,
+        "dtype": conv.weight.dtype,
+    }
 
 
 def _standardization(conv: nn.Conv2d) -> Standardize | None:
@@ -105,10 +112,6 @@ def augment(conv: nn.Conv2d, branch: nn.Conv2d, kept: list[int], site: SitePlan)
         conv.in_channels,
         conv.out_channels,
         conv.kernel_size,
-        stride=conv.stride,
-        padding=conv_padding(conv),
-        dilation=conv.dilation,
-        bias=conv.bias is not None,
         heads=site.heads,
         key_channels=site.key_channels,
         value_channels=site.value_channels,
@@ -116,8 +119,7 @@ def augment(conv: nn.Conv2d, branch: nn.Conv2d, kept: list[int], site: SitePlan)
         attention_pool=site.attention_pool,
         reorder=True,
         conv_layer=lambda *args, **kwargs: branch,
-        device=conv.weight.device,
-        dtype=conv.weight.dtype,
+        **_like(conv),
     )
     order = channel_order(kept, conv.out_channels)
     new.channel_order.copy_(torch.tensor(order, device=new.channel_order.device))
