@@ -162,7 +162,7 @@ class AAConv2d(nn.Module):
 
 
 class _Reorder(Function):
-    """Channels in the order of a permutation; the gradient is gathered by the inverse, which is faster than adding up."""
+    """Channels in the order of a permutation; the gradient is gathered by its inverse: faster than adding up."""
 
     generate_vmap_rule = True
 
