@@ -14,6 +14,7 @@ from torch.autograd import Function
 from torch.nn.modules.utils import _pair
 
 from augment_cli.layers.attention import Path, attention
+from augment_cli.layers.pooling import average_pool
 from augment_cli.layers.relative import resize_table, table_rows
 
 
@@ -134,12 +135,12 @@ class AAConv2d(nn.Module):
         top, left = self.border
         if top or left:
             x = x[..., top : x.shape[-2] - top, left : x.shape[-1] - left]
-        return x if self.stride == (1, 1) else _average(x, self.stride)
+        return x if self.stride == (1, 1) else average_pool(x, self.stride)
 
     def attend(self, x: Tensor) -> Tensor:
         """Shapes: x (N, in_channels, H', W') to (N, value_channels, ceil(H' / pool), ceil(W' / pool))."""
         if self.attention_pool > 1:
-            x = _average(x, (self.attention_pool, self.attention_pool))
+            x = average_pool(x, (self.attention_pool, self.attention_pool))
         q, k, v = self.qkv(x).split([self.key_channels, self.key_channels, self.value_channels], dim=1)
         q, k, v = (t.unflatten(1, (self.heads, -1)).movedim(2, -1) for t in (q, k, v))  # N, heads, H, W, channels
         out = attention(q, k, v, self.rel_height, self.rel_width, self.attention_path)
@@ -184,10 +185,6 @@ class _Reorder(Function):
     def jvp(ctx, tangent: Tensor, _) -> Tensor:
         (order,) = ctx.saved_tensors
         return tangent.index_select(1, order)
-
-
-def _average(x: Tensor, stride: tuple[int, int]) -> Tensor:
-    return F.avg_pool2d(x, 3, stride, padding=1, count_include_pad=False)
 
 
 def _border(kernel_size: tuple[int, int], padding: tuple[int, int] | str, dilation: tuple[int, int]) -> tuple[int, int]:

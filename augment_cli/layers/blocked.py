@@ -25,7 +25,7 @@ from torch.autograd import Function
 from augment_cli.layers.relative import by_position
 
 BLOCK_BYTES = 1_600_000
-"""Size of one block of logits. Measured: best a little above a 1 MiB second-level cache, flat to twice that."""
+"""A thread's share of one block of logits. Measured: best a little above a 1 MiB second-level cache, flat to twice."""
 
 _LOG2_E = math.log2(math.e)
 _SAFE_EXPONENT = 60.0  # 2^60, times a million keys, times values up to 2^40, is below the largest float32
@@ -33,9 +33,11 @@ _WAY_OUT = "use augment_cli.layers.attention.relative_attention, which computes 
 
 
 def blocked_relative_attention(
-    q: Tensor, k: Tensor, v: Tensor, rel_height: Tensor, rel_width: Tensor, *, block_bytes: int = BLOCK_BYTES
+    q: Tensor, k: Tensor, v: Tensor, rel_height: Tensor, rel_width: Tensor, *, block_bytes: int | None = None
 ) -> Tensor:
     """Attention of every position to every other, by blocks of logits of at most about `block_bytes`.
+
+    By default a block has BLOCK_BYTES for each of torch's threads, which share it.
 
     Half-precision inputs are computed in float32, the result has v's type, and autocast changes nothing. Gradients of
     first order only, by `backward` or `torch.func.grad`; `torch.func.vmap`, forward mode and second derivatives raise a
@@ -44,6 +46,7 @@ def blocked_relative_attention(
     Shapes: q, k (N, heads, H, W, d); v (N, heads, H, W, e); tables (2 S - 1, d); result (N, heads, H, W, e).
     """
     size = (height, width) = q.shape[2:4]
+    block_bytes = block_bytes or BLOCK_BYTES * torch.get_num_threads()
     dtype = torch.promote_types(q.dtype, torch.float32)
     with torch.autocast(q.device.type, enabled=False):
         scaled = q.to(dtype) * (q.shape[-1] ** -0.5 * _LOG2_E)
