@@ -1,4 +1,4 @@
-"""The pooling before the attention: torch's average pooling, computed as a depthwise convolution where that is faster."""
+"""The pooling before the attention: average pooling, computed as a depthwise convolution where that is faster."""
 
 import pytest
 import torch
