@@ -64,9 +64,9 @@ def run(layer: nn.Module, x: Tensor, mode: str) -> None:
     out.backward(torch.ones_like(out))
 
 
-def along(path: str | None, attribute: str, layer: nn.Module, x: Tensor, mode: str) -> None:
-    if path:
-        setattr(layer, attribute, path)
+def along(path: str, attribute: str, layer: nn.Module, x: Tensor, mode: str) -> None:
+    automatic = getattr(type(layer), attribute)
+    setattr(layer, attribute, automatic if path == "auto" else path)
     run(layer, x, mode)
 
 
@@ -112,7 +112,7 @@ def measure_aw(rounds: int, cases: list[int], paths: list[str]) -> list[dict]:
             x = torch.randn(batch, channels, size, size, requires_grad=True)
             for mode in MODES:
                 steps = {"conv": partial(run, plain, x, mode)}
-                steps |= {path: partial(along, path, "kernel_path", layer, x, mode) for path in paths}
+                steps |= {path: partial(along, path, "way", layer, x, mode) for path in paths}
                 taken = side_by_side(steps, rounds)
                 for name in steps:
                     row = {"map": size, "batch": batch, "mode": mode, "path": name}
@@ -185,12 +185,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--maps", type=int, nargs="+", choices=AA_CASES, default=list(AA_CASES))
     parser.add_argument("--aa-paths", nargs="+", default=["reference", "timm", "auto"])
-    parser.add_argument("--aw-paths", nargs="+", default=["per_sample", "auto"])
+    parser.add_argument("--aw-paths", nargs="+", default=["grouped", "auto"])
     parser.add_argument("--floors", action="store_true", help="AA: the floor of each case too")
     parser.add_argument("--no-write", action="store_true", help="print only")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
+    torch.empty(31 * 2**18)  # freed at once: from then on glibc keeps large blocks, as in a long training run
     results = {"machine": machine(), "threads": options.threads, "rounds": options.rounds}
     if "aa" in options.only:
         results["aa"] = measure_aa(options.rounds, options.maps, options.aa_paths)

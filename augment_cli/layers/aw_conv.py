@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from augment_cli.layers.attended import Geometry, attended_conv, conv_of_each, fastest_way
+
 
 class AWConv2d(nn.Conv2d):
     """Convolution whose kernel K is scaled, for every sample, by an attention map A of the kernel's shape.
@@ -33,6 +35,9 @@ class AWConv2d(nn.Conv2d):
         >>> layer(torch.zeros(2, 32, 8, 10)).shape
         torch.Size([2, 48, 8, 10])
     """
+
+    way: str | None = None
+    """Through the convolution: "grouped" or one of `attended.WAYS`; None for the one expected to be fastest."""
 
     def __init__(
         self,
@@ -74,22 +79,35 @@ class AWConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Shapes: x (N, C1, H, W) to (N, C2, H', W'), H' and W' as `nn.Conv2d` gives them."""
-        kernels = self.attended_kernels(x)
+        scales, kernel = self.scales(x), self.static_kernel()
         if self.same_pad:
             x = _pad_same(x, self.kernel_size, self.stride, self.dilation)
-        batch = x.shape[0]
-        x = x.reshape(1, -1, *x.shape[-2:])
-        kernels = kernels.flatten(0, 1).to(x.dtype)
-        bias = None if self.bias is None else self.bias.repeat(batch)
-        out = F.conv2d(x, kernels, bias, self.stride, self.padding, self.dilation, groups=batch)
-        return out.unflatten(1, (batch, -1)).squeeze(0)
+        way = self.way or fastest_way(x, kernel, self.geometry)
+        if way == "grouped":
+            out = conv_of_each(x, self._attended(kernel, scales), self.geometry)
+        else:
+            mixing = self.expand.weight.view(-1, self.out_channels)  # one row for each of C1/r groups
+            out = attended_conv(x, kernel, mixing, scales, self.geometry, way)
+        return out if self.bias is None else out + self.bias.to(out.dtype)[:, None, None]
+
+    @property
+    def geometry(self) -> Geometry:
+        padding = (0, 0) if self.padding == "valid" else self.padding
+        return Geometry(self.kernel_size, self.stride, padding, self.dilation)
+
+    def static_kernel(self) -> Tensor:
+        """K, standardised where the layer does so: (C2, C1, h, w)."""
+        return self.weight if self.standardize is None else self.standardize(self.weight)
 
     def attended_kernels(self, x: Tensor) -> Tensor:
         """K + A (x) K of every sample: (N, C2, C1, h, w)."""
-        kernel = self.weight if self.standardize is None else self.standardize(self.weight)
-        maps = self.expand(self.scales(x)).unflatten(1, (-1, self.out_channels)).transpose(1, 2)  # N, C2, C1/r, h, w
+        return self._attended(self.static_kernel(), self.scales(x))
+
+    def _attended(self, kernel: Tensor, scales: Tensor) -> Tensor:
+        maps = self.expand(scales).unflatten(1, (-1, self.out_channels)).transpose(1, 2)  # N, C2, C1/r, h, w
+        factors = (1 + maps).contiguous()  # or the product takes the order of axes from them, and is copied
         grouped = kernel.unflatten(1, (-1, self.reduction))  # C2, C1/r, r, h, w
-        return (grouped + maps.unsqueeze(3) * grouped).flatten(2, 3)
+        return (factors.unsqueeze(3) * grouped).flatten(2, 3)
 
     def scales(self, x: Tensor) -> Tensor:
         """A2, one number for each group of input channels and kernel tap: (N, C1/r, h, w)."""
