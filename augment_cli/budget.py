@@ -94,8 +94,8 @@ def solve(chosen: Chosen, settings: Sites, budget: Budget, source: Counts) -> So
 def _groups(chosen: Chosen, settings: Sites) -> list[_Group]:
     alike = defaultdict(list)
     for site, target in chosen:
-        key = (site.in_channels, site.out_channels, site.kernel_size, site.resolution, site.params, site.calls, target)
-        alike[key].append(site)
+        shape = site.in_channels, site.out_channels, site.groups, site.kernel_size, site.resolution
+        alike[*shape, site.params, site.calls, target].append(site)
     return [_group(tuple(sites), key[-1], settings) for key, sites in alike.items()]
 
 

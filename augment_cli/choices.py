@@ -19,21 +19,25 @@ def written(site: ConvSite, settings: Sites) -> Choice | None:
         return Choice(reduction=reduction)
     heads = _heads(site, settings)
     keys = max(_multiple(settings.key_ratio * site.out_channels, heads), _least_keys(heads, settings))
-    least_values = 0 if settings.narrow == "more-keys" else heads
-    values = max(_multiple(settings.value_ratio * site.out_channels, heads), least_values)
+    least_values = 0 if settings.narrow == "more-keys" or site.groups > 1 else heads
+    values = max(_multiple(settings.value_ratio * site.out_channels, value_step(site, heads)), least_values)
     if values == 0 or (reduction and values == site.out_channels):
         return None
     return Choice(heads, keys, values, attention_pool(site, settings), reduction)
 
 
 def attention_pool(site: ConvSite, settings: Sites) -> int:
-    """The smallest of 1, 2, 4, 8, ... that brings the attention's map within the recipe's number of positions."""
+    """The smallest of 1, 2, 4, ... that brings the map within the recipe's number of positions, or the largest."""
     if settings.attention_pool != "auto":
         return settings.attention_pool
-    pool = 1
-    while math.prod(attention_size(site.resolution, pool)) > settings.attention_positions:
-        pool *= 2
-    return pool
+    pools = [2**octave for octave in range(settings.max_attention_pool.bit_length())]
+    sizes = (math.prod(attention_size(site.resolution, pool)) for pool in pools)
+    return next((p for p, size in zip(pools, sizes, strict=True) if size <= settings.attention_positions), pools[-1])
+
+
+def value_step(site: ConvSite, heads: int) -> int:
+    """What value channels are a multiple of: as many for each head, and given up by each group, which stay whole."""
+    return heads if site.groups == 1 else math.lcm(heads, site.groups)
 
 
 def options(site: ConvSite, settings: Sites, target: Choice) -> tuple[Choice, ...]:
@@ -49,7 +53,8 @@ def options(site: ConvSite, settings: Sites, target: Choice) -> tuple[Choice, ..
     most_keys = max(2 * target.key_channels, site.out_channels // heads * heads)
     most_values = site.out_channels if target.value_channels == site.out_channels else site.out_channels - 1
     keys = _around(target.key_channels, heads, _least_keys(heads, settings), most_keys)
-    values = _around(target.value_channels, heads, heads, most_values)
+    step = value_step(site, heads)
+    values = _around(target.value_channels, step, step, most_values)
     splits = {(k, v, target.reduction) for k, v in product(keys, values)}
     splits |= {(target.key_channels, v, r) for v, r in product(values, reductions)}
     return tuple(Choice(heads, k, v, target.attention_pool, r) for k, v, r in sorted(splits))
@@ -92,8 +97,8 @@ def _around(center: int, step: int, least: int, most: int) -> list[int]:
 
 
 def _fitting_reduction(site: ConvSite, reduction: int) -> int:
-    return next(r for r in range(min(reduction, site.in_channels), 0, -1) if site.in_channels % r == 0)
+    return next(r for r in range(min(reduction, site.in_channels), 0, -1) if site.admits(r))
 
 
 def _reductions(site: ConvSite, center: int) -> list[int]:
-    return sorted({r for r in (center // 2, center, center * 2, center * 4) if r and site.in_channels % r == 0})
+    return sorted({r for r in (center // 2, center, center * 2, center * 4) if r and site.admits(r)})

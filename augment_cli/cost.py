@@ -4,7 +4,7 @@ Multiply-adds are those of one image, as torch.utils.flop_counter counts them (F
 products. Pooling, softmax, interpolation, element-wise work and the forming of attended kernels are not counted.
 
 AA (arXiv 1904.09925): parameters k k F_in (F_out - d_v) + F_in (2 d_k + d_v) + d_v^2 + (2 (H + W) - 2) d_k / heads.
-[arith] AW (arXiv 2108.08205): C1 C1/r + (C1/r)^2 + C2 C1/r beside the kernel. [ours]
+[arith] AW (arXiv 2108.08205): C1 C1/r + (C1/r)^2 + C2 max(1, C1/groups/r) beside the kernel. [ours]
 """
 
 import math
@@ -35,7 +35,7 @@ def params(site: ConvSite, choice: Choice) -> int:
     filters = site.out_channels - choice.value_channels
     total = site.params // site.out_channels * filters
     if choice.reduction:
-        total += _kernel_attention(site.in_channels, filters, choice.reduction)
+        total += _kernel_attention(site, filters, choice.reduction)
     if choice.value_channels:
         height, width = attention_size(site.resolution, choice.attention_pool)
         total += site.in_channels * (2 * choice.key_channels + choice.value_channels) + choice.value_channels**2
@@ -48,7 +48,7 @@ def macs(site: ConvSite, choice: Choice) -> int:
     filters, taps = site.out_channels - choice.value_channels, math.prod(site.kernel_size)
     total = site.positions * taps * site.in_channels // site.groups * filters
     if choice.reduction and filters:
-        total += taps * _kernel_attention(site.in_channels, filters, choice.reduction)
+        total += taps * _kernel_attention(site, filters, choice.reduction)
     if choice.value_channels:
         height, width = attention_size(site.resolution, choice.attention_pool)
         keys, values, positions = choice.key_channels, choice.value_channels, height * width
@@ -63,6 +63,7 @@ def attention_size(resolution: Size, attention_pool: int) -> Size:
     return tuple(math.ceil(size / attention_pool) for size in resolution)
 
 
-def _kernel_attention(in_channels: int, filters: int, reduction: int) -> int:
-    hidden = in_channels // reduction
-    return (in_channels * hidden + hidden**2 + filters * hidden) if filters else 0
+def _kernel_attention(site: ConvSite, filters: int, reduction: int) -> int:
+    hidden = site.in_channels // reduction
+    maps = max(1, hidden // site.groups)  # of an output channel
+    return (site.in_channels * hidden + hidden**2 + filters * maps) if filters else 0

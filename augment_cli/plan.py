@@ -23,7 +23,7 @@ from augment_cli.cost import Choice, Variant
 from augment_cli.errors import AugmentError, nearest
 from augment_cli.recipe import Budget, Recipe, describe_errors
 from augment_cli.selection import select, structural_obstacle
-from augment_cli.site import ConvSite, Size
+from augment_cli.site import ConvSite, Size, reduction_fits
 
 if TYPE_CHECKING:
     from augment_cli.graph import ModelGraph
@@ -85,6 +85,7 @@ class SitePlan(_Frozen):
     out_channels: Count
     kernel_size: Size
     stride: Size
+    groups: Annotated[int, Field(ge=1)] = 1
     resolution: Size
     heads: Count = 0
     key_channels: Count = 0
@@ -109,8 +110,11 @@ class SitePlan(_Frozen):
             )
         if "aa" in self.variant:
             self._check_attention()
-        if self.reduction and self.in_channels % self.reduction:
-            raise ValueError(f"{self.name}: reduction={self.reduction} does not divide in_channels={self.in_channels}")
+        if self.reduction and not reduction_fits(self.reduction, self.in_channels, self.groups):
+            among = f" in {self.groups} groups" if self.groups > 1 else ""
+            raise ValueError(
+                f"{self.name}: reduction={self.reduction} does not divide in_channels={self.in_channels}{among}"
+            )
         return self
 
     def _check_attention(self) -> None:
@@ -121,6 +125,10 @@ class SitePlan(_Frozen):
         most = self.out_channels - 1 if self.reduction else self.out_channels
         if self.value_channels > most:
             raise ValueError(f"{self.name}: value_channels={self.value_channels} is more than {most}")
+        if self.value_channels % self.groups:
+            raise ValueError(
+                f"{self.name}: value_channels={self.value_channels} does not leave {self.groups} groups whole"
+            )
 
 
 class Skipped(_Frozen):
@@ -210,6 +218,7 @@ def _site_plan(site: ConvSite, choice: Choice, variant: Variant) -> SitePlan:
         out_channels=site.out_channels,
         kernel_size=site.kernel_size,
         stride=site.stride,
+        groups=site.groups,
         resolution=site.resolution,
         heads=choice.heads,
         key_channels=choice.key_channels,
@@ -297,7 +306,7 @@ def _fit_site(entry: SitePlan, sites_of: dict[str, ConvSite], origin: str) -> Si
     site = sites_of.get(entry.name)
     if site is None:
         raise AugmentError(f"{origin}: the model has no convolution {entry.name}{nearest(entry.name, sites_of)}")
-    for key in ("in_channels", "out_channels", "kernel_size", "stride", "resolution"):
+    for key in ("in_channels", "out_channels", "kernel_size", "stride", "groups", "resolution"):
         planned, actual = getattr(entry, key), getattr(site, key)
         if planned != actual:
             raise AugmentError(f"{origin}: {entry.name} has {key} {actual} in the model, and {planned} in the plan")

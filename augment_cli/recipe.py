@@ -10,6 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from augment_cli.cost import Variant
 from augment_cli.errors import AugmentError, nearest
+from augment_cli.site import Kind
 
 
 def _as_tuple(value: Any) -> Any:
@@ -28,7 +29,12 @@ class _Section(BaseModel):
 class Sites(_Section):
     """Which convolutions are replaced, and by what."""
 
-    kernel: Annotated[int, Field(ge=1, description="kernel size (square) of the convolutions to replace")] = 3
+    kernel: Annotated[
+        SeveralNumbers, Field(min_length=1, description="kernel sizes (square) of the convolutions to replace")
+    ] = (3,)
+    groups: Annotated[
+        tuple[Kind, ...], BeforeValidator(_as_tuple), Field(min_length=1, description="dense, grouped, depthwise")
+    ] = ("dense",)
     names: Annotated[Several, Field(description="name globs; empty takes every name")] = ()
     regex: Annotated[str, Field(description="regular expression, found anywhere in the name")] = ""
     stages: Annotated[SeveralNumbers, Field(description="timm's feature levels, as out_indices count them")] = ()
@@ -52,7 +58,7 @@ class Sites(_Section):
         int | Literal["auto"], Field(description="the attention's map is this many times smaller; auto: by map size")
     ] = "auto"
     attention_positions: Annotated[int, Field(ge=1, description="auto: pool maps of more positions than this")] = 1024
-    max_attention_pool: Annotated[int, Field(ge=1, description="auto: the largest pool; larger maps are skipped")] = 8
+    max_attention_pool: Annotated[int, Field(ge=1, description="auto: the largest pool, whatever the map")] = 8
     reduction: Annotated[int, Field(ge=1, description="r of AW: input channels that share a map")] = 16
 
     @field_validator("regex")

@@ -5,7 +5,7 @@ from collections import Counter
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from augment_cli.choices import attention_pool, written
+from augment_cli.choices import value_step, written
 from augment_cli.cost import Choice, Variant
 from augment_cli.errors import AugmentError, nearest
 from augment_cli.recipe import Sites
@@ -58,8 +58,8 @@ def _check_selectors(sites: tuple[ConvSite, ...], settings: Sites) -> None:
     of_kernel = [site for site in sites if _is_kernel(site, settings)]
     if not of_kernel:
         found = Counter("x".join(map(str, site.kernel_size)) for site in sites)
-        kinds = ", ".join(f"{count} of {kernel}" for kernel, count in found.most_common()) or "none at all"
-        raise AugmentError(f"sites.kernel: no {settings.kernel}x{settings.kernel} convolution here; there are {kinds}")
+        kinds = _listed(f"{count} of {size}" for size, count in found.most_common()) or "none at all"
+        raise AugmentError(f"sites.kernel: no {_squares(settings.kernel)} convolution here; there are {kinds}")
     stages = sorted({site.stage for site in sites})
     for stage in settings.stages:
         if stage not in stages:
@@ -80,8 +80,17 @@ def _listed(items) -> str:
     return ", ".join(map(str, items))
 
 
+def _squares(kernels: tuple[int, ...]) -> str:
+    return " or ".join(f"{k}x{k}" for k in kernels)
+
+
+def missing_kernels(sites: tuple[ConvSite, ...], settings: Sites) -> list[int]:
+    """Those of several kernel sizes that no convolution has; where none has any, `select` raises."""
+    return [k for k in settings.kernel if not any(site.kernel_size == (k, k) for site in sites)]
+
+
 def _is_kernel(site: ConvSite, settings: Sites) -> bool:
-    return site.kernel_size == (settings.kernel, settings.kernel)
+    return site.kernel_size in {(k, k) for k in settings.kernel}
 
 
 def _at(site: ConvSite, sites: tuple[ConvSite, ...], position: int) -> bool:
@@ -93,11 +102,13 @@ def _at(site: ConvSite, sites: tuple[ConvSite, ...], position: int) -> bool:
 
 def _not_selected(site: ConvSite, sites: tuple[ConvSite, ...], settings: Sites) -> str | None:
     if not _is_kernel(site, settings):
-        return f"{'x'.join(map(str, site.kernel_size))} kernel, the recipe takes {settings.kernel}x{settings.kernel}"
+        return f"{'x'.join(map(str, site.kernel_size))} kernel, the recipe takes {_squares(settings.kernel)}"
     if site.reads_image:
         return "stem: reads the image"
     if site.stem and not settings.include_stem:
         return "stem (sites.include_stem=true takes it)"
+    if site.kind not in settings.groups:
+        return f"{site.kind} (sites.groups={site.kind} takes it)"
     if settings.names and not any(fnmatchcase(site.name, pattern) for pattern in settings.names):
         return "not selected by sites.names"
     if settings.regex and not re.search(settings.regex, site.name):
@@ -115,10 +126,8 @@ def structural_obstacle(site: ConvSite, variant: Variant) -> str | None:
     """Why a variant cannot stand in for this convolution under any settings; None where it can."""
     if site.obstacle:
         return site.obstacle
-    if site.depthwise:
-        return "depthwise"
-    if site.groups > 1:
-        return f"grouped ({site.groups} groups)"
+    if "aa" in variant and site.kind == "depthwise":
+        return "depthwise: every channel is a group of its own, and AA gives up channels of whole groups only"
     if "aw" in variant and site.conv_class not in ATTENDABLE:
         return f"{site.conv_class} forms its kernel in a way that AW does not know"
     if "aa" in variant and any(k % 2 == 0 for k in site.kernel_size):
@@ -136,14 +145,16 @@ def _out_of_range(site: ConvSite, settings: Sites) -> str | None:
         return f"map too large: {map_size}, over sites.largest_map={settings.largest_map} positions"
     if site.out_channels < settings.smallest_width:
         return f"too few channels: {site.out_channels}, under sites.smallest_width={settings.smallest_width}"
-    if "aa" in settings.variant and settings.attention_pool == "auto":
-        pool, most = attention_pool(site, settings), settings.max_attention_pool
-        if pool > most:
-            return f"map too large: {map_size} needs attention_pool {pool}, over sites.max_attention_pool={most}"
     return None
 
 
 def _too_narrow(site: ConvSite, settings: Sites) -> str:
+    if site.groups > 1:
+        step = value_step(site, settings.heads)
+        return (
+            f"grouped ({site.groups} groups): value channels come in multiples of {step}, so that groups and heads "
+            f"stay whole, and value_ratio {settings.value_ratio:g} of {site.out_channels} is less"
+        )
     return (
         f"too few channels: value_ratio {settings.value_ratio:g} of {site.out_channels} "
         f"gives {settings.heads} heads no value channel each"
@@ -156,9 +167,17 @@ def _summary(skipped: list[tuple[str, str]]) -> str:
 
 
 def _way_out(sites: tuple[ConvSite, ...], settings: Sites) -> str:
-    of_kernel = [site for site in sites if _is_kernel(site, settings) and site.groups == 1 and not site.reads_image]
-    if of_kernel and all(site.stem for site in of_kernel) and not settings.include_stem:
-        return (
-            f"Every dense {settings.kernel}x{settings.kernel} convolution is in the stem: --set sites.include_stem=true"
-        )
+    """What would take some, where something simple would."""
+    replaceable = [
+        site
+        for site in sites
+        if _is_kernel(site, settings) and not site.reads_image and not structural_obstacle(site, settings.variant)
+    ]
+    wanted = [site for site in replaceable if site.kind in settings.groups]
+    size = _squares(settings.kernel)
+    if wanted and all(site.stem for site in wanted) and not settings.include_stem:
+        kinds = " or ".join(settings.groups)
+        return f"Every {kinds} {size} convolution belongs to the stem: --set sites.include_stem=true takes those"
+    if others := sorted({site.kind for site in replaceable} - set(settings.groups)):
+        return f"The {size} convolutions are {' or '.join(others)}: --set sites.groups={others[0]} takes those"
     return "`augment plan --recipe aw` on this model, or sites.kernel, names and stages, show what there is"

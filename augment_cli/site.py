@@ -2,8 +2,10 @@
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 Size = tuple[int, int]
+Kind = Literal["dense", "grouped", "depthwise"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,5 +38,16 @@ class ConvSite:
         return math.prod(self.resolution)
 
     @property
-    def depthwise(self) -> bool:
-        return self.groups > 1 and self.groups == self.in_channels
+    def kind(self) -> Kind:
+        if self.groups == 1:
+            return "dense"
+        return "depthwise" if self.groups == self.in_channels else "grouped"
+
+    def admits(self, reduction: int) -> bool:
+        """Whether r input channels can share a map of AW: no share and no group straddles the other's border."""
+        return reduction_fits(reduction, self.in_channels, self.groups)
+
+
+def reduction_fits(reduction: int, in_channels: int, groups: int) -> bool:
+    inputs = in_channels // groups
+    return in_channels % reduction == 0 and (inputs % reduction == 0 or reduction % inputs == 0)

@@ -5,6 +5,7 @@ to find the sites before and to prove the result after.
 """
 
 import copy
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -17,14 +18,23 @@ from augment_cli.plan import Plan, SitePlan
 
 
 class KeepFilters(Protocol):
-    """Names the filters that an augmented convolution keeps: `count` indices, ascending."""
+    """Names the filters that an augmented convolution keeps: `count` indices, ascending, as many of every group."""
 
     def __call__(self, name: str, conv: nn.Conv2d, count: int) -> list[int]: ...
 
 
 def keep_first(name: str, conv: nn.Conv2d, count: int) -> list[int]:
-    """The first ones: attention takes the place of the last output channels, as in the AA paper."""
-    return list(range(count))
+    """The first of every group: attention takes the place of the last output channels, as in the AA paper."""
+    return keep_highest(range(conv.out_channels, 0, -1), conv, count)
+
+
+def keep_highest(scores: Sequence[float], conv: nn.Conv2d, count: int) -> list[int]:
+    """The filters of the highest scores, as many of every group; among equals the first."""
+    outputs, kept = conv.out_channels // conv.groups, []
+    for first in range(0, conv.out_channels, outputs):
+        group = sorted(range(first, first + outputs), key=lambda i: -scores[i])
+        kept += group[: count // conv.groups]
+    return sorted(kept)
 
 
 def apply_plan(model: nn.Module, plan: Plan, keep: KeepFilters = keep_first) -> None:
@@ -47,7 +57,7 @@ def find_conv(model: nn.Module, site: SitePlan) -> nn.Conv2d:
         conv = None
     if not isinstance(conv, nn.Conv2d):
         raise AugmentError(f"{type(model).__name__} has no convolution {site.name}")
-    for key in ("in_channels", "out_channels", "kernel_size", "stride"):
+    for key in ("in_channels", "out_channels", "kernel_size", "stride", "groups"):
         if getattr(conv, key) != getattr(site, key):
             raise AugmentError(f"{site.name} has {key} {getattr(conv, key)}, and {getattr(site, key)} in the plan")
     return conv
@@ -92,6 +102,7 @@ def _like(conv: nn.Conv2d) -> dict[str, Any]:
         "stride": conv.stride,
         "padding": conv_padding(conv),
         "dilation": conv.dilation,
+        "groups": conv.groups,
         "bias": conv.bias is not None,
         "device": conv.weight.device,
         "dtype": conv.weight.dtype,

@@ -8,7 +8,7 @@ from tests.conftest import graph_of, plan_of
 
 TOP = ["schema", "model", "recipe", "params_before", "params_after", "macs_before", "macs_after", "sites", "skipped"]
 SITE = [
-    *["name", "variant", "in_channels", "out_channels", "kernel_size", "stride", "resolution", "heads"],
+    *["name", "variant", "in_channels", "out_channels", "kernel_size", "stride", "groups", "resolution", "heads"],
     *["key_channels", "value_channels", "attention_pool", "reduction"],
     *["params_before", "params_after", "macs_before", "macs_after"],
 ]

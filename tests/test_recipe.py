@@ -5,7 +5,18 @@ import pytest
 from augment_cli.errors import AugmentError
 from augment_cli.recipe import builtin_recipes, load_recipe, resolve_amount
 
-BUILTIN = ["aa", "aa-aw", "aa-ratio", "aa-resnet", "aa-resnet34", "aw", "aw-aa-resnet", "aw-resnet"]
+BUILTIN = [
+    "aa",
+    "aa-aw",
+    "aa-mnasnet",
+    "aa-ratio",
+    "aa-resnet",
+    "aa-resnet34",
+    "aw",
+    "aw-aa-resnet",
+    "aw-mobilenet",
+    "aw-resnet",
+]
 
 
 def test_the_built_in_recipes_are_there_and_named_like_their_files():

@@ -5,7 +5,7 @@ import pytest
 from augment_cli.errors import AugmentError
 from augment_cli.recipe import load_recipe
 from augment_cli.selection import select
-from tests.conftest import graph_of
+from tests.conftest import graph_of, plan_of
 
 
 def chosen(model: str, recipe: str, *overrides: str) -> list[str]:
@@ -63,8 +63,13 @@ def test_the_paper_recipes_choose_what_the_papers_augment():
         ("resnet50", "layer1.0.conv2", ("sites.exclude=layer1.*",), "excluded by sites.exclude"),
         ("resnet50", "layer1.0.conv2", ("sites.largest_map=784",), "map too large: 56x56, over sites.largest_map=784"),
         ("resnet50", "layer1.0.conv2", ("sites.smallest_width=65",), "too few channels: 64, under"),
-        ("resnet50", "layer1.0.conv2", ("sites.max_attention_pool=2",), "map too large: 56x56 needs attention_pool 4"),
-        ("tf_efficientnetv2_s", "blocks.3.0.conv_dw", (), "depthwise"),
+        ("tf_efficientnetv2_s", "blocks.3.0.conv_dw", (), r"depthwise \(sites.groups=depthwise takes it\)"),
+        (
+            "tf_efficientnetv2_s",
+            "blocks.3.0.conv_dw",
+            ('sites.groups=["dense","depthwise"]',),
+            "depthwise: every channel",
+        ),
     ],
 )
 def test_reasons_are_ones_that_a_person_understands(model, name, overrides, reason):
@@ -75,10 +80,25 @@ def test_reasons_are_ones_that_a_person_understands(model, name, overrides, reas
         assert re.match(reason, reasons(model, "aa", *overrides)[name])
 
 
-def test_a_grouped_convolution_is_named_with_its_groups():
-    with pytest.raises(AugmentError, match="16 grouped"):
+def test_kinds_of_convolutions_are_taken_on_request():
+    with pytest.raises(AugmentError, match=r"16 grouped.*--set sites\.groups=grouped takes those"):
         chosen("resnext50_32x4d", "aa")
-    assert reasons("resnext50_32x4d", "aw", "sites.kernel=1")["layer1.0.conv2"].startswith("3x3 kernel")
+    assert len(chosen("resnext50_32x4d", "aw")) == 16
+    with pytest.raises(AugmentError, match=r"17 depthwise.*--set sites\.groups=depthwise takes those"):
+        chosen("mobilenetv2_100", "aw")
+    assert len(chosen("mobilenetv3_large_100", "aw-mobilenet")) == 15
+    assert len(chosen("mnasnet_100", "aa-mnasnet")) == 10
+
+
+def test_attention_takes_as_many_channels_of_every_group():
+    """ResNeXt-50: 32 groups of widths 128 to 1024; at upsilon = 0.25 every 32 channels are one of each group."""
+    settings = ("sites.groups=grouped", "sites.value_ratio=0.25", "budget.params=free")
+    plan = plan_of("resnext50_32x4d", "aa", *settings)
+    assert {site.value_channels for site in plan.sites} == {32, 64, 128, 256}
+    narrow = reasons("resnext50_32x4d", "aa", "sites.groups=grouped", "budget.params=free")
+    assert re.match(
+        r"grouped \(32 groups\): value channels come in multiples of 32.*0.1 of 128", narrow["layer1.0.conv2"]
+    )
 
 
 @pytest.mark.parametrize(

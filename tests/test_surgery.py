@@ -23,19 +23,39 @@ def randomized(name: str, **args) -> nn.Module:
     return model
 
 
-AW_MODELS = ["resnet18", "tf_efficientnetv2_b0", "resnetv2_50x1_bit", "test_nfnet", "test_efficientnet", "test_byobnet"]
+AW_MODELS = [
+    *["resnet18", "tf_efficientnetv2_b0", "resnetv2_50x1_bit", "test_nfnet", "test_efficientnet", "test_byobnet"],
+    *["resnext50_32x4d", "regnetx_002", "nf_regnet_b0"],
+]
 
 
-@pytest.mark.parametrize("name", AW_MODELS)
+@pytest.mark.parametrize(
+    ("name", "recipe"), [*((name, "aw") for name in AW_MODELS), ("mobilenetv3_small_050", "aw-mobilenet")]
+)
 @pytest.mark.parametrize("training", [False, True])
-def test_an_aw_model_is_the_sources_function(name, training):
+def test_an_aw_model_is_the_sources_function(name, recipe, training):
     source = randomized(name).double()
     x = torch.randn(2, 3, 96, 96, dtype=torch.float64)
-    plan = plan_of(name, "aw")
+    plan = plan_of(name, recipe)
     expected = _logits(source, x, training)
     surgery.apply_plan(source, plan)
     assert sum(isinstance(m, AWConv2d) for m in source.modules()) == len(plan.sites)
     assert (_logits(source, x, training) - expected).abs().max() < 1e-10
+
+
+def test_attention_takes_channels_of_every_group_and_the_others_stay_what_they_were():
+    plan = plan_of("resnext50_32x4d", "aa", "sites.groups=grouped", "sites.value_ratio=0.25", "budget.params=free")
+    source, converted = (randomized("resnext50_32x4d").eval() for _ in range(2))
+    converted.load_state_dict(source.state_dict())
+    surgery.apply_plan(converted, plan)
+    site = plan.sites[-1]
+    conv, new = source.get_submodule(site.name), converted.get_submodule(site.name)
+    assert new.conv.groups == 32
+    assert new.conv.out_channels == site.out_channels - site.value_channels
+    x = torch.randn(2, site.in_channels, 7, 7)
+    kept = new.channel_order < new.conv.out_channels
+    assert set(kept.unflatten(0, (32, -1)).sum(1).tolist()) == {new.conv.out_channels // 32}
+    torch.testing.assert_close(new(x)[:, kept], conv(x)[:, kept])
 
 
 def _logits(model: nn.Module, x, training: bool):

@@ -69,6 +69,7 @@ class AAConv2d(nn.Module):
         stride: int | tuple[int, int] = 1,
         padding: int | tuple[int, int] | str = 0,
         dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
         bias: bool = True,
         heads: int,
         key_channels: int,
@@ -85,7 +86,7 @@ class AAConv2d(nn.Module):
         super().__init__()
         _check_split(out_channels, heads, key_channels, value_channels, attention_pool)
         dd = {"device": device, "dtype": dtype}
-        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, 1
+        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
         self.kernel_size, self.stride, self.dilation = _pair(kernel_size), _pair(stride), _pair(dilation)
         self.padding = padding if isinstance(padding, str) else _pair(padding)
         self.border = _border(self.kernel_size, self.padding, self.dilation)
@@ -95,7 +96,7 @@ class AAConv2d(nn.Module):
             raise ValueError(f"resolution={self.resolution} is not a map of at least one position")
 
         conv_channels = out_channels - value_channels
-        options = {"stride": stride, "padding": padding, "dilation": dilation, "bias": bias}
+        options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups, "bias": bias}
         self.conv = conv_layer(in_channels, conv_channels, kernel_size, **options, **dd) if conv_channels else None
         self.qkv = nn.Conv2d(in_channels, 2 * key_channels + value_channels, 1, bias=qkv_bias, **dd)
         self.proj = nn.Conv2d(value_channels, value_channels, 1, bias=proj_bias, **dd)

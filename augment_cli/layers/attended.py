@@ -52,10 +52,11 @@ class Geometry:
     stride: tuple[int, int]
     padding: tuple[int, int]
     dilation: tuple[int, int]
+    groups: int = 1
 
     @property
     def options(self) -> tuple:
-        """The arguments of a convolution, in torch's order."""
+        """The arguments of a convolution, in torch's order, the groups left out."""
         return self.stride, self.padding, self.dilation
 
     def out_size(self, x: Tensor) -> tuple[int, int]:
@@ -67,12 +68,12 @@ class Geometry:
 def conv_of_each(x: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
     """`grouped`, from differentiable operations: the samples as channels of one map, a group for each.
 
-    Shapes: x (N, C1, H, W), kernels (N, C2, C1, h, w); to (N, C2, H', W').
+    Shapes: x (N, C1, H, W), kernels (N, C2, C1/groups, h, w); to (N, C2, H', W').
     """
     batch = x.shape[0]
     if batch == 0:  # there is no convolution in no groups
-        return F.conv2d(x, kernels.sum(0), None, *geometry.options)
-    out = F.conv2d(_as_channels(x), kernels.flatten(0, 1), None, *geometry.options, batch)
+        return F.conv2d(x, kernels.sum(0), None, *geometry.options, geometry.groups)
+    out = F.conv2d(_as_channels(x), kernels.flatten(0, 1), None, *geometry.options, batch * geometry.groups)
     return out.unflatten(1, (batch, -1)).squeeze(0)
 
 
@@ -87,6 +88,10 @@ def attended_conv(x: Tensor, kernel: Tensor, mixing: Tensor, scales: Tensor, geo
     Shapes: x (N, C1, H, W), kernel K (C2, C1, h, w), mixing s (C1/r, C2), scales A2 (N, C1/r, h, w); the result
     (N, C2, H', W').
     """
+    if geometry.groups > 1:
+        raise ValueError(
+            f"way {way!r} takes dense kernels only, and this one has {geometry.groups} groups: use 'grouped'"
+        )
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         x, scales = x.to(torch.get_autocast_dtype(device)), scales.to(kernel.dtype)
@@ -361,12 +366,12 @@ def _has_onednn() -> bool:
 def fastest_way(x: Tensor, kernel: Tensor, geometry: Geometry) -> str:
     """Which way to go, as measured on a processor in float32; "grouped" wherever the others may not work.
 
-    "grouped" too where all kernels together are no more than "chunked" forms at a time, and for one sample without
-    gradients. The rest compares what has to be rearranged: an unfolding has H'W' C1 h w numbers, a kernel C2 C1 h w. On
-    a map of a few positions nothing of a kernel's size is worth doing for a sample.
+    Those take dense kernels only. "grouped" too where all kernels together are no more than "chunked" forms at a time,
+    and for one sample without gradients. The rest compares what has to be rearranged: an unfolding has H'W' C1 h w
+    numbers, a kernel C2 C1 h w. On a map of a few positions nothing of a kernel's size is worth doing for a sample.
     """
     plain = type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu"
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not plain:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not plain or geometry.groups > 1:
         return "grouped"
     kernel_bytes = kernel.numel() * kernel.element_size()
     if len(x) * kernel_bytes <= KERNELS_BYTES or (len(x) <= 1 and not torch.is_grad_enabled()):

@@ -24,10 +24,15 @@ class AWConv2d(nn.Conv2d):
 
     `expand` is zero at the start, so that a fresh layer computes the plain convolution.
 
+    A grouped kernel is the dense one with only the blocks on its diagonal, and the same formula holds for the entries
+    that there are: an output channel meets a = max(1, C1/groups/r) maps. A3 has C2 a channels then, and on a depthwise
+    convolution every channel's kernel has a map of its own, scaled from one that r channels share. [ours]
+
     Args:
-        in_channels, out_channels, kernel_size, stride, padding, dilation, bias: as in `nn.Conv2d`, except that
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias: as in `nn.Conv2d`, except that
             padding="same" is TensorFlow's, for any stride.
-        reduction: r, the input channels that share a map; the largest divisor of `in_channels` up to it is used.
+        reduction: r, the input channels that share a map; of the divisors of `in_channels` that no group straddles, the
+            largest up to it is used.
         standardize: applied to the kernel before the attention (weight standardisation); None for the kernel as it is.
 
     Example:
@@ -48,6 +53,7 @@ class AWConv2d(nn.Conv2d):
         stride: int | tuple[int, int] = 1,
         padding: int | tuple[int, int] | str = 0,
         dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
         bias: bool = True,
         reduction: int = 16,
         standardize: nn.Module | None = None,
@@ -57,13 +63,14 @@ class AWConv2d(nn.Conv2d):
         dd = {"device": device, "dtype": dtype}
         self.same_pad = padding == "same"
         fixed_padding = 0 if self.same_pad else padding
-        super().__init__(in_channels, out_channels, kernel_size, stride, fixed_padding, dilation, bias=bias, **dd)
-        self.reduction = fitting_reduction(in_channels, reduction)
+        super().__init__(in_channels, out_channels, kernel_size, stride, fixed_padding, dilation, groups, bias, **dd)
+        self.reduction = fitting_reduction(in_channels, reduction, groups)
         hidden = in_channels // self.reduction
+        self.maps = max(1, hidden // groups)  # a: of an output channel
         self.standardize = standardize
         self.reduce = nn.Conv2d(in_channels, hidden, 1, bias=False, **dd)
         self.mix = nn.Conv2d(hidden, hidden, 1, bias=False, **dd)
-        self.expand = nn.Conv2d(hidden, hidden * out_channels, 1, groups=hidden, bias=False, **dd)
+        self.expand = nn.Conv2d(hidden, out_channels * self.maps, 1, groups=hidden, bias=False, **dd)
         self.reset_attention_parameters()
 
     def reset_parameters(self) -> None:
@@ -93,20 +100,21 @@ class AWConv2d(nn.Conv2d):
     @property
     def geometry(self) -> Geometry:
         padding = (0, 0) if self.padding == "valid" else self.padding
-        return Geometry(self.kernel_size, self.stride, padding, self.dilation)
+        return Geometry(self.kernel_size, self.stride, padding, self.dilation, self.groups)
 
     def static_kernel(self) -> Tensor:
-        """K, standardised where the layer does so: (C2, C1, h, w)."""
+        """K, standardised where the layer does so: (C2, C1/groups, h, w)."""
         return self.weight if self.standardize is None else self.standardize(self.weight)
 
     def attended_kernels(self, x: Tensor) -> Tensor:
-        """K + A (x) K of every sample: (N, C2, C1, h, w)."""
+        """K + A (x) K of every sample: (N, C2, C1/groups, h, w)."""
         return self._attended(self.static_kernel(), self.scales(x))
 
     def _attended(self, kernel: Tensor, scales: Tensor) -> Tensor:
-        maps = self.expand(scales).unflatten(1, (-1, self.out_channels)).transpose(1, 2)  # N, C2, C1/r, h, w
+        blocks = self.expand.in_channels // self.maps, self.maps, -1
+        maps = self.expand(scales).unflatten(1, blocks).transpose(2, 3).flatten(1, 2)  # N, C2, a, h, w
         factors = (1 + maps).contiguous()  # or the product takes the order of axes from them, and is copied
-        grouped = kernel.unflatten(1, (-1, self.reduction))  # C2, C1/r, r, h, w
+        grouped = kernel.unflatten(1, (self.maps, -1))  # C2, a, inputs that share a map, h, w
         return (factors.unsqueeze(3) * grouped).flatten(2, 3)
 
     def scales(self, x: Tensor) -> Tensor:
@@ -118,11 +126,17 @@ class AWConv2d(nn.Conv2d):
         return f"{super().extra_repr()}, reduction={self.reduction}{', same_pad' if self.same_pad else ''}"
 
 
-def fitting_reduction(in_channels: int, reduction: int) -> int:
-    """The largest divisor of `in_channels` that is at most `reduction`."""
+def fitting_reduction(in_channels: int, reduction: int, groups: int = 1) -> int:
+    """The largest r up to `reduction` that divides `in_channels`, and a group's inputs or is a multiple of them."""
     if reduction < 1:
         raise ValueError(f"reduction={reduction} is less than 1")
-    return next(r for r in range(min(reduction, in_channels), 0, -1) if in_channels % r == 0)
+    return next(r for r in range(min(reduction, in_channels), 0, -1) if fits_groups(r, in_channels, groups))
+
+
+def fits_groups(reduction: int, in_channels: int, groups: int) -> bool:
+    """Whether every r-th of the input channels and every group of the convolution are inside one another."""
+    inputs = in_channels // groups
+    return in_channels % reduction == 0 and (inputs % reduction == 0 or reduction % inputs == 0)
 
 
 def _pad_same(x: Tensor, kernel_size, stride, dilation) -> Tensor:

@@ -81,6 +81,7 @@ class SiteRow:
     out_channels: int
     kernel_size: Size
     stride: Size
+    groups: int
     resolution: Size
     heads: int
     key_channels: int

@@ -145,7 +145,9 @@ def multi_head_attention(x: Tensor, weights: dict, heads: int) -> Tensor:
     return pointwise(out, weights["proj.weight"], weights.get("proj.bias"))
 
 
-def aa_conv(x: Tensor, weights: dict, *, kernel, heads, stride=1, padding=0, dilation=1, attention_pool=1) -> Tensor:
+def aa_conv(
+    x: Tensor, weights: dict, *, kernel, heads, stride=1, padding=0, dilation=1, groups=1, attention_pool=1
+) -> Tensor:
     """Concat[Conv(X), MHA(X)]; with "channel_order" among the weights, output c is channel channel_order[c] of it."""
     seen = x
     if padding != "same":
@@ -158,33 +160,54 @@ def aa_conv(x: Tensor, weights: dict, *, kernel, heads, stride=1, padding=0, dil
         seen = average_pool(seen, attention_pool)
     parts = [bilinear(multi_head_attention(seen, weights, heads), size)]
     if "conv.weight" in weights:
-        kernels = [weights["conv.weight"]] * len(x)
+        kernels = [block_diagonal(weights["conv.weight"], groups)] * len(x)
         parts.insert(0, conv(x, kernels, weights.get("conv.bias"), stride, padding, dilation))
     out = torch.cat(parts, dim=1)
     order = weights.get("channel_order", range(out.shape[1]))
     return torch.stack([out[:, int(c)] for c in order], dim=1)
 
 
-def aw_map(x: Tensor, weights: dict, reduction: int) -> Tensor:
-    """A (N, C2, C1, h, w): pool -> reduce, ReLU -> mix, ReLU -> expand in groups -> every map to `r` input channels."""
-    out_channels, in_channels, *kernel = weights["weight"].shape
-    r = max(d for d in range(1, in_channels + 1) if in_channels % d == 0 and d <= reduction)
+def block_diagonal(kernel: Tensor, groups: int) -> Tensor:
+    """(C2, C1/groups, h, w) to the dense kernel (C2, C1, h, w) that computes the same."""
+    out_channels, inputs, *size = kernel.shape
+    dense = torch.zeros(out_channels, inputs * groups, *size, dtype=kernel.dtype)
+    for c2 in range(out_channels):
+        start = c2 // (out_channels // groups) * inputs
+        dense[c2, start : start + inputs] = kernel[c2]
+    return dense
+
+
+def aw_map(x: Tensor, weights: dict, reduction: int, groups: int = 1) -> Tensor:
+    """A (N, C2, C1, h, w): pool -> reduce, ReLU -> mix, ReLU -> expand in groups -> every map to `r` input channels.
+
+    Where the kernel has no entries, A stays zero: a map is expanded for those output channels only that meet it.
+    """
+    out_channels, inputs, *kernel = weights["weight"].shape
+    in_channels, outputs = inputs * groups, out_channels // groups
+    r = max(
+        d
+        for d in range(1, min(in_channels, reduction) + 1)
+        if in_channels % d == 0 and (inputs % d == 0 or d % inputs == 0)
+    )
     a0 = adaptive_pool(x, tuple(kernel))
     a1 = pointwise(a0, weights["reduce.weight"]).clamp(min=0)
     a2 = pointwise(a1, weights["mix.weight"]).clamp(min=0)
     out = torch.zeros(len(x), out_channels, in_channels, *kernel, dtype=x.dtype)
-    for n in range(len(x)):
+    expand = iter(weights["expand.weight"].flatten())
+    for g in range(in_channels // r):
         for c2 in range(out_channels):
-            for g in range(in_channels // r):
-                for t in range(r):
-                    out[n, c2, g * r + t] = weights["expand.weight"][g * out_channels + c2, 0, 0, 0] * a2[n, g]
+            met = [c1 for c1 in range(g * r, (g + 1) * r) if c1 // inputs == c2 // outputs]
+            s = next(expand) if met else 0
+            for c1 in met:
+                out[:, c2, c1] = s * a2[:, g]
+    assert next(expand, None) is None
     return out
 
 
-def aw_conv(x: Tensor, weights: dict, *, reduction, stride=1, padding=0, dilation=1, kernel=None) -> Tensor:
+def aw_conv(x: Tensor, weights: dict, *, reduction, stride=1, padding=0, dilation=1, groups=1, kernel=None) -> Tensor:
     """O = conv(I, K + A (x) K), with K the layer's weight or `kernel`."""
-    kernel = weights["weight"] if kernel is None else kernel
-    kernels = [kernel + a * kernel for a in aw_map(x, weights, reduction)]
+    kernel = block_diagonal(weights["weight"] if kernel is None else kernel, groups)
+    kernels = [kernel + a * kernel for a in aw_map(x, weights, reduction, groups)]
     return conv(x, kernels, weights.get("bias"), stride, padding, dilation)
 
 

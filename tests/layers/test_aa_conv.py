@@ -20,7 +20,7 @@ def layer_of(*args, seed: int = 0, **options) -> AAConv2d:
 
 
 def assert_as_oracle(layer: AAConv2d, x: torch.Tensor) -> None:
-    names = ("heads", "stride", "padding", "dilation", "attention_pool")
+    names = ("heads", "stride", "padding", "dilation", "groups", "attention_pool")
     options = {name: getattr(layer, name) for name in names}
     assert_equal(layer(x), oracles.aa_conv(x, layer.state_dict(), kernel=layer.kernel_size, **options))
 
@@ -38,10 +38,12 @@ def cases(draw) -> tuple[dict, tuple[int, ...]]:
         (n - 1) * s + 1 + draw(st.integers(0, s - 1)) + 2 * (f - p)
         for n, s, f, p in zip(size, strides, full, padding, strict=True)
     ]
-    in_channels, values = draw(st.integers(1, 4)), heads * draw(st.integers(1, 2))
+    groups = draw(st.integers(1, 2))
+    in_channels, values = groups * draw(st.integers(1, 4 // groups)), heads * draw(st.integers(1, 2))
     arguments = {
         "in_channels": in_channels,
-        "out_channels": values + draw(st.integers(0, 3)),
+        "out_channels": values + groups * draw(st.integers(0, 3)),
+        "groups": groups,
         "kernel_size": kernel,
         "stride": stride,
         "padding": padding,

@@ -17,16 +17,18 @@ def layer_of(*args, seed: int = 0, **options) -> AWConv2d:
 
 
 @st.composite
-def cases(draw) -> tuple[dict, tuple[int, ...]]:
+def cases(draw, most_groups: int = 4) -> tuple[dict, tuple[int, ...]]:
     """Arguments of a layer, and the shape of an input that has an output; the kernel may be larger than the map."""
     kernel, stride, dilation = draw(pairs(1, 2, 3, 5)), draw(pairs(1, 2, 3)), draw(pairs(1, 2))
     padding = draw(st.just("same") | st.tuples(st.integers(0, 3), st.integers(0, 3)))
     reach = [d * (k - 1) + 1 for k, d in zip(oracles.pair(kernel), oracles.pair(dilation), strict=True)]
     least = (1, 1) if padding == "same" else [max(r - 2 * p, 1) for r, p in zip(reach, padding, strict=True)]
     shape = [n + draw(st.integers(0, 4)) for n in least]
+    groups = draw(st.integers(1, most_groups))
     arguments = {
-        "in_channels": draw(st.integers(1, 8)),
-        "out_channels": draw(st.integers(1, 4)),
+        "in_channels": groups * draw(st.integers(1, 8 // groups)),
+        "out_channels": groups * draw(st.integers(1, 4 // groups)),
+        "groups": groups,
         "kernel_size": kernel,
         "stride": stride,
         "padding": padding,
@@ -42,7 +44,7 @@ def test_forward_equals_the_formula(case, reduction, seed):
     arguments, shape = case
     layer = layer_of(**arguments, reduction=reduction, seed=seed)
     x = normal(*shape, seed=seed)
-    options = {name: arguments[name] for name in ("stride", "padding", "dilation")}
+    options = {name: arguments[name] for name in ("stride", "padding", "dilation", "groups")}
     assert_equal(layer(x), oracles.aw_conv(x, layer.state_dict(), reduction=reduction, **options))
 
 
@@ -96,13 +98,15 @@ def test_kernels_differ_between_samples_and_not_with_the_company():
         {"kernel_size": 3, "padding": 1},
         {"kernel_size": (1, 3), "stride": (2, 1), "bias": False},
         {"kernel_size": 3, "stride": 2, "padding": "same", "dilation": (1, 2)},
+        {"kernel_size": 3, "padding": 1, "groups": 2},
+        {"kernel_size": 3, "padding": 1, "groups": 4},
         {"kernel_size": 3, "padding": 1, "standardize": Standardize()},
         {"kernel_size": 3, "padding": 1, "standardize": ScaledStandardize(3, 0.3, dtype=torch.float64)},
     ],
-    ids=["plain", "strided", "same", "standardized", "scaled"],
+    ids=["plain", "strided", "same", "grouped", "depthwise", "standardized", "scaled"],
 )
 def test_gradients_of_input_and_parameters(options):
-    layer = layer_of(4, 3, **options, reduction=2)
+    layer = layer_of(4, 4 if "groups" in options else 3, **options, reduction=2)
     x = normal(2, 4, 4, 3, seed=3)
     assert layer.scales(x).any()
     assert_gradients(layer, x)
@@ -110,13 +114,14 @@ def test_gradients_of_input_and_parameters(options):
 
 @given(
     kernel=pairs(1, 2, 3, 5),
-    in_channels=st.integers(1, 100),
-    out_channels=st.integers(1, 100),
+    inputs=st.integers(1, 30),
+    outputs=st.integers(1, 30),
     reduction=st.integers(1, 32),
     bias=st.booleans(),
 )
 @settings(max_examples=50, deadline=None, derandomize=True)
-def test_parameters_are_those_of_our_reading(kernel, in_channels, out_channels, reduction, bias):
+def test_parameters_are_those_of_our_reading(kernel, inputs, outputs, reduction, bias):
+    in_channels, out_channels = 3 * inputs, 3 * outputs
     layer = AWConv2d(in_channels, out_channels, kernel, reduction=reduction, bias=bias, device="meta")
     r = max(d for d in range(1, reduction + 1) if in_channels % d == 0)
     hidden = in_channels // r
@@ -137,3 +142,18 @@ def test_reset_parameters_makes_it_a_plain_convolution_again():
     layer.reset_parameters()
     assert not layer.expand.weight.any()
     assert all(not torch.equal(p, before[name]) for name, p in layer.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("groups", "reduction", "expected"),
+    [
+        (1, 16, 60 * 4 + 16 + 30 * 4),
+        (5, 6, 60 * 10 + 100 + 30 * 2),
+        (5, 24, 60 * 5 + 25 + 30),
+        (30, 4, 60 * 15 + 225 + 30),
+    ],
+)
+def test_attention_of_a_grouped_kernel_meets_its_own_group_only(groups, reduction, expected):
+    """60 to 30 channels: with r = 15, 6, 12 and 4, an output channel meets 4, 2, 1 and 1 maps."""
+    layer = AWConv2d(60, 30, 3, groups=groups, reduction=reduction, bias=False, device="meta")
+    assert sum(p.numel() for p in layer.parameters()) - layer.weight.numel() == expected

@@ -53,7 +53,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attended, "BLOCK_BYTES", 0)  # 32 rows
 
 
-@given(cases(), st.integers(1, 9), seeds, st.sampled_from(FAST))
+@given(cases(most_groups=1), st.integers(1, 9), seeds, st.sampled_from(FAST))
 @drawn(max_examples=150)
 def test_forward_equals_the_formula(case, reduction, seed, way):
     arguments, shape = case
@@ -63,7 +63,7 @@ def test_forward_equals_the_formula(case, reduction, seed, way):
     assert_equal(layer(x), oracles.aw_conv(x, layer.state_dict(), reduction=reduction, **options))
 
 
-@given(cases(), st.integers(1, 9), seeds)
+@given(cases(most_groups=1), st.integers(1, 9), seeds)
 @drawn(max_examples=60)
 def test_gradients_are_those_of_the_grouped_way(case, reduction, seed):
     arguments, shape = case
@@ -73,6 +73,14 @@ def test_gradients_are_those_of_the_grouped_way(case, reduction, seed):
     )
     for found in others:
         assert_same(found, expected, 1e-12)
+
+
+@each_way
+def test_a_grouped_kernel_is_refused_by_all_but_grouped(way):
+    layer = AWConv2d(4, 4, 3, groups=2)
+    layer.way = way
+    with pytest.raises(ValueError, match=f"{way}.*2 groups"):
+        layer(torch.zeros(1, 4, 5, 5))
 
 
 @each_way
