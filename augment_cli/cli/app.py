@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from augment_cli.cli import check, convert, models, plan, recipes, report
+from augment_cli.cli import check, convert, evaluate, finetune, models, plan, recipes, report, timm
 from augment_cli.errors import AugmentError
 
 
@@ -58,6 +58,9 @@ app.command("plan")(plan.plan)
 app.command("convert")(convert.convert)
 app.command("report")(report.report)
 app.command("check")(check.check)
+app.command("finetune")(finetune.finetune)
+app.command("evaluate")(evaluate.evaluate)
+app.command("timm")(timm.timm)
 app.add_typer(recipes.app, name="recipes")
 app.command("models")(models.models)
 

@@ -1,0 +1,337 @@
+"""Images from a folder, a tar file, or one of timm's other readers, with every fault of theirs named.
+
+A spec is a path, or `kind/name` for one of timm's kinds: `hfds/` and `hfids/` (Hugging Face datasets, whole and
+streamed), `wds/` (webdataset: a folder with `_info.json`, or shards such as `wds/data/train-{00..03}.tar|5000`),
+`tfds/`, and `torch/` (torchvision). A folder is one of class folders, or has a folder of those for every split.
+"""
+
+import copy
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
+
+from augment_cli.errors import AugmentError, nearest
+from augment_cli.seeds import derive, seeded
+
+KINDS = ("hfds", "hfids", "wds", "tfds", "torch")
+STREAMS = ("hfids", "wds", "tfds")
+
+_SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "val", "valid", "eval", "evaluation"),
+}
+_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+_SUBSTITUTES = 1000
+
+OnCorrupt = Literal["fail", "skip"]
+
+
+class BadImage(AugmentError):
+    """An image or label that is no good; raised again by a data loader, it sheds the worker's traceback."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message.rsplit(f"{type(self).__name__}: ", 1)[-1].strip())
+
+
+class Images(Dataset):
+    """Images and labels by index: (transformed image, int), or the PIL image where there is no transform.
+
+    What an augmentation draws for an image depends on seed, epoch and index alone: not on worker processes, nor on
+    where a run was resumed. `corrupt` (N,) is 1 where an image could not be read; worker processes write to it too.
+    """
+
+    def __init__(
+        self,
+        source: Any,
+        classes: dict[str, int] | None,
+        *,
+        channels: int,
+        on_corrupt: OnCorrupt,
+        labels: bool,
+        seed: int,
+    ) -> None:
+        self.source, self.classes, self.labels = source, classes, labels
+        self.mode = "L" if channels == 1 else "RGB"
+        self.on_corrupt, self.seed, self.epoch = on_corrupt, seed, 0
+        self.transform: Callable | None = None
+        self.num_classes: int | None = None  # labels from there on are an error
+        self.relabel: list[int] | None = None
+        self.indices: Sequence[int] = range(len(source))
+        self.corrupt = torch.zeros(len(source), dtype=torch.uint8).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        image, label = self._readable(index)
+        if self.transform is not None:
+            with seeded(self.seed, "image", self.epoch, index):
+                image = self.transform(image)
+        return image, label
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def part(self, indices: Sequence[int]) -> "Images":
+        """The images at some indices, as a data set of their own, with a transform of their own."""
+        part = copy.copy(self)
+        part.indices = [self.indices[index] for index in indices]
+        part.corrupt = torch.zeros_like(self.corrupt).share_memory_()
+        return part
+
+    def name(self, index: int) -> str:
+        """The file of an image, or its number where it has none."""
+        return self._name(self.indices[index])
+
+    def _name(self, place: int) -> str:
+        reader = getattr(self.source, "reader", None)
+        return str(reader.filename(place, absolute=True)) if reader is not None else f"image {place}"
+
+    def origin(self) -> str | None:
+        """The folder or tar file and its first image, by which data that are opened twice are known; else None."""
+        reader = getattr(self.source, "reader", None)
+        return f"{reader.root}: {self.name(0)}" if hasattr(reader, "samples") else None
+
+    def corrupt_names(self) -> list[str]:
+        """The images that could not be read so far, by any process of the loader."""
+        return [self._name(place) for place in self.corrupt.nonzero().flatten().tolist()]
+
+    def _readable(self, index: int) -> tuple[Image.Image, int]:
+        """The image, or where it is corrupt and may be skipped, the next one that can be read."""
+        for step in range(min(len(self), _SUBSTITUTES)):
+            place = self.indices[(index + step) % len(self)]
+            try:
+                return self._read(place)
+            except BadImage:
+                raise
+            except _UNREADABLE as error:
+                self.corrupt[place] = 1
+                if self.on_corrupt == "fail":
+                    reason = str(error) or type(error).__name__
+                    raise BadImage(
+                        f"{self._name(place)} cannot be read: {reason}; --on-corrupt skip goes on without such images"
+                    ) from error
+        raise BadImage(f"none of {step + 1:,} images from {self.name(index)} on can be read")
+
+    def _read(self, place: int) -> tuple[Image.Image, int]:
+        reader = getattr(self.source, "reader", None)
+        if reader is None:
+            image, label = self.source[place]
+            return image.convert(self.mode), self._label(label)
+        stream, label = reader[place]
+        with stream:
+            return Image.open(stream).convert(self.mode), self._label(label)
+
+    def _label(self, label: Any) -> int:
+        if not self.labels:
+            return -1
+        return _checked(int(label) if self.relabel is None else self.relabel[int(label)], self.num_classes)
+
+
+class ImageStream(IterableDataset):
+    """Images and labels in the order of a stream: (transformed image, int).
+
+    What cannot be decoded is left out by timm's reader, which logs it: streams cannot name or count it.
+    """
+
+    classes = None
+
+    def __init__(self, source: Any, *, seed: int) -> None:
+        self.source, self.seed, self.epoch = source, seed, 0
+        self.transform: Callable | None = None
+        self.num_classes: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __iter__(self) -> Iterator[tuple[Any, int]]:
+        worker = get_worker_info()
+        place = (self.seed, "stream", self.epoch, _rank(), worker.id if worker else 0)
+        reader = copy.copy(self.source.reader)  # what it draws from goes on from epoch to epoch: begin anew
+        reader.worker_seed = derive(*place)
+        for number, (image, label) in enumerate(reader):
+            if self.transform is not None:
+                with seeded(*place, number):
+                    image = self.transform(image)
+            yield image, _checked(int(label), self.num_classes)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+        self.source.set_epoch(epoch)
+
+    def set_loader_cfg(self, num_workers: int) -> None:
+        """How many workers will read: timm's readers share out their shards by it."""
+        self.source.set_loader_cfg(num_workers=num_workers)
+
+    def corrupt_names(self) -> list[str]:
+        return []
+
+
+def open_dataset(
+    spec: str | Path,
+    *,
+    split: str = "train",
+    is_training: bool = False,
+    labels: bool = True,
+    on_corrupt: OnCorrupt = "fail",
+    classes: dict[str, int] | None = None,
+    channels: int = 3,
+    root: str | Path | None = None,
+    download: bool = False,
+    batch_size: int = 1,
+    seed: int = 0,
+) -> Images | ImageStream:
+    """The data set that a spec names; timm's create_loader gives it a transform, and `transform` can be set by hand.
+
+    Args:
+        spec: a folder, a tar file, or `kind/name`.
+        split: which part; a folder that has no folder of its own for any split is taken whole.
+        is_training: streams shuffle.
+        labels: False takes the images of a folder wherever they are, with the label -1.
+        on_corrupt: "fail" stops at an image that cannot be read; "skip" takes the next readable one in its place.
+        classes: class names to labels, those of the training data say; others than those are an error.
+        channels: 1 reads grey images, anything else RGB.
+        root: where `torch/` data are and `hfds/` ones are kept.
+        download: `torch/` and `tfds/` data may be fetched.
+        batch_size: what streams round their length to.
+        seed: of augmentation and of streams' shuffling.
+
+    Raises:
+        AugmentError: nothing there, no images, class folders without images, or classes that are not in `classes`.
+    """
+    spec = str(spec)
+    kind = spec.partition("/")[0].lower()
+    options = {"split": split, "is_training": is_training, "batch_size": batch_size, "seed": seed, "download": download}
+    if kind in STREAMS:
+        return ImageStream(
+            _create(spec, root=root, **options, input_img_mode="L" if channels == 1 else "RGB"), seed=seed
+        )
+    if kind in KINDS:
+        source = _create(spec, root=root, **options)
+    else:
+        source = _open_path(Path(spec), split, labels)
+    images = Images(source, _classes(source), channels=channels, on_corrupt=on_corrupt, labels=labels, seed=seed)
+    if classes is not None and labels:
+        _relabel(images, classes, spec)
+    return images
+
+
+def _create(spec: str, *, root: str | Path | None, split: str, **options: Any) -> Any:
+    """One of timm's kinds, through timm's factory."""
+    from timm.data import create_dataset
+
+    kind, _, name = spec.partition("/")
+    kind = kind.lower()
+    if kind == "torch":
+        if root is None:
+            raise AugmentError(f"{spec}: where are its files? Give their folder with --data-root")
+        options = {"download": options["download"]}
+    elif kind == "wds":
+        root, split = _shards(Path(name), split)
+    elif kind == "hfds":
+        options = {}
+    try:
+        return create_dataset(spec, root=None if root is None else str(root), split=split, **options)
+    except ImportError as error:
+        raise AugmentError(f"{spec}: a package for {kind}/ data is missing: {error}") from error
+    except Exception as error:  # readers of five libraries fail in as many ways
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise AugmentError(f"{spec} cannot be opened, split {split}: {lines[0].rstrip('.')}") from error
+
+
+def _shards(path: Path, split: str) -> tuple[Path, str]:
+    """webdataset's root and split: a folder's `_info.json` knows its splits, shards are named with their count."""
+    return (path.parent, path.name) if ".tar" in path.name else (path, split)
+
+
+def _open_path(path: Path, split: str, labels: bool) -> Any:
+    from timm.data import create_dataset
+
+    if not path.exists():
+        near = nearest(path.name, [p.name for p in path.absolute().parent.glob("*")]) if path.parent.is_dir() else ""
+        raise AugmentError(f"data {path}: no such folder or file{near}")
+    folder = _split_folder(path, split) if path.is_dir() else path
+    if not path.is_dir() and path.suffix != ".tar":
+        raise AugmentError(f"data {path} is neither a folder nor a tar file")
+    options = {} if path.is_dir() else {"cache_tarinfo": False}
+    try:
+        source = create_dataset("", root=str(folder), search_split=False, **options)
+    except RuntimeError as error:
+        raise AugmentError(f"data {folder} {_contents(folder)}") from error
+    except Exception as error:  # a tar file in any state of decay
+        raise AugmentError(f"data {path} cannot be read: {error}") from error
+    if labels and path.is_dir():
+        _check_class_folders(folder, source.reader)
+    return source
+
+
+def _split_folder(path: Path, split: str) -> Path:
+    """The folder of a split, by any of the names that timm knows; the whole folder where there are no splits."""
+    wanted = next((names for names in _SPLITS.values() if split in names), ())
+    for name in (split, *wanted):
+        if (path / name).is_dir():
+            return path / name
+    others = [name for names in _SPLITS.values() for name in names if (path / name).is_dir()]
+    if others:
+        raise AugmentError(f"data {path} has a folder {others[0]}, but none for the split {split}")
+    return path
+
+
+def _contents(folder: Path) -> str:
+    from timm.data.readers import get_img_extensions
+
+    if not any(folder.iterdir()):
+        return "is an empty folder"
+    files = sum(1 for file in folder.rglob("*") if file.is_file())
+    return f"has no images: of its {files:,} files, none is a {', '.join(get_img_extensions())}"
+
+
+def _check_class_folders(folder: Path, reader: Any) -> None:
+    """Every folder is a class, and every image in one."""
+    root = str(folder)
+    filled = {Path(file).relative_to(root).parts[0] for file, _ in reader.samples}
+    if loose := next((file for file, _ in reader.samples if Path(file).parent == folder), None):
+        raise AugmentError(
+            f"data {folder}: {Path(loose).name} is in no class folder; put every class in one of its own"
+        )
+    empty = sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name not in filled and p.name[0] != ".")
+    if empty:
+        raise AugmentError(f"data {folder}: no images in {len(empty)} of its class folders, such as {empty[0]}")
+
+
+def _classes(source: Any) -> dict[str, int] | None:
+    """Class names to labels, where the data have names."""
+    for holder in (getattr(source, "reader", None), source):
+        for attribute in ("class_to_idx", "class_name_to_idx"):
+            if found := getattr(holder, attribute, None):
+                return dict(found)
+    return None
+
+
+def _relabel(images: Images, classes: dict[str, int], spec: str) -> None:
+    """Labels as `classes` counts them."""
+    if images.classes is None:
+        return
+    if unknown := [name for name in images.classes if name not in classes]:
+        such = f"such as {unknown[0]}{nearest(unknown[0], classes)}"
+        raise AugmentError(f"data {spec} have classes that are not known, {len(unknown)} of them, {such}")
+    own = {index: name for name, index in images.classes.items()}
+    images.relabel = [classes[own[index]] if index in own else -1 for index in range(max(own) + 1)]
+    images.classes = dict(classes)
+
+
+def _checked(label: int, num_classes: int | None) -> int:
+    if num_classes is not None and not 0 <= label < num_classes:
+        raise BadImage(
+            f"an image has the label {label}, and there are {num_classes} classes, from 0: see --num-classes"
+        )
+    return label
+
+
+def _rank() -> int:
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0

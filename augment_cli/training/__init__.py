@@ -1,0 +1,1 @@
+"""Fine-tune and evaluate converted models, on timm's parts and accelerate."""

@@ -1,0 +1,142 @@
+"""Evaluate a model by its name on data by their name: what augment evaluate does."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from augment_cli.dataset import open_dataset
+from augment_cli.errors import AugmentError
+from augment_cli.files import write_file
+from augment_cli.training.data import Data, data_config, evaluation_loader
+from augment_cli.training.evaluate import Scores, evaluate
+from augment_cli.training.models import Opened, label_names, open_model
+
+
+@dataclass(frozen=True)
+class Assessment:
+    """What to evaluate, on what, and how; as the options of augment evaluate."""
+
+    model: str
+    data: str
+    split: str = "validation"
+    data_root: str | None = None
+    class_map: Path | None = None
+    pretrained: bool = False
+    checkpoint: Path | None = None
+    model_args: dict[str, Any] = field(default_factory=dict)
+    against: str | None = None
+    against_checkpoint: Path | None = None
+    confusion: bool = False
+    img_size: tuple[int, int] | None = None
+    batch_size: int = 64
+    workers: int = 4
+    on_corrupt: str = "fail"
+    cpu: bool = False
+
+
+@dataclass(frozen=True)
+class Result:
+    """Scores, the names of the classes, and the images that could not be read."""
+
+    scores: Scores
+    classes: list[str]
+    corrupt: list[str]
+
+
+def assess(asked: Assessment) -> Result | None:
+    """Evaluate; None in all processes but the first.
+
+    Raises:
+        AugmentError: as of opening model and data; or models and data of different numbers of classes.
+    """
+    accelerator = Accelerator(cpu=asked.cpu)
+    opened = open_model(asked.model, pretrained=asked.pretrained, weights=asked.checkpoint, args=asked.model_args)
+    data = _data(asked, opened)
+    other = _other(asked, opened)
+    config = data_config(opened.model, opened.input_size, asked.img_size)
+    loader = evaluation_loader(data, asked.batch_size, asked.workers, config, accelerator)
+    scores = evaluate(
+        opened.model.to(accelerator.device),
+        loader,
+        accelerator,
+        other=None if other is None else other.model.to(accelerator.device),
+        num_classes=opened.num_classes if asked.confusion else None,
+    )
+    corrupt = sorted(set(gather_object(data.corrupt_names())))
+    return Result(scores, _names(data, opened), corrupt) if accelerator.is_main_process else None
+
+
+def _data(asked: Assessment, opened: Opened) -> Data:
+    classes = _read_map(asked.class_map) if asked.class_map else label_names(asked.model)
+    options = {"root": asked.data_root, "on_corrupt": asked.on_corrupt, "channels": opened.input_size[0]}
+    data = open_dataset(asked.data, split=asked.split, classes=classes, **options)
+    if data.classes is not None and len(data.classes) != opened.num_classes:
+        raise AugmentError(
+            f"data {asked.data} have {len(data.classes)} classes, and {asked.model} has {opened.num_classes}: "
+            f"say with --class-map which of them they are, or fine-tune first"
+        )
+    return data
+
+
+def _read_map(path: Path) -> dict[str, int]:
+    try:
+        names = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise AugmentError(f"--class-map {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    return {name.strip(): index for index, name in enumerate(names) if name.strip()}
+
+
+def _other(asked: Assessment, opened: Opened) -> Opened | None:
+    if asked.against is None:
+        return None
+    pretrained = not (Path(asked.against).exists() or asked.against_checkpoint)
+    other = open_model(asked.against, pretrained=pretrained, weights=asked.against_checkpoint)
+    if other.num_classes != opened.num_classes:
+        raise AugmentError(
+            f"{asked.against} has {other.num_classes} classes, and {asked.model} {opened.num_classes}: "
+            f"they cannot agree on any"
+        )
+    return other
+
+
+def _names(data: Data, opened: Opened) -> list[str]:
+    names = {index: name for name, index in (data.classes or {}).items()}
+    return [names.get(index, str(index)) for index in range(opened.num_classes)]
+
+
+def write_confusion(result: Result, path: Path) -> None:
+    """Write the confusion matrix, rows true and columns predicted, as a table or as a picture.
+
+    Raises:
+        AugmentError: the disk is full or refuses.
+    """
+    write_file(path, lambda temporary: (_draw if path.suffix == ".png" else _write_csv)(temporary, result))
+
+
+def _write_csv(path: Path, result: Result) -> None:
+    import csv
+
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["true \\ predicted", *result.classes])
+        for name, row in zip(result.classes, result.scores.confusion.tolist(), strict=True):
+            writer.writerow([name, *row])
+
+
+def _draw(path: Path, result: Result) -> None:
+    from matplotlib.figure import Figure
+
+    counts = result.scores.confusion.double()
+    share = 100 * counts / counts.sum(1, keepdim=True).clamp_min(1)
+    figure = Figure(figsize=(7, 6), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(share.numpy(), cmap="Blues", vmin=0, vmax=100)
+    axes.set(xlabel="predicted", ylabel="true")
+    if len(result.classes) <= 40:
+        axes.set_xticks(range(len(result.classes)), result.classes, rotation=90)
+        axes.set_yticks(range(len(result.classes)), result.classes)
+    figure.colorbar(image, label="% of the true class")
+    figure.savefig(path, format="png", dpi=120)

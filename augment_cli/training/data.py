@@ -1,0 +1,147 @@
+"""The data sets of a run and their loaders: timm makes a loader, accelerate shares it out among the processes."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.data_loader import prepare_data_loader
+from torch.utils.data import DataLoader
+
+from augment_cli.dataset import Images, ImageStream, open_dataset
+from augment_cli.errors import AugmentError
+from augment_cli.seeds import derive
+from augment_cli.training.settings import Settings
+
+Data = Images | ImageStream
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Training and validation data; `classes` are names to labels where the data have names."""
+
+    train: Data
+    val: Data
+
+    @property
+    def classes(self) -> dict[str, int] | None:
+        return self.train.classes
+
+
+def open_splits(settings: Settings, channels: int) -> Splits:
+    """The data of a run: validation from --val-data, from a part held out, or from the validation split.
+
+    Raises:
+        AugmentError: as `open_dataset`, or nothing to validate on.
+    """
+    options = {
+        "on_corrupt": settings.on_corrupt,
+        "channels": channels,
+        "root": settings.data_root,
+        "download": settings.download,
+        "batch_size": settings.batch_size,
+        "seed": settings.seed,
+    }
+    train = open_dataset(settings.data, split=settings.train_split, is_training=True, **options)
+    if settings.hold_out:
+        return _hold_out(train, settings)
+    spec = settings.val_data or settings.data
+    val = open_dataset(spec, split=settings.val_split, classes=train.classes, **options)
+    if _same(train, val):
+        raise AugmentError(
+            f"data {settings.data} have no splits: validating on the training images would say nothing; "
+            f"give --val-data, or --hold-out 0.1"
+        )
+    return Splits(train, val)
+
+
+def _same(train: Data, val: Data) -> bool:
+    """Whether both are one folder or tar file, read twice."""
+    if isinstance(train, ImageStream) or isinstance(val, ImageStream):
+        return False
+    return train.origin() is not None and train.origin() == val.origin()
+
+
+def _hold_out(train: Data, settings: Settings) -> Splits:
+    """A share of the training images, drawn by the seed, is kept for validation."""
+    if isinstance(train, ImageStream):
+        raise AugmentError(f"--hold-out takes images by number, and {settings.data} is a stream: give --val-data")
+    if settings.val_data:
+        raise AugmentError("--hold-out and --val-data both say what to validate on: give one of them")
+    generator = torch.Generator().manual_seed(derive(settings.seed, "hold-out"))
+    order = torch.randperm(len(train), generator=generator).tolist()
+    count = round(len(train) * settings.hold_out)
+    if not 0 < count < len(train):
+        raise AugmentError(f"--hold-out {settings.hold_out} of {len(train)} images leaves none on one side")
+    return Splits(train.part(sorted(order[count:])), train.part(sorted(order[:count])))
+
+
+def data_config(model: torch.nn.Module, input_size: tuple[int, int, int], img_size: tuple[int, int] | None) -> dict:
+    """timm's preprocessing of a model: input_size (channels, height, width), mean, std, interpolation, crop."""
+    from timm.data import resolve_data_config
+
+    size = (input_size[0], *img_size) if img_size else tuple(input_size)
+    config = resolve_data_config({"input_size": size}, model=model)
+    return {**config, "mean": _for(config["mean"], size[0]), "std": _for(config["std"], size[0])}
+
+
+def _for(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
+    return tuple(values) if len(values) == channels else (sum(values) / len(values),) * channels
+
+
+def training_loader(data: Data, settings: Settings, config: dict[str, Any], accelerator: Accelerator) -> DataLoader:
+    """Augmented batches: images (N, C, H, W), labels (N,); whole batches only, the same number in every process."""
+    options = {
+        "no_aug": not settings.augmentation,
+        "scale": (settings.crop_scale, 1.0),
+        "hflip": settings.flip,
+        "color_jitter": settings.color_jitter,
+        "auto_augment": settings.auto_augment,
+        "re_prob": settings.random_erasing,
+        "re_mode": "pixel",
+    }
+    loader = _loader(data, settings.batch_size, settings.workers, config, is_training=True, **options)
+    return place(loader, accelerator, seed=settings.seed)
+
+
+def evaluation_loader(
+    data: Data, batch_size: int, workers: int, config: dict[str, Any], accelerator: Accelerator
+) -> DataLoader:
+    """Every image once: images (N, C, H, W), labels (N,); processes may get different numbers of batches."""
+    return place(_loader(data, batch_size, workers, config, is_training=False), accelerator)
+
+
+def _loader(data: Data, batch_size: int, workers: int, config: dict[str, Any], **options: Any) -> DataLoader:
+    from timm.data import create_loader
+
+    if isinstance(data, ImageStream):
+        data.set_loader_cfg(num_workers=workers)
+    keys = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
+    return create_loader(
+        data,
+        config["input_size"],
+        batch_size,
+        **{key: config[key] for key in keys},
+        **options,
+        num_workers=workers,
+        use_prefetcher=False,
+        persistent_workers=False,  # workers started anew see the epoch that their data set was told
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def place(loader: DataLoader, accelerator: Accelerator, seed: int | None = None) -> DataLoader:
+    """A loader's share for this process, its batches on the device. timm's readers share out streams themselves."""
+    alone = isinstance(loader.dataset, ImageStream)
+    return prepare_data_loader(
+        loader,
+        accelerator.device,
+        num_processes=1 if alone else accelerator.num_processes,
+        process_index=0 if alone else accelerator.process_index,
+        put_on_device=True,
+        dispatch_batches=False,
+        even_batches=seed is not None,
+        use_seedable_sampler=seed is not None,
+        data_seed=seed,
+        non_blocking=True,
+    )

@@ -1,0 +1,199 @@
+"""The loop: batches, epochs, checkpoints."""
+
+import time
+
+import torch
+from accelerate.data_loader import skip_first_batches
+from accelerate.utils import broadcast_object_list, gather_object
+from torch import Tensor, nn
+
+from augment_cli.errors import AugmentError
+from augment_cli.files import write_file
+from augment_cli.seeds import seed_all
+from augment_cli.training import state
+from augment_cli.training.evaluate import evaluate
+from augment_cli.training.history import best_row, write_history
+from augment_cli.training.loss import Distillation
+from augment_cli.training.meter import Diverged
+from augment_cli.training.models import logits_of, write_trained
+from augment_cli.training.progress import Reporter
+from augment_cli.training.run import Run, contents
+from augment_cli.training.settings import parse_interval
+
+# Batches between two looks at the losses, which wait for the device.
+_LOOK = 10
+
+
+def train(run: Run, reporter: Reporter) -> None:
+    """Train to the last epoch, and leave every file of the run written.
+
+    Raises:
+        AugmentError: a loss that is no number, an image that cannot be read, a disk that is full.
+    """
+    reporter.begin(run.settings.epochs, len(run.train), run.epoch, run.batch)
+    while run.epoch < run.settings.epochs:
+        try:
+            train_epoch(run, reporter)
+        except Diverged as error:
+            raise AugmentError(
+                f"{error}; {describe_saved(run)} is kept in {run.folder}. A lower --lr, a longer --warmup-epochs or "
+                f"--precision bf16 in place of fp16 may help"
+            ) from error
+        finish_epoch(run, reporter)
+
+
+def describe_saved(run: Run) -> str:
+    epoch, batch = run.saved
+    return f"the checkpoint of epoch {epoch + 1}, {batch} batches done,"
+
+
+def train_epoch(run: Run, reporter: Reporter) -> None:
+    """What is left of an epoch."""
+    begun = time.monotonic() - run.seconds
+    _set_mode(run)
+    _set_epoch(run)
+    checkpoints = _Clock(run)
+    seen = run.batch
+    for images, labels in skip_first_batches(run.train, run.batch) if run.batch else run.train:
+        _train_batch(run, images, labels)
+        run.batch += 1
+        last = run.batch == len(run.train)
+        if last or run.batch % _LOOK == 0:
+            seen = _look(run, reporter, seen, len(labels))
+        if run.accelerator.sync_gradients and not last and checkpoints.due():
+            seen = _look(run, reporter, seen, len(labels))
+            run.seconds = time.monotonic() - begun
+            save_state(run)
+    run.seconds = time.monotonic() - begun
+
+
+def _look(run: Run, reporter: Reporter, seen: int, size: int) -> int:
+    run.meter.look(run.batch, f"at epoch {run.epoch + 1}")
+    images = (run.batch - seen) * size * run.accelerator.num_processes
+    reporter.advance(run.epoch, run.batch, images, run.meter)
+    return run.batch
+
+
+def _set_mode(run: Run) -> None:
+    run.model.train()
+    if run.settings.freeze_norm:
+        for module in run.model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+
+
+def _set_epoch(run: Run) -> None:
+    seed_all(run.settings.seed, "epoch", run.epoch)  # from which loaders seed their workers
+    run.splits.train.set_epoch(run.epoch)
+    run.train.set_epoch(run.epoch)
+
+
+def _train_batch(run: Run, images: Tensor, labels: Tensor) -> None:
+    """Forward and backward, and where a group of accumulated batches is whole, an update of the weights."""
+    accelerator, settings = run.accelerator, run.settings
+    seed_all(settings.seed, "batch", run.epoch, run.batch, accelerator.process_index)
+    if settings.channels_last:
+        images = images.contiguous(memory_format=torch.channels_last)
+    mixed, targets = run.mixup(images.clone(), labels) if run.mixup else (images, labels)
+    with accelerator.accumulate(run.model):
+        logits = logits_of(run.model, mixed)
+        loss = _loss(run, mixed, logits, targets)
+        accelerator.backward(loss)
+        if accelerator.sync_gradients:
+            _before_update(run)
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+    run.meter.add(loss, logits, labels)
+    if accelerator.sync_gradients:
+        run.updates += 1
+        run.scheduler.step_update(run.updates)
+        if run.ema is not None:
+            run.ema.update(accelerator.unwrap_model(run.model), step=run.updates)
+
+
+def _loss(run: Run, images: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
+    if isinstance(run.criterion, Distillation):
+        with run.accelerator.autocast():
+            return run.criterion(images, logits, targets)
+    return run.criterion(logits, targets)
+
+
+def _before_update(run: Run) -> None:
+    """Gradients of what is not trained yet are dropped, so that optimisers leave it alone; the others are clipped."""
+    if run.epoch < run.settings.new_first:
+        for name, parameter in run.accelerator.unwrap_model(run.model).named_parameters():
+            if run.kinds[name] == "carried":
+                parameter.grad = None
+    if run.settings.clip_grad:
+        run.accelerator.clip_grad_norm_(run.model.parameters(), run.settings.clip_grad)
+
+
+def finish_epoch(run: Run, reporter: Reporter) -> None:
+    """Validate, write what there is to show, and the checkpoint last: until it is there, the epoch is done again."""
+    _share_statistics(run)
+    scores = evaluate(run.trained, run.val, run.accelerator)
+    row = {
+        "epoch": run.epoch + 1,
+        "train_loss": run.meter.loss,
+        "train_top1": run.meter.top1,
+        "val_loss": scores.loss,
+        "val_top1": scores.top1,
+        "val_top5": scores.top5,
+        "lr": max(group["lr"] for group in run.optimizer.param_groups),
+        "seconds": run.seconds,
+    }
+    run.history.append(row)
+    is_best = best_row(run.history) is row
+    reporter.end_epoch(row, is_best)
+    run.accelerator.log({k: v for k, v in row.items() if k != "epoch"}, step=row["epoch"])
+    _report_corrupt(run, reporter)
+    run.epoch, run.batch, run.seconds, run.meter.sums = run.epoch + 1, 0, 0.0, [0.0, 0.0, 0.0]
+    if run.accelerator.is_main_process:
+        write_trained(run.trained, run.opened, run.folder / "last")
+        if is_best:
+            write_trained(run.trained, run.opened, run.folder / "best")
+        write_history(run.folder, run.history)
+    save_state(run)
+
+
+def _share_statistics(run: Run) -> None:
+    """Batch statistics are each process's own: all take those of the first, which are the ones that are written."""
+    if run.accelerator.num_processes > 1:
+        for buffer in run.trained.buffers():
+            torch.distributed.broadcast(buffer, src=0)
+
+
+def save_state(run: Run) -> None:
+    """The checkpoint, from one process; the others wait for it."""
+    if run.accelerator.is_main_process:
+        state.write_state(run.folder / state.FILE, contents(run))
+    run.saved = (run.epoch, run.batch)
+    run.accelerator.wait_for_everyone()
+
+
+def _report_corrupt(run: Run, reporter: Reporter) -> None:
+    names = sorted(set(gather_object([*run.splits.train.corrupt_names(), *run.splits.val.corrupt_names()])))
+    if names:
+        reporter.corrupt(names)
+        if run.accelerator.is_main_process:
+            text = "".join(f"{name}\n" for name in names)
+            write_file(run.folder / "corrupt.txt", lambda path: path.write_text(text, encoding="utf-8"))
+
+
+class _Clock:
+    """Says when a checkpoint within an epoch is due, in all processes alike."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.every, self.seconds = parse_interval(run.settings.checkpoint_every)
+        self.last = time.monotonic()
+
+    def due(self) -> bool:
+        if self.every:
+            return self.run.updates % self.every == 0
+        if not self.seconds:
+            return False
+        (due,) = broadcast_object_list([time.monotonic() - self.last >= self.seconds])
+        if due:
+            self.last = time.monotonic()
+        return due

@@ -1,0 +1,115 @@
+"""Evaluate a model on labelled images: top-1, top-5, confusion, and agreement with another model."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from augment_cli.errors import AugmentError
+from augment_cli.training.loss import divergence
+from augment_cli.training.models import logits_of
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Means over `images` images: `loss` is cross-entropy in nats, top-1 and top-5 are percent.
+
+    agreement: percent of images that another model gives the same class; kl: KL(other || model) of the two models'
+    probabilities, in nats. confusion: (classes, classes), row true, column predicted.
+    """
+
+    images: int
+    loss: float
+    top1: float
+    top5: float
+    agreement: float | None = None
+    kl: float | None = None
+    confusion: Tensor | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        values = {"images": self.images, "loss": self.loss, "top1": self.top1, "top5": self.top5}
+        if self.agreement is not None:
+            values |= {"agreement": self.agreement, "kl": self.kl}
+        return values
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    loader: DataLoader,
+    accelerator: Accelerator,
+    *,
+    other: nn.Module | None = None,
+    num_classes: int | None = None,
+    advance=lambda images: None,
+) -> Scores:
+    """Scores of a model over a loader's images, in all processes together; the model's mode is left as it was.
+
+    Args:
+        other: a second model on the same images, for agreement.
+        num_classes: makes a confusion matrix of so many classes.
+        advance: called with the number of images of each batch, in this process.
+
+    Raises:
+        AugmentError: no images, or labels that the model has no class for.
+    """
+    modes = [(m, m.training) for m in (model, other) if m is not None]
+    for m, _ in modes:
+        m.eval()
+    rows = [torch.zeros(6, device=accelerator.device)]
+    confusion = torch.zeros(num_classes or 0, num_classes or 0, device=accelerator.device)
+    for images, labels in loader:
+        with accelerator.autocast():
+            logits = logits_of(model, images)
+            reference = None if other is None else logits_of(other, images)
+        _check_labels(labels, logits)
+        rows.append(_row(logits, labels, reference))
+        if num_classes:
+            predicted = labels * num_classes + logits.argmax(-1)
+            confusion += torch.bincount(predicted, minlength=num_classes**2).view_as(confusion)
+        advance(len(labels))
+    for m, mode in modes:
+        m.train(mode)
+    # Sums of a batch are exact enough in single precision, sums of all of them are not.
+    sums = torch.stack([torch.stack(rows).cpu().double().sum(0)]).to(accelerator.device, _widest(accelerator.device))
+    sums = accelerator.reduce(sums, reduction="sum")[0].tolist()
+    return _scores(sums, other is not None, accelerator.reduce(confusion, "sum").long().cpu() if num_classes else None)
+
+
+def _widest(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def _check_labels(labels: Tensor, logits: Tensor) -> None:
+    highest = int(labels.max())
+    if highest >= logits.shape[-1]:
+        raise AugmentError(f"the data have a label {highest}, and the model has {logits.shape[-1]} classes, from 0")
+
+
+def _row(logits: Tensor, labels: Tensor, reference: Tensor | None) -> Tensor:
+    """Sums of a batch: loss, in the first, in the first five, same as the other's, divergence, images."""
+    best = logits.topk(min(5, logits.shape[-1]), dim=-1).indices == labels[:, None]
+    loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
+    zero = torch.zeros_like(loss)
+    same = zero if reference is None else (reference.argmax(-1) == logits.argmax(-1)).sum()
+    apart = zero if reference is None else divergence(reference, logits) * len(labels)
+    values = (loss, best[:, 0].sum(), best.any(-1).sum(), same, apart, zero + len(labels))
+    return torch.stack([value.float() for value in values])
+
+
+def _scores(sums: list[float], compared: bool, confusion: Tensor | None) -> Scores:
+    loss, first, five, same, apart, images = sums
+    if not images:
+        raise AugmentError("there are no images to evaluate on")
+    return Scores(
+        images=round(images),
+        loss=loss / images,
+        top1=100 * first / images,
+        top5=100 * five / images,
+        agreement=100 * same / images if compared else None,
+        kl=apart / images if compared else None,
+        confusion=confusion,
+    )

@@ -1,0 +1,56 @@
+"""Running sums of a run's losses, over all processes, which also notice when a loss is no number any more."""
+
+import math
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from augment_cli.errors import AugmentError
+
+
+class Diverged(AugmentError):
+    """The loss is infinite or not a number."""
+
+
+class Meter:
+    """Loss and top-1 of an epoch so far.
+
+    Batches are put aside on their device, and looked at together: waiting for the device after each would slow it down.
+    `sums` are (loss times images, correct, images).
+    """
+
+    def __init__(self, accelerator: Accelerator, sums: list[float] | None = None) -> None:
+        self.accelerator = accelerator
+        self.sums = list(sums or (0.0, 0.0, 0.0))
+        self.pending: list[Tensor] = []
+
+    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """A batch: loss, a scalar; logits (N, classes); labels (N,)."""
+        correct = (logits.detach().argmax(-1) == labels).sum()
+        count = torch.tensor(float(len(labels)), device=loss.device)
+        self.pending.append(torch.stack([loss.detach().float() * count, correct.float(), count]))
+
+    def look(self, last: int, where: str) -> None:
+        """Add up what was put aside; `last` is the number of the last batch, from 1. Every process must come here.
+
+        Raises:
+            Diverged: a loss is not finite.
+        """
+        if not self.pending:
+            return
+        rows = self.accelerator.reduce(torch.stack(self.pending), reduction="sum").tolist()
+        self.pending.clear()
+        for i, row in enumerate(rows):
+            if not math.isfinite(row[0]):
+                raise Diverged(f"the loss is {row[0]:g} {where}, batch {last - len(rows) + 1 + i}")
+            self.sums = [a + b for a, b in zip(self.sums, row, strict=True)]
+
+    @property
+    def loss(self) -> float:
+        return self.sums[0] / max(self.sums[2], 1)
+
+    @property
+    def top1(self) -> float:
+        """Percent."""
+        return 100 * self.sums[1] / max(self.sums[2], 1)

@@ -1,0 +1,177 @@
+"""The model of a run: a converted model's file or folder, or a timm model, with a classifier for the data."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.models import get_model_args
+from torch import nn
+
+from augment_cli import checkpoint, rebuild, source
+from augment_cli.errors import AugmentError
+from augment_cli.files import write_folder
+from augment_cli.graph import analyze
+from augment_cli.header import WEIGHTS, Header, read_header
+from augment_cli.output import write_model
+from augment_cli.plan import Plan, fit_plan
+from augment_cli.seeds import seed_all
+
+FINETUNED = "fine-tuned on"
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model and what is known of it.
+
+    header: None for a plain timm model. input_size: (channels, height, width). fresh: parameters without weights of
+    their own so far, such as those of a new classifier.
+    """
+
+    model: nn.Module
+    name: str
+    header: Header | None
+    input_size: tuple[int, int, int]
+    fresh: frozenset[str] = frozenset()
+
+    @property
+    def num_classes(self) -> int:
+        return self.model.num_classes
+
+
+def open_model(
+    spec: str | Path,
+    *,
+    pretrained: bool = False,
+    weights: str | Path | None = None,
+    args: dict[str, Any] | None = None,
+    seed: int = 0,
+) -> Opened:
+    """A model by its file, its folder, or its name in timm.
+
+    Args:
+        spec: a converted model's file or folder, a folder that timm's `local-dir:` loads, or a timm model's name.
+        pretrained, weights, args: for a name: timm's weights, a file's, and arguments of timm.create_model.
+        seed: of random weights.
+
+    Raises:
+        AugmentError: no such model, weights that do not fit, or options that go with a name only.
+    """
+    path, spec = Path(spec), str(spec)
+    if not path.exists():
+        if path.suffix == ".safetensors" or spec.startswith((".", "/")):
+            raise AugmentError(f"{spec}: no such file or folder")
+        return _by_name(spec, pretrained, weights, args or {}, seed)
+    if given := [name for name, value in (("--pretrained", pretrained), ("--checkpoint", weights)) if value]:
+        raise AugmentError(f"{spec} has its own weights: leave out {given[0]}")
+    if args:
+        raise AugmentError(f"{spec} knows its own arguments: leave out --model-arg")
+    if path.is_dir() and _architecture(path) not in (None, rebuild.NAME):
+        return _by_name(f"local-dir:{spec}", True, None, {}, seed)
+    header = read_header(path)
+    return Opened(checkpoint.load(path), header.plan.model, header, header.plan.input_size)
+
+
+def _architecture(folder: Path) -> str | None:
+    """What timm's config.json in a folder says that its model is."""
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8"))["architecture"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _by_name(name: str, pretrained: bool, weights: str | Path | None, args: dict[str, Any], seed: int) -> Opened:
+    if pretrained and weights:
+        raise AugmentError("--pretrained and --checkpoint both name weights: give one of them")
+    described, _ = source.describe(name, args)
+    model = source.create(described, seed, origin=name if pretrained else None)
+    if weights:
+        source.load_checkpoint(model, Path(weights))
+    fresh = frozenset() if pretrained or weights else frozenset(n for n, _ in model.named_parameters())
+    return Opened(model, described.name, None, described.input_size, fresh)
+
+
+def with_classes(opened: Opened, num_classes: int, seed: int) -> Opened:
+    """The model with a classifier for so many classes, new from the seed where its own has another number.
+
+    Its header describes it as it is then.
+    """
+    if num_classes == opened.num_classes:
+        return opened
+    seed_all(seed, "classifier")
+    header = opened.header
+    if header is not None:
+        header = header.model_copy(update={"plan": plan_for_classes(header.plan, num_classes)})
+        other = rebuild.build(header.plan)
+    else:
+        args = {**get_model_args(opened.model), "num_classes": num_classes}
+        other = timm.create_model(opened.name, **args)
+        other.pretrained_cfg = other.default_cfg = opened.model.pretrained_cfg
+    fresh = opened.fresh | transfer(opened.model, other)
+    return Opened(other, opened.name, header, opened.input_size, fresh)
+
+
+def plan_for_classes(plan: Plan, num_classes: int) -> Plan:
+    """The plan of the same model with another classifier, its totals counted anew."""
+    args = {**dict(plan.model_args), "num_classes": num_classes}
+    _, meta_model = source.describe(plan.model, args, tuple(plan.input_size[1:]))
+    other = Plan.model_validate({**plan.model_dump(mode="json", by_alias=True), "model_args": args})
+    return fit_plan(other, analyze(meta_model, plan.input_size), f"a plan for {num_classes} classes")
+
+
+def transfer(model: nn.Module, other: nn.Module) -> frozenset[str]:
+    """Load a model's weights, but for its classifier's, into another of the same architecture; returns what is new."""
+    classifier = other.pretrained_cfg.get("classifier") or ()
+    prefixes = tuple(f"{name}." for name in ([classifier] if isinstance(classifier, str) else classifier))
+    state, own = model.state_dict(), other.state_dict()
+    kept = {k: v for k, v in state.items() if not k.startswith(prefixes) and k in own and own[k].shape == v.shape}
+    other.load_state_dict(kept, strict=False)
+    return frozenset(name for name, _ in other.named_parameters() if name not in kept)
+
+
+def set_label_names(model: nn.Module, classes: dict[str, int] | None) -> None:
+    """Have timm's config.json of the saved model say what its classes are called."""
+    cfg = {k: v for k, v in model.pretrained_cfg.items() if k not in ("label_names", "label_descriptions")}
+    cfg["num_classes"] = model.num_classes
+    if classes is not None and len(classes) == model.num_classes:
+        cfg["label_names"] = sorted(classes, key=classes.__getitem__)
+    model.pretrained_cfg = model.default_cfg = cfg
+
+
+def label_names(spec: str | Path) -> dict[str, int] | None:
+    """Class names to labels, where a model's folder says them."""
+    try:
+        config = json.loads((Path(spec) / "config.json").read_text(encoding="utf-8"))
+        names = config["pretrained_cfg"]["label_names"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return {name: index for index, name in enumerate(names)} if isinstance(names, list) else None
+
+
+def write_trained(model: nn.Module, opened: Opened, folder: Path) -> None:
+    """Write a model, of `opened`'s architecture, to a folder from which it is opened again.
+
+    Raises:
+        AugmentError: the disk is full or refuses.
+    """
+    if opened.header is not None:
+        write_model(model, opened.header, folder)
+    else:
+        write_folder(folder, lambda temporary: _fill_plain(temporary, model, opened))
+
+
+def _fill_plain(folder: Path, model: nn.Module, opened: Opened) -> None:
+    from safetensors.torch import save_file
+    from timm.models._hub import save_config_for_hf
+
+    tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    save_config_for_hf(model, str(folder / "config.json"), data_config={"input_size": opened.input_size})
+
+
+def logits_of(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """Logits (N, classes) in single precision; of several heads, the first."""
+    out = model(images)
+    return (out[0] if isinstance(out, (tuple, list)) else out).float()

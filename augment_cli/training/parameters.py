@@ -1,0 +1,114 @@
+"""Parameters by provenance, and the optimiser's groups made of it.
+
+carried: the source's own weights. fitted: attention that was fitted to what it replaces. new: attention that was
+not, and a classifier for other classes. Weights that were random before the conversion are all new.
+"""
+
+from collections import defaultdict
+from typing import Any, Literal
+
+from torch import nn
+
+from augment_cli.errors import AugmentError, nearest
+from augment_cli.header import Header
+from augment_cli.layers import AAConv2d, AWConv2d
+from augment_cli.training.models import FINETUNED, Opened
+from augment_cli.training.settings import Settings
+
+Provenance = Literal["carried", "fitted", "new"]
+
+# Positions are no weights of a product: timm leaves such tables undecayed, too.
+_UNDECAYED = ("*.rel_height", "*.rel_width")
+
+
+def provenance(opened: Opened) -> dict[str, Provenance]:
+    """Where each parameter's value comes from, by the parameter's name."""
+    kinds: dict[str, Provenance] = {name: "carried" for name, _ in opened.model.named_parameters()}
+    if opened.header is not None and FINETUNED not in opened.header.weights:
+        if opened.header.weights.startswith("random"):
+            return dict.fromkeys(kinds, "new")
+        kinds |= _of_sites(opened.model, opened.header)
+    return kinds | dict.fromkeys(opened.fresh, "new")
+
+
+def _of_sites(model: nn.Module, header: Header) -> dict[str, Provenance]:
+    kind_of = {record.name: record.kind for record in header.inheritance}
+    kinds = {}
+    for site in header.plan.sites:
+        attention: Provenance = "fitted" if kind_of.get(site.name) == "fitted" else "new"
+        module = model.get_submodule(site.name)
+        kinds |= {f"{site.name}.{name}": attention for name, _ in module.named_parameters() if _added(module, name)}
+    return kinds
+
+
+def _added(module: nn.Module, name: str) -> bool:
+    """Whether a parameter of a replaced convolution is one that its source did not have."""
+    if isinstance(module, AAConv2d):
+        branch, _, rest = name.partition(".")
+        return branch != "conv" or (isinstance(module.conv, AWConv2d) and _added(module.conv, rest))
+    return isinstance(module, AWConv2d) and name.partition(".")[0] not in ("weight", "bias", "standardize")
+
+
+def parameter_groups(model: nn.Module, kinds: dict[str, Provenance], settings: Settings) -> list[dict[str, Any]]:
+    """timm's groups by weight decay and by layer, each split by provenance; `lr_scale` is the product of both."""
+    multiplier = {"carried": settings.lr_carried, "fitted": settings.lr_fitted, "new": settings.lr_new}
+    kind_of = {id(parameter): kinds[name] for name, parameter in model.named_parameters()}
+    groups = []
+    for group in _timm_groups(model, settings):
+        parts = defaultdict(list)
+        for parameter in group["params"]:
+            parts[kind_of[id(parameter)]].append(parameter)
+        for kind in sorted(parts):
+            scale = group.get("lr_scale", 1.0) * multiplier[kind]
+            groups.append({**group, "params": parts[kind], "lr_scale": scale, "provenance": kind})
+    return groups
+
+
+def _timm_groups(model: nn.Module, settings: Settings) -> list[dict[str, Any]]:
+    from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+
+    own = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
+    undecayed = (*own, *_UNDECAYED)
+    if settings.layer_decay == 1:
+        return param_groups_weight_decay(model, settings.weight_decay, no_weight_decay_list=undecayed)
+    options = {"no_weight_decay_list": undecayed, "layer_decay": settings.layer_decay}
+    return param_groups_layer_decay(model, settings.weight_decay, **options)
+
+
+def make_optimizer(model: nn.Module, kinds: dict[str, Provenance], settings: Settings):
+    """timm's optimiser of that name over the groups.
+
+    Raises:
+        AugmentError: timm has none of that name, or it does not take the settings.
+    """
+    from timm.optim import create_optimizer_v2, list_optimizers
+
+    known = list_optimizers()
+    if settings.opt not in known:
+        raise AugmentError(f"timm has no optimiser {settings.opt}{nearest(settings.opt, known)}")
+    options = {"lr": settings.lr, "weight_decay": settings.weight_decay, "momentum": settings.momentum}
+    groups = parameter_groups(model, kinds, settings)
+    try:
+        return create_optimizer_v2(model, settings.opt, **options, param_group_fn=lambda _: groups)
+    except (TypeError, ValueError, ImportError, AssertionError) as error:
+        raise AugmentError(f"the optimiser {settings.opt} cannot be made: {error}") from error
+
+
+def make_scheduler(optimizer, settings: Settings, updates_per_epoch: int):
+    """timm's scheduler, stepped by updates; the learning rate is a function of their number alone."""
+    from timm.scheduler import create_scheduler_v2
+
+    warmup = min(settings.warmup_epochs, settings.epochs / 2)
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        settings.schedule,
+        num_epochs=settings.epochs,
+        decay_epochs=max(1, settings.epochs // 3) if settings.schedule == "step" else None,
+        decay_rate=1.0 if settings.schedule == "poly" else 0.1,
+        min_lr=settings.min_lr,
+        warmup_lr=settings.lr / 100,
+        warmup_epochs=warmup,
+        step_on_epochs=False,
+        updates_per_epoch=updates_per_epoch,
+    )
+    return scheduler

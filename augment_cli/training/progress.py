@@ -1,0 +1,63 @@
+"""What a person sees of a run: a bar on a terminal, plain lines elsewhere; on stderr, and from one process only."""
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from augment_cli.training.history import Row
+from augment_cli.training.meter import Meter
+
+_SECONDS_BETWEEN_LINES = 30.0
+_NAMES = 5
+
+
+class Reporter:
+    """Shows a run's progress; a silent one shows nothing."""
+
+    def __init__(self, silent: bool = False) -> None:
+        self.console = Console(stderr=True, quiet=silent)
+        columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(elapsed_when_finished=True))
+        self.bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
+        self.task = self.bar.add_task("", total=None)
+        self.epochs = self.batches = 0
+        self.line_at = self.began = time.monotonic()
+        self.images = 0
+
+    def __enter__(self) -> "Reporter":
+        self.bar.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.bar.stop()
+
+    def say(self, message: str) -> None:
+        self.console.print(message, highlight=False, markup=False, soft_wrap=True)
+
+    def begin(self, epochs: int, batches: int, epoch: int, batch: int) -> None:
+        """Training starts or goes on, at a batch of an epoch."""
+        self.epochs, self.batches = epochs, batches
+        self.bar.reset(self.task, total=epochs * batches, completed=epoch * batches + batch)
+        self.began = time.monotonic()
+
+    def advance(self, epoch: int, batch: int, images: int, meter: Meter) -> None:
+        """So many batches of an epoch, and so many images since the last call, are done."""
+        self.images += images
+        rate = self.images / max(time.monotonic() - self.began, 1e-9)
+        text = f"epoch {epoch + 1}/{self.epochs}  loss {meter.loss:.4f}  top-1 {meter.top1:.2f}%  {rate:,.0f} images/s"
+        self.bar.update(self.task, description=text, completed=epoch * self.batches + batch)
+        if self.bar.disable and time.monotonic() - self.line_at > _SECONDS_BETWEEN_LINES:
+            self.line_at = time.monotonic()
+            self.say(f"{text}, batch {batch}/{self.batches}")
+
+    def end_epoch(self, row: Row, best: bool) -> None:
+        self.say(
+            f"epoch {row['epoch']}/{self.epochs}: train loss {row['train_loss']:.4f}, top-1 {row['train_top1']:.2f}%; "
+            f"validation loss {row['val_loss']:.4f}, top-1 {row['val_top1']:.2f}%, top-5 {row['val_top5']:.2f}%; "
+            f"{row['seconds']:.0f} s{', the best so far' if best else ''}"
+        )
+
+    def corrupt(self, names: list[str]) -> None:
+        more = f" and {len(names) - _NAMES} more" if len(names) > _NAMES else ""
+        self.say(f"{len(names)} corrupt images skipped: {', '.join(names[:_NAMES])}{more}")

@@ -1,0 +1,214 @@
+"""A fine-tuning run: all its parts, made for a start or from a checkpoint.
+
+No random state is kept: every draw is seeded by the run's seed and its place, (epoch, image) for augmentation and
+(epoch, batch, process) for the rest, so that a resumed run draws what an unbroken one does.
+"""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.utils.data import DataLoader
+
+from augment_cli.errors import AugmentError
+from augment_cli.training import state
+from augment_cli.training.data import Splits, data_config, evaluation_loader, open_splits, training_loader
+from augment_cli.training.history import Row
+from augment_cli.training.loss import Distillation, make_criterion, make_mixup
+from augment_cli.training.meter import Meter
+from augment_cli.training.models import FINETUNED, Opened, open_model, set_label_names, with_classes
+from augment_cli.training.parameters import Provenance, make_optimizer, make_scheduler, provenance
+from augment_cli.training.settings import Settings
+
+
+@dataclass
+class Run:
+    """Parts, and how far it is: `batch` batches of `epoch` (from 0) and `updates` updates of the weights are done."""
+
+    settings: Settings
+    accelerator: Accelerator
+    opened: Opened
+    kinds: dict[str, Provenance]
+    splits: Splits
+    train: DataLoader
+    val: DataLoader
+    model: nn.Module
+    optimizer: Any
+    scheduler: Any
+    ema: ModelEmaV3 | None
+    criterion: nn.Module
+    mixup: Any
+    meter: Meter
+    epoch: int = 0
+    batch: int = 0
+    updates: int = 0
+    seconds: float = 0.0
+    history: list[Row] = field(default_factory=list)
+    saved: tuple[int, int] = (0, 0)
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.settings.output)
+
+    @property
+    def trained(self) -> nn.Module:
+        """The model that is evaluated and written: the moving average where there is one."""
+        return self.accelerator.unwrap_model(self.model) if self.ema is None else self.ema.module
+
+
+def prepare(settings: Settings, accelerator: Accelerator, saved: dict[str, Any] | None) -> Run:
+    """A run at its start, or where `saved`, a checkpoint's content, was written.
+
+    Raises:
+        AugmentError: model, data or settings that do not go together, or a checkpoint that does not fit.
+    """
+    opened, splits = _open_both(settings, resumed=saved is not None)
+    kinds = provenance(opened) if saved is None else saved["kinds"]
+    opened = _mark(opened, settings)
+    set_label_names(opened.model, splits.classes)
+    model = _configured(opened.model, settings, accelerator)
+    train, val = _loaders(opened, splits, settings, accelerator)
+    if saved is not None:
+        _check_saved(saved, settings, accelerator, splits)
+        model.load_state_dict(saved["model"])
+    optimizer = make_optimizer(model, kinds, settings)
+    scheduler = make_scheduler(optimizer, settings, -(-len(train) // settings.accumulate))
+    ema = ModelEmaV3(model, decay=settings.ema_decay, use_warmup=True) if settings.ema_decay else None
+    mixup = make_mixup(settings, opened.num_classes)
+    criterion = _criterion(settings, mixup, opened, accelerator)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    parts = (settings, accelerator, opened, kinds, splits, train, val, model, optimizer, scheduler, ema, criterion)
+    run = Run(*parts, mixup, Meter(accelerator))
+    if saved is not None:
+        _restore(run, saved)
+    return run
+
+
+def _open_both(settings: Settings, resumed: bool) -> tuple[Opened, Splits]:
+    """Model and data, the model with as many classes as are trained."""
+    if resumed:
+        opened = open_model(Path(settings.output) / "last")
+    else:
+        weights = {"pretrained": settings.pretrained, "weights": settings.checkpoint}
+        opened = open_model(settings.model, **weights, args=settings.model_args, seed=settings.seed)
+    splits = open_splits(settings, opened.input_size[0])
+    if not resumed:
+        opened = with_classes(opened, count_classes(settings, splits.classes, opened.num_classes), settings.seed)
+    splits.train.num_classes = splits.val.num_classes = opened.num_classes
+    return opened, splits
+
+
+def _loaders(
+    opened: Opened, splits: Splits, settings: Settings, accelerator: Accelerator
+) -> tuple[DataLoader, DataLoader]:
+    config = data_config(opened.model, opened.input_size, settings.img_size)
+    train = training_loader(splits.train, settings, config, accelerator)
+    if len(train) == 0:
+        together = settings.batch_size * accelerator.num_processes
+        raise AugmentError(f"{len(splits.train)} training images do not fill one batch of {together}")
+    return train, evaluation_loader(splits.val, settings.batch_size, settings.workers, config, accelerator)
+
+
+def _mark(opened: Opened, settings: Settings) -> Opened:
+    """Have the header say that the weights are no longer as converted."""
+    if opened.header is None or FINETUNED in opened.header.weights:
+        return opened
+    weights = f"{opened.header.weights}, {FINETUNED} {Path(settings.data).name}"
+    return replace(opened, header=opened.header.model_copy(update={"weights": weights}))
+
+
+def count_classes(settings: Settings, classes: dict[str, int] | None, own: int) -> int:
+    """How many classes to train: as asked, or as the data have, or as the model has.
+
+    Raises:
+        AugmentError: the data have more than asked for.
+    """
+    found = 1 + max(classes.values()) if classes else None
+    if settings.num_classes and found and found > settings.num_classes:
+        raise AugmentError(f"data {settings.data} have {found} classes, more than --num-classes {settings.num_classes}")
+    count = settings.num_classes or found or own
+    if count < 2:
+        raise AugmentError(f"data {settings.data} have {count} class: there is nothing to tell apart")
+    return count
+
+
+def _configured(model: nn.Module, settings: Settings, accelerator: Accelerator) -> nn.Module:
+    """On its device, in the memory format, with the normalisation and the checkpointing asked for."""
+    model = model.to(accelerator.device)
+    if settings.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    if settings.grad_checkpointing:
+        if not hasattr(model, "set_grad_checkpointing"):
+            raise AugmentError(f"{type(model).__name__} has no gradient checkpointing: leave out --grad-checkpointing")
+        model.set_grad_checkpointing(True)
+    if settings.sync_norm and accelerator.num_processes > 1:
+        from timm.layers import convert_sync_batchnorm
+
+        if accelerator.device.type == "cpu":
+            raise AugmentError("--sync-norm needs accelerators: torch's SyncBatchNorm does not run on CPUs")
+        model = convert_sync_batchnorm(model)
+    return model
+
+
+def _criterion(settings: Settings, mixup: Any, opened: Opened, accelerator: Accelerator) -> nn.Module:
+    criterion = make_criterion(settings, mixed=mixup is not None)
+    if settings.teacher is None:
+        return criterion
+    pretrained = not (Path(settings.teacher).exists() or settings.teacher_checkpoint)
+    teacher = open_model(settings.teacher, pretrained=pretrained, weights=settings.teacher_checkpoint)
+    if teacher.num_classes != opened.num_classes:
+        raise AugmentError(
+            f"the teacher {settings.teacher} has {teacher.num_classes} classes, and the model {opened.num_classes}: "
+            f"fine-tune the teacher on these data first"
+        )
+    return Distillation(criterion, teacher.model.to(accelerator.device), settings.distill, settings.temperature)
+
+
+def contents(run: Run) -> dict[str, Any]:
+    """All that a checkpoint holds."""
+    return {
+        "settings": run.settings.digest(),
+        "processes": run.accelerator.num_processes,
+        "images": len(run.splits.train),
+        "kinds": run.kinds,
+        "position": [run.epoch, run.batch, run.updates],
+        "seconds": run.seconds,
+        "sums": run.meter.sums,
+        "history": run.history,
+        "model": run.accelerator.unwrap_model(run.model).state_dict(),
+        "ema": None if run.ema is None else run.ema.module.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
+        "scaler": state.pack_scaler(run.accelerator),
+    }
+
+
+def _check_saved(saved: dict[str, Any], settings: Settings, accelerator: Accelerator, splits: Splits) -> None:
+    where = Path(settings.output) / state.FILE
+    if saved["settings"] != settings.digest():
+        raise AugmentError(f"{where} is a checkpoint of another run than settings.json beside it describes")
+    if saved["processes"] != accelerator.num_processes:
+        raise AugmentError(
+            f"{where} was written by {saved['processes']} processes, and now there are {accelerator.num_processes}: "
+            f"resume with {saved['processes']}, or start a new run from {Path(settings.output) / 'last'}"
+        )
+    if saved["images"] != len(splits.train):
+        raise AugmentError(
+            f"data {settings.data} had {saved['images']:,} training images when the run began, and now "
+            f"{len(splits.train):,}: their order would be another"
+        )
+
+
+def _restore(run: Run, saved: dict[str, Any]) -> None:
+    run.epoch, run.batch, run.updates = saved["position"]
+    run.saved = (run.epoch, run.batch)
+    run.seconds, run.history = saved["seconds"], saved["history"]
+    run.meter = Meter(run.accelerator, saved["sums"])
+    run.optimizer.load_state_dict(saved["optimizer"])
+    if run.ema is not None:
+        run.ema.module.load_state_dict(saved["ema"])
+    if run.accelerator.scaler is not None:
+        run.accelerator.scaler.load_state_dict(saved["scaler"])

@@ -1,0 +1,170 @@
+"""What a fine-tuning run is asked to do: one frozen object, written beside its results. Imports nothing heavy."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from augment_cli.errors import AugmentError
+
+SCHEDULES = ("cosine", "tanh", "poly", "step", "wsd", "rsqrt", "constant")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A run's settings with their defaults: those of a retrofit that keeps most of its source's weights."""
+
+    model: str
+    data: str
+    output: str
+
+    # The model's weights, where MODEL is a timm model's name.
+    pretrained: bool = False
+    checkpoint: str | None = None
+    model_args: dict[str, Any] = field(default_factory=dict)
+    num_classes: int | None = None
+
+    # Data.
+    train_split: str = "train"
+    val_split: str = "validation"
+    val_data: str | None = None
+    hold_out: float = 0.0
+    data_root: str | None = None
+    download: bool = False
+    img_size: tuple[int, int] | None = None
+    workers: int = 4
+    on_corrupt: str = "fail"
+
+    # Augmentation.
+    augmentation: bool = True
+    crop_scale: float = 0.35
+    flip: float = 0.5
+    color_jitter: float = 0.4
+    auto_augment: str | None = None
+    random_erasing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+
+    # Loss.
+    loss: str = "ce"
+    smoothing: float = 0.1
+    teacher: str | None = None
+    teacher_checkpoint: str | None = None
+    distill: float = 0.5
+    temperature: float = 2.0
+
+    # Optimisation. Lengths in epochs; batch_size is of one process and one step of accumulation.
+    epochs: int = 30
+    batch_size: int = 64
+    accumulate: int = 1
+    opt: str = "adamw"
+    lr: float = 1e-3
+    weight_decay: float = 0.05
+    momentum: float = 0.9
+    clip_grad: float = 1.0
+    schedule: str = "cosine"
+    warmup_epochs: float = 1.0
+    min_lr: float = 0.0
+    ema_decay: float = 0.0
+
+    # Learning rates by provenance.
+    lr_carried: float = 0.1
+    lr_fitted: float = 0.3
+    lr_new: float = 1.0
+    layer_decay: float = 1.0
+    new_first: int = 0
+
+    # How it runs.
+    freeze_norm: bool = False
+    sync_norm: bool = False
+    precision: str = "no"
+    cpu: bool = False
+    channels_last: bool = False
+    grad_checkpointing: bool = False
+    seed: int = 0
+    checkpoint_every: str | None = None
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least, most in _RANGES:
+            value = getattr(self, name)
+            if not least <= value <= most:
+                raise AugmentError(f"{option(name)} {value} is not from {least:g} to {most:g}")
+        if (self.mixup or self.cutmix) and self.batch_size % 2:
+            raise AugmentError(f"mixup and cutmix pair the images of a batch: --batch-size {self.batch_size} is odd")
+        if self.freeze_norm and self.sync_norm:
+            raise AugmentError("--freeze-norm uses no statistics of batches, so that --sync-norm has nothing to do")
+        if self.new_first > self.epochs:
+            raise AugmentError(f"--new-first {self.new_first} is more than --epochs {self.epochs}")
+        parse_interval(self.checkpoint_every)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2)
+
+    def digest(self) -> str:
+        """SHA-256 of the settings but for the folder, which may be moved: by it a checkpoint belongs to a run."""
+        values = {key: value for key, value in asdict(self).items() if key != "output"}
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+_MANY = 10**9
+_RANGES = (
+    ("epochs", 1, _MANY),
+    ("batch_size", 1, _MANY),
+    ("accumulate", 1, _MANY),
+    ("workers", 0, 1024),
+    ("hold_out", 0, 0.9),
+    ("crop_scale", 0.01, 1),
+    ("flip", 0, 1),
+    ("random_erasing", 0, 1),
+    ("smoothing", 0, 0.99),
+    ("distill", 0, 1),
+    ("temperature", 0.01, 1000),
+    ("ema_decay", 0, 1),
+    ("layer_decay", 0.01, 1),
+    ("lr", 0, 1000),
+    ("lr_carried", 0, 1000),
+    ("lr_fitted", 0, 1000),
+    ("lr_new", 0, 1000),
+    ("clip_grad", 0, _MANY),
+)
+
+
+def option(name: str) -> str:
+    """The command line's name of a setting."""
+    return "--" + name.replace("_", "-")
+
+
+def parse_interval(text: str | None) -> tuple[int | None, float | None]:
+    """How often to write a checkpoint: `200` is (200 updates, None), `10m` is (None, 600 seconds).
+
+    Raises:
+        AugmentError: anything else.
+    """
+    if text is None:
+        return None, None
+    number = text[:-1] if text[-1:] in ("m", "s") else text
+    if not number.isascii() or not number.isdigit() or not int(number):
+        raise AugmentError(f"--checkpoint-every {text}: write updates as 200, minutes as 10m, seconds as 30s")
+    seconds = {"m": 60.0, "s": 1.0}.get(text[-1])
+    return (None, int(number) * seconds) if seconds else (int(number), None)
+
+
+def read_settings(path: Path) -> Settings:
+    """The settings of an earlier run, from its JSON.
+
+    Raises:
+        AugmentError: no such file, or not of this version.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise AugmentError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    known = {entry.name for entry in fields(Settings)}
+    if not isinstance(data, dict) or (wrong := sorted(data.keys() ^ known)):
+        difference = wrong[0] if isinstance(data, dict) else "no object"
+        raise AugmentError(f"{path} is not of this version of augment-cli: {difference}")
+    if data["img_size"] is not None:
+        data["img_size"] = tuple(data["img_size"])
+    return Settings(**data)

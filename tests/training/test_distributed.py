@@ -1,0 +1,55 @@
+"""Several processes do what one does."""
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+from safetensors.torch import load_file
+
+from augment_cli.training.assess import Assessment, assess
+from tests.training.conftest import summary
+
+COMMON = ("--epochs", "3", "--workers", "0", "--cpu", "--freeze-norm", "--warmup-epochs", "0", "--opt", "sgd")
+
+
+def free_port() -> str:
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return str(s.getsockname()[1])
+
+
+def on_two_processes(*arguments) -> subprocess.CompletedProcess:
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port()]
+    command = [sys.executable, *launch, "-m", "augment_cli", *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+
+
+def test_two_processes_give_the_losses_of_one_with_twice_the_batch(model, images, tmp_path, command):
+    """To rounding, with augmentation, where batch normalisation keeps its statistics."""
+    start = ("finetune", model, "--data", images, *COMMON)
+    assert command(*start, "-b", "8", "-o", tmp_path / "one").exit_code == 0
+    two = on_two_processes(*start, "-b", "4", "-o", tmp_path / "two")
+    assert two.returncode == 0, two.stderr
+    assert two.stderr.count("epoch 3/3: ") == 1
+    one, both = summary(tmp_path / "one"), summary(tmp_path / "two")
+    assert one[0] == both[0]
+    for a, b in zip(one[1:], both[1:], strict=True):
+        assert [float(x) for x in b] == pytest.approx([float(x) for x in a], rel=1e-3)
+    a, b = (load_file(tmp_path / name / "last/model.safetensors") for name in ("one", "two"))
+    assert all(abs(a[name] - b[name]).max() < 1e-3 for name in a if a[name].is_floating_point())
+
+    refused = command("finetune", "--resume", tmp_path / "two")
+    assert refused.exit_code == 2
+    assert "was written by 2 processes, and now there are 1: resume with 2, or start a new run from" in refused.stderr
+
+
+def test_two_processes_validate_the_model_that_they_write(model, images, tmp_path):
+    """Each has batch statistics of its own; those of the first count, in the moving average, too."""
+    options = ("--epochs", "1", "--workers", "0", "--cpu", "-b", "4", "--ema-decay", "0.9")
+    two = on_two_processes("finetune", model, "--data", images, "-o", tmp_path / "run", *options)
+    assert two.returncode == 0, two.stderr
+    scores = assess(Assessment(str(tmp_path / "run/best"), str(images), workers=0, cpu=True)).scores
+    assert float(summary(tmp_path / "run")[1][3]) == pytest.approx(scores.loss, rel=1e-4)
