@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint format benchmark clean
+.PHONY: demo test lint format benchmark sweep clean
 
 demo: $(READY)
 	mkdir -p out
@@ -23,6 +23,9 @@ format: $(READY)
 
 benchmark: $(READY)
 	$(VENV)/bin/python benchmarks/convert.py
+
+sweep: $(READY)
+	$(VENV)/bin/python docs/sweep.py
 
 # The environment is made when it is missing, broken or older than what it is made from.
 $(READY): pyproject.toml

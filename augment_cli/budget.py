@@ -10,6 +10,7 @@ The distance is squared, so convex in each site: many sites bend a little rather
 
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -164,10 +165,22 @@ def _assign(groups: list[_Group], counts: np.ndarray, chosen: Chosen) -> Chosen:
     return tuple((site, by_name[site.name]) for site, _ in chosen)
 
 
+def attainable(chosen: Chosen, settings: Sites, source: Counts) -> dict[str, tuple[int, int]]:
+    """The least and the most that the whole model can have of "params" and of "macs", each on its own."""
+    return _attainable(_groups(chosen, settings), source)
+
+
+def _attainable(groups: list[_Group], source: Counts) -> dict[str, tuple[int, int]]:
+    def total(name: str, extreme: Callable[[np.ndarray], int]) -> int:
+        return getattr(source, name) + sum(int(extreme(getattr(g, name))) * len(g.sites) for g in groups)
+
+    return {name: (total(name, np.min), total(name, np.max)) for name in ("params", "macs")}
+
+
 def _check_attainable(groups, limits: dict[str, int], budget: Budget, source: Counts, settings: Sites) -> None:
+    ranges = _attainable(groups, source)
     for name, limit in limits.items():
-        least = getattr(source, name) + sum(int(getattr(g, name).min()) * len(g.sites) for g in groups)
-        most = getattr(source, name) + sum(int(getattr(g, name).max()) * len(g.sites) for g in groups)
+        least, most = ranges[name]
         if least > limit:
             raise AugmentError(
                 f"budget.{name}={getattr(budget, name)} asks for at most {limit:,} {_UNIT[name]}, and the chosen sites "

@@ -29,6 +29,7 @@ class ModelGraph:
     """The traced model, its shapes and its convolutions in the order in which they are first called.
 
     `params` counts every parameter once; `macs` are the multiply-adds of one image, by torch.utils.flop_counter.
+    `constants` are tensors that a forward makes by itself, and that the graph takes from the traced copy.
     """
 
     graph: fx.Graph
@@ -37,6 +38,7 @@ class ModelGraph:
     sites: tuple[ConvSite, ...]
     params: int
     macs: int
+    constants: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
 
 def analyze(model: nn.Module, input_size: tuple[int, int, int]) -> ModelGraph:
@@ -54,7 +56,13 @@ def analyze(model: nn.Module, input_size: tuple[int, int, int]) -> ModelGraph:
     with CallRecorder(model) as calls, FlopCounterMode(display=False) as flops:
         shapes = propagate_shapes(model, graph, input_size)
     sites = tuple(_sites(model, graph, calls, input_size))
-    return ModelGraph(graph, input_size, shapes, sites, count_parameters(model), flops.get_total_flops() // 2)
+    macs = flops.get_total_flops() // 2
+    return ModelGraph(graph, input_size, shapes, sites, count_parameters(model), macs, _constants(model, graph))
+
+
+def _constants(model: nn.Module, graph: fx.Graph) -> dict[str, Tensor]:
+    taken = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+    return {name: getattr(model, name) for name in taken if name.startswith("_tensor_constant")}
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -12,7 +12,7 @@ from torch import nn
 from augment_cli.errors import AugmentError
 from augment_cli.plan import Plan
 from augment_cli.recipe import describe_errors
-from augment_cli.surgery import apply_plan
+from augment_cli.surgery import apply_plan, keep_unfolded
 from augment_cli.timm_plugin import NAME
 
 _FEATURE_ARGUMENTS = ("out_indices", "feature_cls", "feature_cfg", "output_fmt")
@@ -97,6 +97,7 @@ def transplant(model: nn.Module, extractor: nn.Module, sites: set[str]) -> None:
     _check_called(extractor, moved)
     for name, own in moved.items():
         extractor.set_submodule(name, modules[own])
+        keep_unfolded(extractor, name)
     state = model.state_dict()
     extractor.load_state_dict({key: state[_first_in(state, key)] for key in extractor.state_dict()})
 

@@ -162,7 +162,7 @@ def _too_narrow(site: ConvSite, settings: Sites) -> str:
 
 
 def _summary(skipped: list[tuple[str, str]]) -> str:
-    reasons = Counter(reason.partition(":")[0].partition(" (")[0] for _, reason in skipped)
+    reasons = Counter(re.split(r":|,| \(", reason)[0] for _, reason in skipped)
     return ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
 
 

@@ -5,7 +5,9 @@ to find the sites before and to prove the result after.
 """
 
 import copy
+import warnings
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +17,9 @@ from augment_cli.errors import AugmentError
 from augment_cli.graph import ModelGraph, conv_padding, meta_copy, propagate_shapes
 from augment_cli.layers import AAConv2d, AWConv2d, ScaledStandardize, Standardize
 from augment_cli.plan import Plan, SitePlan
+
+# What timm calls to fold branches and normalisations into plain convolutions.
+_FOLDING = ("fuse", "reparameterize", "switch_to_deploy")
 
 
 class KeepFilters(Protocol):
@@ -48,6 +53,26 @@ def apply_plan(model: nn.Module, plan: Plan, keep: KeepFilters = keep_first) -> 
     for site in plan.sites:
         conv = find_conv(model, site)
         model.set_submodule(site.name, replacement(conv, site, keep))
+        keep_unfolded(model, site.name)
+
+
+def keep_unfolded(model: nn.Module, name: str) -> None:
+    """Let the blocks around a replaced convolution be when timm folds a model for inference, and say so.
+
+    A folded block is one plain convolution, which `reparameterize_model` makes of the kernel alone: attention would be
+    lost. The model's own method stays, since it only calls those of its parts.
+    """
+    parts = name.split(".")[:-1]
+    for i in range(1, len(parts) + 1):
+        block = model.get_submodule(".".join(parts[:i]))
+        for method in _FOLDING:
+            if hasattr(block, method):
+                setattr(block, method, partial(_stay, block))
+
+
+def _stay(block: nn.Module) -> nn.Module:
+    warnings.warn(f"{type(block).__name__} stays as it is: no plain convolution computes its attention", stacklevel=2)
+    return block
 
 
 def find_conv(model: nn.Module, site: SitePlan) -> nn.Conv2d:
@@ -57,7 +82,8 @@ def find_conv(model: nn.Module, site: SitePlan) -> nn.Conv2d:
         conv = None
     if not isinstance(conv, nn.Conv2d):
         raise AugmentError(f"{type(model).__name__} has no convolution {site.name}")
-    for key in ("in_channels", "out_channels", "kernel_size", "stride", "groups"):
+    # Not the stride: a model created with another output_stride has others, and dilation, with the same weights.
+    for key in ("in_channels", "out_channels", "kernel_size", "groups"):
         if getattr(conv, key) != getattr(site, key):
             raise AugmentError(f"{site.name} has {key} {getattr(conv, key)}, and {getattr(site, key)} in the plan")
     return conv
@@ -154,6 +180,8 @@ def verify(model: nn.Module, plan: Plan, graph: ModelGraph) -> None:
     """
     model = meta_copy(model).eval().requires_grad_(False)
     apply_plan(model, plan)
+    for name, constant in graph.constants.items():
+        setattr(model, name, constant)
     torch.fx.GraphModule(model, graph.graph).graph.lint()
     shapes = propagate_shapes(model, graph.graph, graph.input_size)
     changed = [name for name, shape in graph.shapes.items() if shapes[name] != shape]

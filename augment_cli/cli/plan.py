@@ -32,7 +32,7 @@ def plan(
     described, meta_model = source.describe(model, arguments, size)
     graph = analyze(meta_model, described.input_size)
     made, solution = make_plan(described.name, graph, settings, described.args)
-    common.announce(graph, made, solution)
+    common.announce(graph, made, solution, settings)
     if as_json:
         typer.echo(made.to_json())
     else:

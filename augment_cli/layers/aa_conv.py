@@ -107,6 +107,11 @@ class AAConv2d(nn.Module):
         self.register_buffer("channel_order", order)
         self.reset_attention_parameters()
 
+    @property
+    def weight(self) -> nn.Parameter:
+        """The filters of the convolution branch, for code that initialises what it takes for a convolution."""
+        return self.conv.weight
+
     def reset_parameters(self) -> None:
         if self.conv is not None:
             self.conv.reset_parameters()
@@ -129,7 +134,11 @@ class AAConv2d(nn.Module):
         if attended.shape[-2:] != size:
             attended = F.interpolate(attended, size=size, mode="bilinear", align_corners=False)
         out = attended if self.conv is None else torch.cat([out, attended.to(out.dtype)], dim=1)
-        return out if self.channel_order is None else _Reorder.apply(out, self.channel_order)
+        if self.channel_order is None:
+            return out
+        if torch.jit.is_tracing() or torch.compiler.is_compiling():  # neither takes a Function with a rule for jvp
+            return out.index_select(1, self.channel_order)
+        return _Reorder.apply(out, self.channel_order)
 
     def reduce_to_output(self, x: Tensor) -> Tensor:
         """The input as the attention sees it: at the resolution of the output map."""
@@ -144,7 +153,8 @@ class AAConv2d(nn.Module):
             x = average_pool(x, (self.attention_pool, self.attention_pool))
         q, k, v = self.qkv(x).split([self.key_channels, self.key_channels, self.value_channels], dim=1)
         q, k, v = (t.unflatten(1, (self.heads, -1)).movedim(2, -1) for t in (q, k, v))  # N, heads, H, W, channels
-        out = attention(q, k, v, self.rel_height, self.rel_width, self.attention_path)
+        path = "fused" if torch.jit.is_tracing() and self.attention_path == "auto" else self.attention_path
+        out = attention(q, k, v, self.rel_height, self.rel_width, path)
         return self.proj(out.movedim(-1, 2).flatten(1, 2))
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:

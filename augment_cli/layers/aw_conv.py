@@ -70,7 +70,7 @@ class AWConv2d(nn.Conv2d):
         self.standardize = standardize
         self.reduce = nn.Conv2d(in_channels, hidden, 1, bias=False, **dd)
         self.mix = nn.Conv2d(hidden, hidden, 1, bias=False, **dd)
-        self.expand = nn.Conv2d(hidden, out_channels * self.maps, 1, groups=hidden, bias=False, **dd)
+        self.expand = Expand(hidden, out_channels * self.maps, **dd)
         self.reset_attention_parameters()
 
     def reset_parameters(self) -> None:
@@ -111,7 +111,7 @@ class AWConv2d(nn.Conv2d):
         return self._attended(self.static_kernel(), self.scales(x))
 
     def _attended(self, kernel: Tensor, scales: Tensor) -> Tensor:
-        blocks = self.expand.in_channels // self.maps, self.maps, -1
+        blocks = self.expand.groups // self.maps, self.maps, -1
         maps = self.expand(scales).unflatten(1, blocks).transpose(2, 3).flatten(1, 2)  # N, C2, a, h, w
         factors = (1 + maps).contiguous()  # or the product takes the order of axes from them, and is copied
         grouped = kernel.unflatten(1, (self.maps, -1))  # C2, a, inputs that share a map, h, w
@@ -124,6 +124,25 @@ class AWConv2d(nn.Conv2d):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, reduction={self.reduction}{', same_pad' if self.same_pad else ''}"
+
+
+class Expand(nn.Module):
+    """1x1 convolution in groups of one input channel, zero at the start.
+
+    No `nn.Conv2d`, so that functions which initialise the convolutions of a model leave the zeros alone.
+    """
+
+    def __init__(self, groups: int, out_channels: int, device=None, dtype=None) -> None:
+        super().__init__()
+        self.groups = groups
+        self.weight = nn.Parameter(torch.zeros(out_channels, 1, 1, 1, device=device, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shapes: x (N, groups, h, w) to (N, out_channels, h, w)."""
+        return F.conv2d(x, self.weight, groups=self.groups)
+
+    def extra_repr(self) -> str:
+        return f"{self.groups}, {len(self.weight)}"
 
 
 def fitting_reduction(in_channels: int, reduction: int, groups: int = 1) -> int:

@@ -181,9 +181,13 @@ def test_recipes_are_listed_shown_and_copied(in_tmp):
 
 def test_models_says_what_can_be_converted_and_why_not():
     found = {m["model"]: m for m in json.loads(ok("models", "test_[rv]*", "--json").stdout)}
-    assert found["test_resnet"]["sites"] == {"aa": 7, "aw": 9}
-    assert found["test_vit"]["sites"] == {"aa": 0, "aw": 0}
-    assert "no 3x3 convolution here" in found["test_vit"]["reason"]
+    outcomes = found["test_resnet"]["outcomes"]
+    assert {recipe: o["sites"] for recipe, o in outcomes.items()} == {"aa": 7, "aw": 9, "aa-aw": 7}
+    assert outcomes["aa"]["least_params"] < found["test_resnet"]["params"] < outcomes["aa"]["most_params"]
+    assert "no 3x3 convolution here" in found["test_vit"]["outcomes"]["aw"]["reason"]
+    shown = " ".join(ok("models", "levit_128").stdout.split())
+    assert "levit_128 224x224" in shown
+    assert "stem" in shown
 
 
 def test_no_colours_where_there_is_no_terminal(made):

@@ -1,0 +1,76 @@
+"""What torch does to whole models: compilation, tracing, copies, other types, other memory formats."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from tests.interop.models import RECIPES, assert_gradients_near, assert_near, converted, gradients, images
+from tests.layers.test_in_torch import compiler
+
+MODELS = ["test_resnet", "test_efficientnet", "test_nfnet"]  # plain, Conv2dSame, ScaledStdConv2d with its gains
+every_recipe = pytest.mark.parametrize("recipe", RECIPES)
+
+
+@pytest.mark.parametrize("recipe", ["aa", "aw"])
+def test_compiled_whole_for_any_batch(recipe):
+    model = converted("test_resnet", recipe, "sites.names=layer4.*")
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        for batch in (2, 3):
+            x = images(batch, 3, 64, 64)
+            torch._dynamo.mark_dynamic(x, 0)
+            assert_near(compiled(x), model(x))
+
+
+def test_compiled_training_has_the_same_gradients():
+    model, x = converted("test_resnet", "aa-aw", "sites.names=layer4.*"), images(2, 3, 64, 64)
+    expected = gradients(model, x)
+    found = gradients(torch.compile(model, backend=compiler(), fullgraph=True), x)
+    assert_gradients_near({name.removeprefix("_orig_mod."): g for name, g in found.items()}, expected)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@every_recipe
+def test_copies(name, recipe):
+    model, x = converted(name, recipe), images(1, 3, 64, 64)
+    expected = model(x)
+    for same in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(same(x), expected)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@every_recipe
+def test_traced_by_jit(name, recipe):
+    model, x = converted(name, recipe), images(2, 3, 64, 64)
+    with torch.no_grad():
+        traced = torch.jit.trace(model, x)
+        file = io.BytesIO()
+        torch.jit.save(traced, file)
+        file.seek(0)
+        assert_near(torch.jit.load(file)(x), model(x))
+
+
+@pytest.mark.parametrize("name", MODELS)
+@every_recipe
+def test_channels_last(name, recipe):
+    model, x = converted(name, recipe), images(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = model(x)
+        last = model.to(memory_format=torch.channels_last)
+        assert_near(last(x.to(memory_format=torch.channels_last)), expected, 1e-3)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@every_recipe
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(name, recipe, dtype):
+    model, x = converted(name, recipe), images(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = model(x)
+        found = model.to(dtype)(x.to(dtype))
+    assert found.dtype == dtype
+    assert nn.functional.cosine_similarity(found.float(), expected).min() > 0.9
