@@ -6,11 +6,15 @@ Equal sites form a group, and the unknowns are how many sites of a group take ea
     subject to  the counts of a group add up to its sites, parameters and multiply-adds within their budgets
 
 The distance is squared, so convex in each site: many sites bend a little rather than one a lot.
+
+Where each site's loss is known (sensitivity.py), it takes the distance's place: it is taken to grow with the square of
+the value channels, since the filters that cost least are given up first, and the mean value ratio is at least the
+recipe's, so that attention moves to where it costs least and does not go away.
 """
 
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,6 +34,9 @@ _LEFTOVERS = (2e-4, 2e-3, 2e-2, np.inf)
 # answer does not depend on the machine's speed.
 _GAP = 1e-3
 _NODES = 2_000
+
+# Among equal losses the written splits are preferred: what a distance counts beside a loss.
+_NEARNESS = 1e-2
 
 Chosen = tuple[tuple[ConvSite, Choice], ...]
 
@@ -64,27 +71,33 @@ class _Group:
     distances: np.ndarray
     params: np.ndarray  # change against the source's site, per option
     macs: np.ndarray
+    losses: np.ndarray
+    ratios: np.ndarray  # change of the value ratio against the written split
 
 
-def solve(chosen: Chosen, settings: Sites, budget: Budget, source: Counts) -> Solution:
-    """The choices nearest to the written ones that keep the model within its budget.
+def solve(
+    chosen: Chosen, settings: Sites, budget: Budget, source: Counts, losses: Mapping[str, float] | None = None
+) -> Solution:
+    """The choices nearest to the written ones, or of the least loss, that keep the model within its budget.
 
     Args:
         chosen: sites and the splits that the recipe's ratios ask for.
         source: counts of the model before.
+        losses: of each site under its written split, by name; any unit.
 
     Raises:
         AugmentError: no admissible choices meet the budget; says what is attainable.
     """
     limits = {name: resolve_amount(getattr(budget, name), getattr(source, name)) for name in ("params", "macs")}
     limits = {name: limit for name, limit in limits.items() if limit is not None}
-    if not limits:
+    if not limits and not losses:
         return Solution(chosen, solved=False)
     start = time.perf_counter()
-    groups = _groups(chosen, settings)
+    groups = _groups(chosen, settings, _with_floor(losses or {}))
     _check_attainable(groups, limits, budget, source, settings)
     program = _Program(groups, {name: limit - getattr(source, name) for name, limit in limits.items()})
-    name, limit = next(iter(limits.items()))  # this one is to be used up; one beside it is only a ceiling
+    # The first budget is to be used up; one beside it is only a ceiling.
+    name, limit = next(iter(limits.items()), ("params", np.inf))
     for leftover in _LEFTOVERS:
         counts, gap = program.nearest(name, limit * leftover)
         if counts is not None:
@@ -92,15 +105,22 @@ def solve(chosen: Chosen, settings: Sites, budget: Budget, source: Counts) -> So
     raise AugmentError(f"{_asked(limits, budget)} cannot be met together. {_help(settings)}")
 
 
-def _groups(chosen: Chosen, settings: Sites) -> list[_Group]:
+def _with_floor(losses: Mapping[str, float]) -> dict[str, float]:
+    """A tenth of the mean loss on top of each: one measured as nothing on some hundred images is not for free."""
+    floor = sum(losses.values()) / max(len(losses), 1) / 10
+    return {name: loss + floor for name, loss in losses.items()}
+
+
+def _groups(chosen: Chosen, settings: Sites, losses: Mapping[str, float] | None = None) -> list[_Group]:
+    losses = losses or {}
     alike = defaultdict(list)
     for site, target in chosen:
         shape = site.in_channels, site.out_channels, site.groups, site.kernel_size, site.resolution
-        alike[*shape, site.params, site.calls, target].append(site)
-    return [_group(tuple(sites), key[-1], settings) for key, sites in alike.items()]
+        alike[*shape, site.params, site.calls, losses.get(site.name), target].append(site)
+    return [_group(tuple(sites), *key[-2:], settings) for key, sites in alike.items()]
 
 
-def _group(sites: tuple[ConvSite, ...], target: Choice, settings: Sites) -> _Group:
+def _group(sites: tuple[ConvSite, ...], loss: float | None, target: Choice, settings: Sites) -> _Group:
     site = sites[0]
     choices = options(site, settings, target)
     before, macs_before = cost.params(site, cost.PLAIN), cost.macs(site, cost.PLAIN)
@@ -110,6 +130,8 @@ def _group(sites: tuple[ConvSite, ...], target: Choice, settings: Sites) -> _Gro
         np.array([distance(site, c, target) for c in choices]),
         np.array([cost.params(site, c) - before for c in choices]),
         np.array([cost.macs(site, c) - macs_before for c in choices]),
+        np.array([(loss or 0) * (c.value_channels / max(target.value_channels, 1)) ** 2 for c in choices]),
+        np.array([(c.value_channels - target.value_channels) / site.out_channels for c in choices]),
     )
 
 
@@ -125,6 +147,10 @@ class _Program:
         self.distances = np.concatenate([g.distances for g in groups])
         values = np.concatenate([[c.value_channels for c in g.options] for g in groups])
         self.objective = self.distances - 1e-7 * values / max(values.max(), 1)
+        losses = np.concatenate([g.losses for g in groups])
+        self.ratios = np.concatenate([g.ratios for g in groups]) if losses.any() else None
+        if losses.any():
+            self.objective = losses / losses[self.distances == 0].max() + _NEARNESS * self.distances
 
     def nearest(self, name: str, leftover: float) -> tuple[np.ndarray | None, float]:
         """The counts of least distance that leave at most `leftover` of the budget `name` unused, and the gap proved.
@@ -137,6 +163,8 @@ class _Program:
         variables = len(self.group_of)
         members = csr_array((np.ones(variables), (self.group_of, np.arange(variables))))
         constraints = [LinearConstraint(members, self.counts, self.counts)]
+        if self.ratios is not None:
+            constraints.append(LinearConstraint(self.ratios, -1e-9, np.inf))
         for budget, ceiling in self.ceilings.items():
             change, floor = self.changes[budget], ceiling - leftover if budget == name else -np.inf
             constraints.append(LinearConstraint(change, floor, ceiling))

@@ -5,9 +5,12 @@ from typing import Any
 from torch import nn
 
 from augment_cli import checkpoint, rebuild, source, surgery
+from augment_cli.calibration import Calibration, compare, load_images, predictions
+from augment_cli.errors import AugmentError
 from augment_cli.graph import ModelGraph, analyze
 from augment_cli.header import Header
-from augment_cli.inherit import carry
+from augment_cli.inherit import carry, fit
+from augment_cli.inherit.fitted import Progress
 from augment_cli.plan import Plan, make_plan
 from augment_cli.recipe import load_recipe
 
@@ -19,6 +22,8 @@ def convert(
     pretrained: bool = False,
     seed: int = 0,
     image_size: tuple[int, int] | None = None,
+    calibrate: str | None = None,
+    calibrate_images: int = 512,
     **args: Any,
 ) -> nn.Module:
     """A converted timm model.
@@ -29,6 +34,8 @@ def convert(
         overrides: recipe values, such as "budget.params=keep".
         pretrained: carry timm's pretrained weights over; otherwise weights are random from the seed.
         image_size: (height, width) to convert for; None takes the model's own.
+        calibrate: unlabelled images, a folder or another data set, to fit attention on; None leaves it untrained.
+        calibrate_images: how many of them at most.
         args: further arguments for timm.create_model.
 
     Example:
@@ -40,20 +47,54 @@ def convert(
     graph = analyze(meta_model, described.input_size)
     plan, _ = make_plan(described.name, graph, load_recipe(recipe, overrides), described.args)
     surgery.verify(meta_model, plan, graph)
+    calibration = None
+    if calibrate is not None:
+        check_fittable(plan)
+        calibration = load_images(calibrate, meta_model, plan.input_size, calibrate_images, seed)
     model = source.create(described, seed, origin=name if pretrained else None)
-    operate(model, plan, graph, weights="pretrained" if pretrained else f"random, seed {seed}")
+    operate(model, plan, graph, "pretrained" if pretrained else f"random, seed {seed}", calibration)
     return model
 
 
-def operate(model: nn.Module, plan: Plan, graph: ModelGraph, weights: str) -> Header:
-    """Convert a model with weights in place, by a verified plan, and say what its file will say of it."""
+def check_fittable(plan: Plan) -> None:
+    """Refuse to fit a plan without AA.
+
+    Raises:
+        AugmentError: no site of the plan gives up a filter.
+    """
+    if not any(site.value_channels for site in plan.sites):
+        raise AugmentError(
+            f"no site of the plan for {plan.model} is AA, so that there is nothing to fit: AW computes what its source "
+            f"does as it is; leave out --init fit and --calibrate"
+        )
+
+
+def operate(
+    model: nn.Module,
+    plan: Plan,
+    graph: ModelGraph,
+    weights: str,
+    calibration: Calibration | None = None,
+    progress: Progress | None = None,
+) -> Header:
+    """Convert a model with weights in place, by a verified plan, and say what its file will say of it.
+
+    With calibration images attention is fitted, and the whole model held against its source.
+    """
     digest = source.weights_digest(model)
-    inheritance = carry(model, plan, graph)
+    fidelity = None
+    if calibration is None:
+        inheritance = carry(model, plan, graph)
+    else:
+        before = predictions(model, calibration)
+        inheritance = fit(model, plan, graph, calibration, progress)
+        fidelity = compare(before, predictions(model, calibration), calibration)
     rebuild.adopt(model, plan)
     return Header(
         plan=plan,
         weights=weights,
         source_sha256=digest,
         inheritance=inheritance,
+        fidelity=fidelity,
         versions=checkpoint.versions(),
     )

@@ -73,6 +73,16 @@ class _Frozen(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
 
+class Sensitivity(_Frozen):
+    """What replacing one site alone does to the model's output, on images that its fit has not seen.
+
+    agreement: share of images with the source's top-1; divergence: mean KL(source, converted) of the predictions, nats.
+    """
+
+    agreement: Annotated[float, Field(ge=0, le=1)]
+    divergence: Annotated[float, Field(ge=0)]
+
+
 class SitePlan(_Frozen):
     """What one convolution becomes. Sizes are (height, width); resolution is that of the output map.
 
@@ -96,6 +106,7 @@ class SitePlan(_Frozen):
     params_after: Count = 0
     macs_before: Count = 0
     macs_after: Count = 0
+    sensitivity: Sensitivity | None = None
 
     @property
     def choice(self) -> Choice:
@@ -181,7 +192,11 @@ class Plan(_Frozen):
 
 
 def make_plan(
-    model: str, graph: "ModelGraph", recipe: Recipe, model_args: dict[str, Any] | None = None
+    model: str,
+    graph: "ModelGraph",
+    recipe: Recipe,
+    model_args: dict[str, Any] | None = None,
+    sensitivity: dict[str, Sensitivity] | None = None,
 ) -> tuple[Plan, Solution]:
     """The plan of a recipe for a model: sites selected, budget solved.
 
@@ -189,13 +204,19 @@ def make_plan(
         model: its name in timm's registry.
         graph: the analysed model.
         model_args: what the model is created with besides its name; JSON values.
+        sensitivity: of every chosen site, by name; the budget's program then puts attention where it changes the
+            model's output least.
 
     Raises:
         AugmentError: no site, or a budget that cannot be met.
     """
     selection = select(graph.sites, recipe.sites)
-    solution = solve(selection.chosen, recipe.sites, recipe.budget, Counts(graph.params, graph.macs))
-    sites = tuple(_site_plan(site, choice, recipe.sites.variant) for site, choice in solution.choices)
+    losses = {name: found.divergence for name, found in (sensitivity or {}).items()}
+    solution = solve(selection.chosen, recipe.sites, recipe.budget, Counts(graph.params, graph.macs), losses)
+    found = sensitivity or {}
+    sites = tuple(
+        _site_plan(site, choice, recipe.sites.variant, found.get(site.name)) for site, choice in solution.choices
+    )
     plan = Plan(
         model=model,
         model_args=model_args or {},
@@ -210,7 +231,7 @@ def make_plan(
     return plan, solution
 
 
-def _site_plan(site: ConvSite, choice: Choice, variant: Variant) -> SitePlan:
+def _site_plan(site: ConvSite, choice: Choice, variant: Variant, sensitivity: Sensitivity | None = None) -> SitePlan:
     return SitePlan(
         name=site.name,
         variant=variant,
@@ -229,6 +250,7 @@ def _site_plan(site: ConvSite, choice: Choice, variant: Variant) -> SitePlan:
         params_after=cost.params(site, choice),
         macs_before=cost.macs(site, cost.PLAIN),
         macs_after=cost.macs(site, choice),
+        sensitivity=sensitivity,
     )
 
 
@@ -312,4 +334,4 @@ def _fit_site(entry: SitePlan, sites_of: dict[str, ConvSite], origin: str) -> Si
             raise AugmentError(f"{origin}: {entry.name} has {key} {actual} in the model, and {planned} in the plan")
     if reason := site.obstacle or structural_obstacle(site, entry.variant):
         raise AugmentError(f"{origin}: {entry.name} cannot be replaced: {reason}")
-    return _site_plan(site, entry.choice, entry.variant)
+    return _site_plan(site, entry.choice, entry.variant, entry.sensitivity)

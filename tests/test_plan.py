@@ -10,7 +10,7 @@ TOP = ["schema", "model", "recipe", "params_before", "params_after", "macs_befor
 SITE = [
     *["name", "variant", "in_channels", "out_channels", "kernel_size", "stride", "groups", "resolution", "heads"],
     *["key_channels", "value_channels", "attention_pool", "reduction"],
-    *["params_before", "params_after", "macs_before", "macs_after"],
+    *["params_before", "params_after", "macs_before", "macs_after", "sensitivity"],
 ]
 
 

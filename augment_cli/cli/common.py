@@ -46,6 +46,19 @@ def working(what: str):
         yield
 
 
+@contextmanager
+def bar(what: str):
+    """A bar over things done one after the other, on a terminal; yields what moves it: name, how many done, of all."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=None)
+        yield lambda name, done, total: progress.update(task, description=name, completed=done, total=total)
+
+
 def show(renderable: Any) -> None:
     """A table or other rich object as data: colours only on a terminal."""
     from rich.console import Console

@@ -1,5 +1,6 @@
 """augment convert: a timm model in, one file that rebuilds the converted model out."""
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -7,6 +8,13 @@ import typer
 
 from augment_cli.cli import common
 from augment_cli.errors import AugmentError
+
+_FITTED = "Attention that is fitted to what it replaces"
+
+
+class Init(StrEnum):
+    carry = "carry"
+    fit = "fit"
 
 
 def convert(
@@ -23,6 +31,28 @@ def convert(
         Path | None, typer.Option("--checkpoint", metavar="FILE", help="Start from a safetensors or torch file.")
     ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="For random weights and what attention adds.")] = 0,
+    init: Annotated[
+        Init,
+        typer.Option(
+            "--init",
+            rich_help_panel=_FITTED,
+            help="carry: attention is untrained. fit: it computes what the filters that it replaces did, as nearly as "
+            "it can, on the images of --calibrate.",
+        ),
+    ] = Init.carry,
+    calibrate: Annotated[
+        str | None,
+        typer.Option(
+            "--calibrate",
+            metavar="DIR|SPEC",
+            rich_help_panel=_FITTED,
+            help="A few hundred unlabelled images: a folder, a tar file, or KIND/NAME of timm's data sets.",
+        ),
+    ] = None,
+    calibrate_images: Annotated[
+        int | None,
+        typer.Option("--calibrate-images", metavar="N", rich_help_panel=_FITTED, help="How many at most. [512]"),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -43,8 +73,10 @@ def convert(
     """
     if pretrained and checkpoint:
         raise AugmentError("--pretrained and --checkpoint both name weights: give one of them")
+    _check_calibration(init, calibrate, calibrate_images)
     with common.working("importing torch and timm"):
         from augment_cli import conversion, source, surgery
+        from augment_cli.calibration import load_images
         from augment_cli.files import check_output
         from augment_cli.graph import analyze
         from augment_cli.output import write_model
@@ -70,18 +102,33 @@ def convert(
         else:
             plan, solution = make_plan(described.name, graph, settings, described.args)
         surgery.verify(meta_model, plan, graph)
-    common.announce(graph, plan, solution)
+    common.announce(graph, plan, solution, None if given else settings)
     target = output or Path(f"{plan.model}-{plan.recipe}.safetensors")
     check_output(target, overwrite)
 
-    with common.working(f"converting {model}"):
+    calibration = None
+    if calibrate is not None:
+        conversion.check_fittable(plan)
+        with common.working(f"reading {calibrate}"):
+            calibration = load_images(
+                calibrate, meta_model, plan.input_size, 512 if calibrate_images is None else calibrate_images, seed
+            )
+    with common.bar("fitting") if calibration else common.working(f"converting {model}") as progress:
         weights = source.create(described, seed, origin=model if pretrained else None)
         if checkpoint:
             source.load_checkpoint(weights, checkpoint)
-        header = conversion.operate(weights, plan, graph, source.weights_origin(pretrained, checkpoint, seed))
+        origin = source.weights_origin(pretrained, checkpoint, seed)
+        header = conversion.operate(weights, plan, graph, origin, calibration, progress)
         write_model(weights, header, target)
     common.show(table(Report.of(plan, header), full=full))
     common.say(f"wrote {target}")
+
+
+def _check_calibration(init: Init, calibrate: str | None, images: int | None) -> None:
+    if init is Init.fit and calibrate is None:
+        raise AugmentError("--init fit needs images to fit on: give a folder of some hundred with --calibrate")
+    if init is not Init.fit and (calibrate is not None or images is not None):
+        raise AugmentError("--calibrate and --calibrate-images are for --init fit: add it, or leave them out")
 
 
 def _refuse_beside_plan(*others) -> None:

@@ -1,10 +1,15 @@
 """augment plan: what each convolution would become. No weights, no arithmetic."""
 
+from functools import partial
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from augment_cli.cli import common
+from augment_cli.errors import AugmentError
+
+_measured = partial(typer.Option, rich_help_panel="Sensitivity")
 
 
 def plan(
@@ -15,11 +20,26 @@ def plan(
     model_args: common.ModelArguments = None,
     as_json: Annotated[bool, typer.Option("--json", help="The plan as JSON, to edit and give to convert.")] = False,
     full: Annotated[bool, typer.Option("--full", help="A line for every site, equal ones too.")] = False,
+    sensitivity: Annotated[
+        bool,
+        _measured("--sensitivity", help="Measure what replacing each site alone does, and plan for the least of it."),
+    ] = False,
+    calibrate: Annotated[
+        str | None, _measured(metavar="DIR|SPEC", help="Unlabelled images to measure on, a few hundred.")
+    ] = None,
+    calibrate_images: Annotated[int, _measured(metavar="N", help="How many at most.")] = 512,
+    pretrained: Annotated[bool, _measured("--pretrained", help="timm's pretrained weights.")] = False,
+    checkpoint: Annotated[Path | None, _measured(metavar="FILE", help="Weights from a file.")] = None,
+    seed: Annotated[int, _measured(min=0, help="Of the images drawn.")] = 0,
+    plot: Annotated[Path | None, _measured(metavar="FILE.png|.svg|.pdf", help="Draw what was measured.")] = None,
 ) -> None:
     """Show what each convolution of MODEL would become, and what it costs.
 
     augment plan resnet50 --recipe aa-resnet --set budget.params=keep
+
+    augment plan resnet50 --sensitivity --pretrained --calibrate photos --json > plan.json
     """
+    _check_measured(sensitivity, calibrate, pretrained, checkpoint, plot)
     settings = common.load_named_recipe(recipe, overrides)
     arguments, size = common.parse_arguments(model_args), common.parse_image_size(image_size)
     with common.working("importing torch and timm"):
@@ -32,8 +52,59 @@ def plan(
     described, meta_model = source.describe(model, arguments, size)
     graph = analyze(meta_model, described.input_size)
     made, solution = make_plan(described.name, graph, settings, described.args)
+    if sensitivity:
+        origin = model if pretrained else None
+        images = calibrate, calibrate_images, seed
+        found = _measure(described, meta_model, graph, settings, images, origin, checkpoint)
+        made, solution = make_plan(described.name, graph, settings, described.args, found)
+        if plot:
+            from augment_cli.report.sensitivity import draw
+
+            draw(made, plot)
+            common.say(f"wrote {plot}")
     common.announce(graph, made, solution, settings)
     if as_json:
         typer.echo(made.to_json())
     else:
         common.show(table(Report.of(made), full=full))
+
+
+def _check_measured(sensitivity, calibrate, pretrained, checkpoint, plot) -> None:
+    """Refuse options that do not go together, before anything is read."""
+    given = (("--calibrate", calibrate), ("--pretrained", pretrained), ("--checkpoint", checkpoint), ("--plot", plot))
+    if not sensitivity:
+        for option, value in given:
+            if value:
+                raise AugmentError(f"{option} is for --sensitivity: add it, or leave {option} out")
+        return
+    if not calibrate:
+        raise AugmentError("--sensitivity needs images to measure on: give a folder of some hundred with --calibrate")
+    if bool(pretrained) == bool(checkpoint):
+        raise AugmentError("--sensitivity measures a trained model: give either --pretrained or --checkpoint FILE")
+    if plot:
+        from augment_cli.files import check_output
+
+        if plot.suffix not in (".png", ".svg", ".pdf"):
+            raise AugmentError(f"--plot {plot}: the name ends in .png, .svg or .pdf")
+        check_output(plot, overwrite=True)
+
+
+def _measure(described, meta_model, graph, settings, images, origin, checkpoint):
+    """Sensitivities under the splits that the recipe writes."""
+    from augment_cli import source
+    from augment_cli.calibration import load_images
+    from augment_cli.conversion import check_fittable
+    from augment_cli.plan import make_plan
+    from augment_cli.recipe import Budget
+    from augment_cli.sensitivity import measure_sensitivity
+
+    written, _ = make_plan(described.name, graph, settings.model_copy(update={"budget": Budget()}), described.args)
+    check_fittable(written)
+    spec, count, seed = images
+    with common.working(f"reading {spec}"):
+        calibration = load_images(spec, meta_model, described.input_size, count, seed)
+        weights = source.create(described, seed, origin=origin)
+        if checkpoint:
+            source.load_checkpoint(weights, checkpoint)
+    with common.bar("measuring") as progress:
+        return measure_sensitivity(weights, written, graph, calibration, progress)

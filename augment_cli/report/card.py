@@ -5,9 +5,9 @@ from collections.abc import Iterator
 
 from augment_cli.report.folding import Line, fold
 from augment_cli.report.numbers import Report
-from augment_cli.report.provenance import TRUST_TERMS, VARIANTS, papers
+from augment_cli.report.provenance import TRUST_TERMS, VARIANTS, fidelity, papers
 from augment_cli.report.text import code, escape, markdown_table, totals_table
-from augment_cli.report.units import counted, percent, share, size, span
+from augment_cli.report.units import counted, error, percent, share, size, span
 
 _TAGGED = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)+")
 
@@ -85,7 +85,15 @@ def _warning(report: Report) -> Iterator[str]:
         yield f"> **Not trained.** The weights are {escape(report.weights)}."
     elif report.exact:
         yield "> As converted, the model computes exactly what its source computes."
-    if not report.exact:
+    if report.error is not None:
+        yield (
+            "> **Fitted, not fine-tuned.** Attention stands in for filters of the source and was fitted to what they "
+            f"computed, on unlabelled images: its mean squared error is {error(report.error)} of their variance on "
+            "average, on images held out of the fit. Filters that were kept are the source's, bit for bit."
+        )
+        if report.fidelity:
+            yield f"> {fidelity(report.fidelity)}"
+    elif not report.exact:
         yield (
             "> **Fine-tune before use.** As converted, attention is untrained. It took the places of the least "
             "important filters; those that were kept are the source's, bit for bit."
@@ -94,15 +102,19 @@ def _warning(report: Report) -> Iterator[str]:
 
 def _sites(report: Report) -> str:
     titles = ["Sites", "Becomes", "Parameters", "Multiply-adds"] + (["Kept"] if report.inheritance else [])
-    return markdown_table(titles, (_row(line, bool(report.inheritance)) for line in fold(report.sites)), left=2)
+    titles += ["Error"] if report.error is not None else []
+    return markdown_table(titles, (_row(line, report) for line in fold(report.sites)), left=2)
 
 
-def _row(line: Line, inherited: bool) -> list[str]:
+def _row(line: Line, report: Report) -> list[str]:
     number = f" ({len(line.sites)})" if len(line.sites) > 1 else ""
     row = [code(line.name) + number, _becomes(line), percent(line.params.percent), percent(line.macs.percent)]
-    if inherited:
+    if report.inheritance:
         records = [site.inheritance for site in line.sites if site.inheritance]
         row.append(span((record.share for record in records), share) if records else "")
+    if report.error is not None:
+        errors = [site.error for site in line.sites if site.error is not None]
+        row.append(span(errors, error) if errors else "")
     return row
 
 

@@ -50,7 +50,7 @@ def fold(sites: Iterable[SiteRow]) -> tuple[Line, ...]:
     equal = defaultdict(dict)
     for site in sites:
         kind = site.inheritance.kind if site.inheritance else None
-        equal[replace(site, name="", inheritance=None), kind][site.name] = site
+        equal[replace(site, name="", inheritance=None, sensitivity=None), kind][site.name] = site
     lines = (
         Line(name, tuple(group[member] for member in members))
         for group in equal.values()

@@ -8,7 +8,7 @@ from augment_cli.report.markup import DASH, TIMES, Markup, join, minus, tag
 from augment_cli.report.numbers import Change, Limit, Report, SkippedGroup
 from augment_cli.report.provenance import TRUST_TERMS, VARIANTS
 from augment_cli.report.sites_table import D_K, D_V, F_OUT, sites_table
-from augment_cli.report.units import amount, counted, percent, share, signed_amount, span
+from augment_cli.report.units import amount, counted, error, percent, share, signed_amount, span
 
 _MOST_BARS = 30
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
@@ -64,6 +64,9 @@ def _cards(report: Report) -> Markup:
         )
         kinds = ", ".join(f"{number} {kind}" for kind, number in report.inheritance.items() if number)
         cards.append(_card("Kept of the source", shares.replace("-", DASH), None, f"of filter importance; {kinds}"))
+    if report.fidelity:
+        below = f"of {report.fidelity.images:,} held-out images, KL {report.fidelity.divergence:.4f} nats"
+        cards.append(_card("Agrees with the source", share(report.fidelity.agreement), None, below))
     return tag("dl", cards, class_="cards")
 
 
@@ -94,6 +97,12 @@ def _notice(report: Report) -> Markup:
     if report.exact:
         text = "As converted, every site computes exactly what its source does: nothing was given up."
         return tag("p", text, class_="notice good")
+    if report.error is not None:
+        text = (
+            " Attention was fitted to the filters that it replaces: error is its mean squared error over their variance"
+        )
+        text += f", {error(report.error)} on average on images held out of the fit."
+        return tag("p", tag("b", "Fitted."), text, class_="notice")
     changed = sum(1 for site in report.sites if site.value_channels)
     where = f" at {changed} of {len(report.sites)} sites" if changed < len(report.sites) else ""
     text = f" The attention that replaces filters{where} is untrained as converted."

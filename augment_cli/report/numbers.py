@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from augment_cli.header import Header, Inheritance
-from augment_cli.plan import Plan, SitePlan
+from augment_cli.header import Fidelity, Header, Inheritance
+from augment_cli.plan import Plan, Sensitivity, SitePlan
 from augment_cli.recipe import resolve_amount
 from augment_cli.report.provenance import RecipeOrigin
 from augment_cli.site import Size
@@ -91,15 +91,22 @@ class SiteRow:
     params: Change
     macs: Change
     inheritance: Inheritance | None = None
+    sensitivity: Sensitivity | None = None
+
+    @property
+    def error(self) -> float | None:
+        """Of the fit to the source; None where there was none."""
+        return self.inheritance.error if self.inheritance else None
 
     @classmethod
     def of(cls, site: SitePlan, inheritance: Inheritance | None = None) -> "SiteRow":
-        counts = ("params_before", "params_after", "macs_before", "macs_after")
+        others = {"params_before", "params_after", "macs_before", "macs_after", "sensitivity"}
         return cls(
-            **site.model_dump(exclude=set(counts)),
+            **site.model_dump(exclude=others),
             params=Change(site.params_before, site.params_after),
             macs=Change(site.macs_before, site.macs_after),
             inheritance=inheritance,
+            sensitivity=site.sensitivity,
         )
 
 
@@ -129,6 +136,7 @@ class Report:
     weights: str | None
     source_sha256: str | None
     versions: dict[str, str]
+    fidelity: Fidelity | None = None
 
     @classmethod
     def of(cls, plan: Plan, header: Header | None = None) -> "Report":
@@ -151,6 +159,7 @@ class Report:
             weights=header.weights if header else None,
             source_sha256=header.source_sha256 if header else None,
             versions=dict(header.versions) if header else {},
+            fidelity=header.fidelity if header else None,
         )
 
     @property
@@ -189,9 +198,15 @@ class Report:
 
     @cached_property
     def inheritance(self) -> dict[str, int] | None:
-        """Sites by what they kept: exact, carried, new; None without a header."""
+        """Sites by what they kept: exact, carried, fitted, new; None without a header."""
         kinds = Counter(site.inheritance.kind for site in self.sites if site.inheritance)
-        return {kind: kinds[kind] for kind in ("exact", "carried", "new")} if kinds else None
+        return {kind: kinds[kind] for kind in ("exact", "carried", "fitted", "new")} if kinds else None
+
+    @cached_property
+    def error(self) -> float | None:
+        """Normalised mean squared error of the fitted channels, on average over the sites; None where none is."""
+        errors = [e for site in self.sites if (e := site.error) is not None]
+        return sum(errors) / len(errors) if errors else None
 
     @property
     def exact(self) -> bool:

@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass
 
+from augment_cli.header import Fidelity
 from augment_cli.plan import Plan
 from augment_cli.recipe import Provenance, builtin_recipes, load_recipe
+from augment_cli.report.units import share
 
 AA_PAPER = "Attention Augmented Convolutional Networks, arXiv 1904.09925"
 AW_PAPER = "An Attention Module for Convolutional Neural Networks, arXiv 2108.08205"
@@ -55,6 +57,14 @@ class RecipeOrigin:
     def sentence(self) -> str:
         """The description of the built-in recipe, and how this one departs from it."""
         return f"{self.description[:1].upper()}{self.description[1:]}{self.departure}."
+
+
+def fidelity(found: Fidelity) -> str:
+    """How far a converted model agrees with its source, as a sentence."""
+    return (
+        f"As converted, {share(found.agreement)} of {found.images:,} held-out calibration images get the source's "
+        f"first class; KL of the probabilities is {found.divergence:.4f} nats ({found.fitted_on:,} images fitted)."
+    )
 
 
 def papers(variants: tuple[str, ...]) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from augment_cli.report.chart import direction
 from augment_cli.report.markup import DASH, TIMES, Markup, minus, tag
 from augment_cli.report.numbers import Change, Report, SiteRow
-from augment_cli.report.units import amount, kernel, percent, share, size
+from augment_cli.report.units import amount, error, kernel, percent, share, size
 
 D_K = tag("i", "d", tag("sub", "k"))
 D_V = tag("i", "d", tag("sub", "v"))
@@ -61,7 +61,7 @@ def _groups(report: Report) -> Iterator[_Columns]:
     ):
         yield _change_columns(heading, show, counts, total)
     if report.inheritance:
-        yield _Columns("Inherited", ("Kind", "Filters", "Share"), _inherited)
+        yield _Columns("Inherited", ("Kind", "Filters", "Share", "Error"), _inherited)
 
 
 def _cells(*texts: str) -> tuple[Markup, ...]:
@@ -107,5 +107,6 @@ def _change_columns(
 def _inherited(site: SiteRow) -> tuple[Markup, ...]:
     record = site.inheritance
     if not record:
-        return _cells("", "", "")
-    return _cells(record.kind, f"{record.kept}/{record.kept + record.given_up}", share(record.share))
+        return _cells("", "", "", "")
+    missed = DASH if site.error is None else error(site.error)
+    return _cells(record.kind, f"{record.kept}/{record.kept + record.given_up}", share(record.share), missed)

@@ -12,8 +12,20 @@ from rich.text import Text
 
 from augment_cli.report.folding import Line, fold, fold_names, unfolded
 from augment_cli.report.numbers import Change, Limit, Report
-from augment_cli.report.provenance import VARIANTS
-from augment_cli.report.units import amount, counted, kernel, percent, plain, share, signed_amount, size, span
+from augment_cli.report.provenance import VARIANTS, fidelity
+from augment_cli.report.units import (
+    amount,
+    counted,
+    divergence,
+    error,
+    kernel,
+    percent,
+    plain,
+    share,
+    signed_amount,
+    size,
+    span,
+)
 
 _NAMES_SHOWN = 4
 
@@ -113,7 +125,20 @@ def _costs(report: Report) -> list[_Columns]:
     params = _change_columns("Params", lambda line: line.params, report.sites_params)
     macs = _change_columns("MACs", lambda line: line.macs, report.sites_macs)
     kept = [_Column("Kept", _kept)] if report.inheritance else []
-    return [list(params), [*macs, *kept]]
+    kept += [_Column("Error", _error, error(report.error))] if report.error is not None else []
+    alone = list(_sensitivity_columns()) if any(site.sensitivity for site in report.sites) else []
+    return [list(params), [*macs, *kept], alone] if alone else [list(params), [*macs, *kept]]
+
+
+def _sensitivity_columns() -> Iterator[_Column]:
+    """What replacing a site alone does to the model's output."""
+
+    def shown(line: Line, name: str, show: Callable[[float], str]) -> str:
+        values = [getattr(site.sensitivity, name) for site in line.sites if site.sensitivity]
+        return span(values, show) if values else "-"
+
+    yield _Column("Alone\nagrees", lambda line: shown(line, "agreement", share))
+    yield _Column("\nKL", lambda line: shown(line, "divergence", divergence))
 
 
 def _convolution_columns(report: Report) -> Iterator[_Column]:
@@ -147,9 +172,14 @@ def _change_columns(title: str, counts: Callable[[Line], Change], total: Change)
 
 def _kept(line: Line) -> str:
     records = [site.inheritance for site in line.sites if site.inheritance]
-    if not records or records[0].kind != "carried":
+    if not records or records[0].kind not in ("carried", "fitted"):
         return records[0].kind if records else ""
     return span((record.share for record in records), lambda value: share(value, digits=0))
+
+
+def _error(line: Line) -> str:
+    errors = [site.error for site in line.sites if site.error is not None]
+    return span(errors, error) if errors else "-"
 
 
 def _skipped_heading(report: Report) -> Text:
@@ -203,6 +233,12 @@ def _notes(report: Report) -> Text:
     if report.inheritance:
         kinds = ", ".join(f"{number} {kind}" for kind, number in report.inheritance.items() if number)
         notes.append(f"Kept is the share of the source's filters by importance: {kinds}.")
+    if report.error is not None:
+        notes.append(
+            "Error is the fitted channels' mean squared error over their variance, on images held out of the fit."
+        )
+    if report.fidelity:
+        notes.append(fidelity(report.fidelity))
     if report.weights:
         notes.append(f"Source weights: {plain(report.weights)}.")
     return Text("\n".join(notes), style="dim")

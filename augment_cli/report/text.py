@@ -10,7 +10,8 @@ from typing import Any
 
 from augment_cli.report.folding import fold_names
 from augment_cli.report.numbers import Change, Limit, Report, SiteRow
-from augment_cli.report.units import UNITS, amount, counted, kernel, percent, plain, share, signed_amount, size
+from augment_cli.report.provenance import fidelity
+from augment_cli.report.units import UNITS, amount, counted, error, kernel, percent, plain, share, signed_amount, size
 
 SCHEMA = 1
 
@@ -44,8 +45,10 @@ def to_json(report: Report) -> str:
             "key_ratio": asdict(report.key_ratio) if report.key_ratio else None,
             "value_ratio": asdict(report.value_ratio) if report.value_ratio else None,
             "inheritance": report.inheritance,
+            "error": report.error,
         },
         "sites": [_site(site) for site in report.sites],
+        "fidelity": report.fidelity.model_dump() if report.fidelity else None,
         "skipped": [
             {"reason": group.reason, "count": len(group.names), "names": group.names} for group in report.skipped
         ],
@@ -67,6 +70,7 @@ def _limit(limit: Limit) -> dict[str, Any]:
 
 def _site(site: SiteRow) -> dict[str, Any]:
     data = asdict(site) | {"params": _change(site.params), "macs": _change(site.macs)}
+    data["sensitivity"] = site.sensitivity.model_dump() if site.sensitivity else None
     data["inheritance"] = site.inheritance.model_dump(exclude={"name"}) if site.inheritance else None
     return data
 
@@ -89,12 +93,15 @@ def _csv_row(site: SiteRow) -> dict[str, Any]:
         change = getattr(site, key)
         row |= {f"{key}_before": change.before, f"{key}_after": change.after, f"{key}_delta": change.delta}
         del row[key]
-    record = row.pop("inheritance")
+    record, alone = row.pop("inheritance"), row.pop("sensitivity")
     return row | {
         "inheritance": record.kind if record else None,
         "filters_kept": record.kept if record else None,
         "filters_given_up": record.given_up if record else None,
         "importance_share": record.share if record else None,
+        "error": site.error,
+        "agreement_alone": alone.agreement if alone else None,
+        "divergence_alone": alone.divergence if alone else None,
     }
 
 
@@ -107,6 +114,7 @@ def to_markdown(report: Report) -> str:
         f"for images of {size(report.input_size)}.",
         totals_table(report),
         "Multiply-adds are those of one image; FLOPs = 2 x multiply-adds.",
+        *([fidelity(report.fidelity)] if report.fidelity else []),
         f"## {counted(len(report.sites), 'site')}",
         _sites_table(report),
     ]
@@ -142,7 +150,7 @@ def _sites_table(report: Report) -> str:
     )
     titles = [name.replace("|", " ") for name in names.split()]
     inherited = bool(report.inheritance)
-    titles += ["Inherited", "Filters", "Importance"] if inherited else []
+    titles += ["Inherited", "Filters", "Importance", "Error"] if inherited else []
     return markdown_table(titles, (_markdown_row(site, inherited) for site in report.sites), left=2)
 
 
@@ -157,6 +165,7 @@ def _markdown_row(site: SiteRow, inherited: bool) -> list[str]:
         record = site.inheritance
         kept = f"{record.kept} of {record.kept + record.given_up}" if record else ""
         row += [record.kind, kept, share(record.share)] if record else ["", "", ""]
+        row += ["-" if site.error is None else error(site.error)]
     return row
 
 

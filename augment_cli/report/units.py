@@ -53,6 +53,26 @@ def share(value: float, digits: int = 1) -> str:
     return f"{100 * value:.{digits if 0 < value < 1 else 0}f}%"
 
 
+def error(value: float) -> str:
+    """A normalised mean squared error: 0 is exact, 1 no better than the mean.
+
+    >>> error(0.09214), error(0.00004), error(0)
+    ('0.092', '<0.001', '0')
+    """
+    if not value:
+        return "0"
+    return f"{value:.3f}" if value >= 0.0005 else "<0.001"
+
+
+def divergence(value: float) -> str:
+    """A Kullback-Leibler divergence, in nats, to three digits.
+
+    >>> divergence(0.01234), divergence(0.0000005), divergence(0)
+    ('0.0123', '5e-07', '0')
+    """
+    return f"{value:.3g}"
+
+
 def span(values: Iterable[float], show: Callable[[float], str]) -> str:
     """The least and the most of some values, or the one that they all read as."""
     ordered = sorted(values)

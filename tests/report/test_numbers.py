@@ -47,7 +47,7 @@ def test_attained_ratios(report: Report):
 def test_inheritance_is_by_site_and_counted(report: Report, small: Plan):
     record = report.sites[0].inheritance
     assert (record.kind, record.kept, record.given_up, record.share) == ("carried", 120, 8, 0.9)
-    assert report.inheritance == {"exact": 0, "carried": 7, "new": 0}
+    assert report.inheritance == {"exact": 0, "carried": 7, "fitted": 0, "new": 0}
     assert Report.of(small).inheritance is None
     assert Report.of(small).sites[0].inheritance is None
 

@@ -1,8 +1,4 @@
-"""The source convolution's weights into its replacement, with a number for what was carried over.
-
-AW: everything is carried, and `expand` is zero: exactly the source's function. AA: the most important filters are
-carried bit for bit, and attention takes the places of the others.
-"""
+"""The most important filters carried bit for bit; untrained attention takes the places of the others."""
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +6,7 @@ from torch import Tensor, nn
 from augment_cli.graph import ModelGraph
 from augment_cli.header import Inheritance
 from augment_cli.plan import Plan, SitePlan
-from augment_cli.surgery import apply_plan, find_conv
+from augment_cli.surgery import apply_plan, find_conv, keep_highest
 
 
 def importance(conv: nn.Conv2d, norm: nn.Module | None) -> Tensor:
@@ -35,21 +31,25 @@ def carry(model: nn.Module, plan: Plan, graph: ModelGraph) -> tuple[Inheritance,
     Among equals the last ones go.
     """
     norm_of = {site.name: site.norm for site in graph.sites}
-    scores = {}
+    kept, records = {}, []
     for site in plan.sites:
-        norm = norm_of.get(site.name)
-        scores[site.name] = importance(find_conv(model, site), model.get_submodule(norm) if norm else None)
-
-    def keep_most_important(name: str, conv: nn.Conv2d, count: int) -> list[int]:
-        return scores[name].argsort(descending=True, stable=True)[:count].sort().values.tolist()
-
-    records = tuple(_record(site, scores[site.name]) for site in plan.sites)
-    apply_plan(model, plan, keep_most_important)
-    return records
+        norm, conv = norm_of.get(site.name), find_conv(model, site)
+        score = importance(conv, model.get_submodule(norm) if norm else None)
+        kept[site.name] = keep_highest(score.tolist(), conv, site.out_channels - site.value_channels)
+        records.append(record(site, score, kept[site.name]))
+    apply_plan(model, plan, lambda name, conv, count: kept[name])
+    return tuple(records)
 
 
-def _record(site: SitePlan, score: Tensor) -> Inheritance:
-    kept = site.out_channels - site.value_channels
-    best = score.sort(descending=True).values[:kept].sum() / score.sum().clamp_min(torch.finfo(score.dtype).tiny)
-    kind = "exact" if not site.value_channels else "carried" if kept else "new"
-    return Inheritance(name=site.name, kind=kind, kept=kept, given_up=site.value_channels, share=round(float(best), 6))
+def record(site: SitePlan, score: Tensor, kept: list[int], error: float | None = None) -> Inheritance:
+    """What a site keeps, and the kept filters' share of the `score` (out_channels,) of all; `error` is a fit's."""
+    share = score[kept].sum() / score.sum().clamp_min(torch.finfo(score.dtype).tiny)
+    carried = "exact" if not site.value_channels else "carried" if kept else "new"
+    return Inheritance(
+        name=site.name,
+        kind=carried if error is None else "fitted",
+        kept=len(kept),
+        given_up=site.value_channels,
+        share=round(min(float(share), 1.0), 6),
+        error=error if error is None else round(error, 6),
+    )

@@ -1,0 +1,27 @@
+"""What replacing each site alone does to a model's output, drawn."""
+
+from pathlib import Path
+
+from augment_cli.files import write_file
+from augment_cli.plan import Plan
+
+
+def draw(plan: Plan, path: Path) -> None:
+    """A bar for each site's divergence, and the value ratio that the plan gives it; PNG, SVG or PDF by the name.
+
+    Raises:
+        AugmentError: the file cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    sites = [site for site in plan.sites if site.sensitivity]
+    names = [site.name for site in sites]
+    figure = Figure(figsize=(9, 1.2 + 0.28 * len(sites)), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    left.barh(names, [site.sensitivity.divergence for site in sites], color="#4269d0")
+    left.set_xlabel("KL of the predictions, nats,\nwhen this site alone is replaced")
+    right.barh(names, [site.value_channels / site.out_channels for site in sites], color="#ff725c")
+    right.set_xlabel("value ratio in the plan\n(share of channels from attention)")
+    left.invert_yaxis()
+    figure.suptitle(f"{plan.model}, recipe {plan.recipe}")
+    write_file(path, lambda temporary: figure.savefig(temporary, format=path.suffix[1:], dpi=120))

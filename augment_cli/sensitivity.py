@@ -1,0 +1,39 @@
+"""What replacing one site alone does to a model's output: by this a budget can prefer some sites to others."""
+
+import copy
+from collections.abc import Callable
+
+from torch import nn
+
+from augment_cli.calibration import Calibration, compare, predictions
+from augment_cli.errors import AugmentError
+from augment_cli.graph import ModelGraph
+from augment_cli.inherit import fit
+from augment_cli.plan import Plan, Sensitivity
+
+Progress = Callable[[str, int, int], None]
+"""Told a site's name, how many sites are done, and how many there are."""
+
+
+def measure_sensitivity(
+    model: nn.Module, plan: Plan, graph: ModelGraph, calibration: Calibration, progress: Progress | None = None
+) -> dict[str, Sensitivity]:
+    """For each site of a plan: the model with that site alone replaced and fitted, held against the model as it is.
+
+    Agreement and divergence are measured on the calibration's held-out images. The model is not changed.
+
+    Raises:
+        AugmentError: the model has no classes whose predictions could be compared.
+    """
+    before = predictions(model, calibration)
+    if before is None:
+        raise AugmentError(f"{plan.model} has no classifier: there are no predictions to compare")
+    found = {}
+    for i, site in enumerate(plan.sites):
+        if progress:
+            progress(site.name, i, len(plan.sites))
+        alone, trial = plan.model_copy(update={"sites": (site,)}), copy.deepcopy(model)
+        fit(trial, alone, graph, calibration)
+        compared = compare(before, predictions(trial, calibration), calibration)
+        found[site.name] = Sensitivity(agreement=compared.agreement, divergence=compared.divergence)
+    return found

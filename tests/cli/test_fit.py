@@ -1,0 +1,79 @@
+"""augment convert --init fit: what a user sees."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from augment_cli.cli import app
+from augment_cli.header import read_header
+from tests.test_calibration import picture_folder
+
+CONVERT = ("convert", "test_resnet", "-r", "aa", "--img-size", "32")
+
+
+def run(*arguments: str):
+    return CliRunner().invoke(app, list(arguments))
+
+
+def ok(*arguments: str):
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+@pytest.fixture
+def pictures(in_tmp: Path) -> Path:
+    return picture_folder(in_tmp / "pictures", 30)
+
+
+def test_a_fitted_model_says_how_near_it_is_to_its_source(pictures, in_tmp):
+    result = ok(*CONVERT, "--init", "fit", "--calibrate", "pictures", "-o", "out")
+    assert "Error" in result.stdout
+    assert "6 held-out calibration images" in result.stdout
+    header = read_header(in_tmp / "out")
+    assert {record.kind for record in header.inheritance} == {"fitted"}
+    assert all(record.error >= 0 for record in header.inheritance)
+    assert (header.fidelity.images, header.fidelity.fitted_on) == (6, 24)
+    data = json.loads(ok("report", "out", "--format", "json").stdout)
+    assert data["fidelity"] == header.fidelity.model_dump()
+    assert [site["inheritance"]["error"] for site in data["sites"]] == [r.error for r in header.inheritance]
+    card = (in_tmp / "out" / "README.md").read_text()
+    assert "Fitted, not fine-tuned" in card
+    assert "untrained" not in card
+    assert "passed" in ok("check", "out", "--json").stdout
+
+
+def test_the_same_command_writes_the_same_bytes(pictures, in_tmp):
+    for name in ("a", "b"):
+        ok(*CONVERT, "--init", "fit", "--calibrate", "pictures", "-o", f"{name}.safetensors")
+    assert (in_tmp / "a.safetensors").read_bytes() == (in_tmp / "b.safetensors").read_bytes()
+
+
+def test_carry_is_the_default_and_has_no_error(in_tmp):
+    ok(*CONVERT, "-o", "m.safetensors")
+    header = read_header(in_tmp / "m.safetensors")
+    assert {(record.kind, record.error) for record in header.inheritance} == {("carried", None)}
+    assert header.fidelity is None
+
+
+BAD = [
+    (("--init", "fit"), "--init fit needs images to fit on"),
+    (("--calibrate", "pictures"), "--calibrate and --calibrate-images are for --init fit"),
+    (("--calibrate-images", "9"), "--calibrate and --calibrate-images are for --init fit"),
+    (("--init", "fit", "--calibrate", "none"), "data none: no such folder"),
+    (("--init", "fit", "--calibrate", "empty"), "is an empty folder"),
+    (("--init", "fit", "--calibrate", "pictures", "--calibrate-images", "0"), "--calibrate-images 0: a fit needs"),
+    (("--init", "fit", "--calibrate", "pictures", "-r", "aw"), "there is nothing to fit"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD)
+def test_bad_input_gets_one_message(pictures, in_tmp, arguments, message):
+    (in_tmp / "empty").mkdir()
+    result = run(*CONVERT, *arguments, "-o", "m.safetensors")
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.output
+    assert not (in_tmp / "m.safetensors").exists()
