@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint format benchmark sweep clean
+.PHONY: demo test lint format benchmark sweep story clean
 
 demo: $(READY)
 	mkdir -p out
@@ -26,6 +26,9 @@ benchmark: $(READY)
 
 sweep: $(READY)
 	$(VENV)/bin/python docs/sweep.py
+
+story: $(READY)
+	$(VENV)/bin/python docs/story.py
 
 # The environment is made when it is missing, broken or older than what it is made from.
 $(READY): pyproject.toml

@@ -1,0 +1,441 @@
+"""Convert and fine-tune a small model on digits, and write docs/story.md, docs/story.json and docs/story.png.
+
+    python docs/story.py               # as `make story`
+
+Every step is a command of augment-cli, and is shown in docs/story.md. What a step gave is kept in out/story/, and a
+story that was stopped goes on from there; remove that folder to begin anew, as after a change of the code.
+"""
+
+import csv
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from augment_cli.files import write_file
+
+DOCS = Path(__file__).parent
+ROOT = DOCS.parent
+OUT = Path("out") / "story"
+SEEDS = (0, 1, 2)
+JOBS = 2
+
+SIDE = 32
+CALIBRATION_DIGITS, TRAINING_DIGITS = 256, 300
+COPIES = {"train": 8, "validation": 1, "calibration": 2}
+
+BATCH = 32
+MODEL = ("test_resnet", "-a", "num_classes=10")
+SIZE = ("--img-size", "64")
+TRAINING = ("--data", f"{OUT}/digits", *SIZE, "--no-augmentation", "-j", "0", "--cpu", "-b", str(BATCH))
+SOURCE_EPOCHS, EPOCHS = 10, 3
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """One way to convert the source."""
+
+    name: str
+    recipe: str
+    fit: bool = False
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        return ("--init", "fit", "--calibrate", f"{OUT}/digits/calibration") if self.fit else ()
+
+
+CONVERSIONS = (
+    Conversion("AW", "aw"),
+    Conversion("AA, carried", "aa"),
+    Conversion("AA, fitted", "aa", fit=True),
+    Conversion("AA+AW, carried", "aa-aw"),
+    Conversion("AA+AW, fitted", "aa-aw", fit=True),
+)
+
+
+# --- images ---
+
+
+def write_digits() -> str:
+    """Write the digits as class folders of PNGs, where they are not; returns the digest of all their bytes.
+
+    The splits are made of different originals, so that no picture of a validated digit is trained or fitted on.
+    """
+    folder, mark = ROOT / OUT / "digits", ROOT / OUT / "digits.sha256"
+    recipe = json.dumps([SIDE, CALIBRATION_DIGITS, TRAINING_DIGITS, COPIES])
+    if mark.exists() and mark.read_text().startswith(recipe):
+        return mark.read_text().removeprefix(recipe).strip()
+    shutil.rmtree(folder, ignore_errors=True)
+    digest = hashlib.sha256()
+    for path, image in distorted_digits():
+        digest.update(path.encode() + image.tobytes())
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / path)
+    mark.write_text(f"{recipe}\n{digest.hexdigest()}\n")
+    return digest.hexdigest()
+
+
+def distorted_digits() -> Iterator[tuple[str, np.ndarray]]:
+    """Paths below the data folder, and images (SIDE, SIDE) of bytes."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    order = np.random.default_rng(0).permutation(len(digits.images))
+    calibration, training, validation = np.split(order, np.cumsum([CALIBRATION_DIGITS, TRAINING_DIGITS]))
+    for split, originals in (("train", training), ("validation", validation), ("calibration", calibration)):
+        for original in sorted(originals.tolist()):
+            for number in range(COPIES[split]):
+                # The calibration images have no labels: one folder for all.
+                label = "" if split == "calibration" else f"{digits.target[original]}/"
+                drawn = np.random.default_rng((original, number))
+                yield f"{split}/{label}{original:04}-{number:02}.png", distort(digits.images[original], drawn)
+
+
+def distort(digit: np.ndarray, drawn: np.random.Generator) -> np.ndarray:
+    """A digit (8, 8) from 0 to 16, enlarged, turned, moved, partly covered and noisy: (SIDE, SIDE) bytes."""
+    side = int(drawn.integers(18, 29))
+    small = Image.fromarray((digit * 255 / 16).astype(np.uint8)).resize((side, side), Image.Resampling.BILINEAR)
+    small = small.rotate(drawn.uniform(-15, 15), Image.Resampling.BILINEAR)
+    picture = Image.new("L", (SIDE, SIDE))
+    picture.paste(small, tuple(drawn.integers(0, SIDE - side + 1, 2).tolist()))
+    pixels = np.asarray(picture, dtype=np.float64) * drawn.uniform(0.5, 1.0)
+    top, left = drawn.integers(0, SIDE - 6, 2)
+    pixels[top : top + 6, left : left + 6] = drawn.uniform(0, 255)
+    return np.clip(pixels + drawn.normal(0, 30, pixels.shape), 0, 255).astype(np.uint8)
+
+
+# --- steps ---
+
+
+def augment(name: str, inputs: str, *arguments: str) -> dict[str, Any]:
+    """Run a command of augment-cli, unless it was run on the same inputs before; returns its record.
+
+    Args:
+        name: of the record and the log.
+        inputs: a digest of what the command reads.
+    """
+    record = ROOT / OUT / "steps" / f"{name}.json"
+    key = hashlib.sha256(json.dumps([version("augment-cli"), inputs, arguments]).encode()).hexdigest()
+    known = json.loads(record.read_text()) if record.exists() else {}
+    begun = known.get("key") == key
+    if begun and known["done"]:
+        return known
+    command = continued(arguments, begun)
+    write_json(record, {"key": key, "done": False})
+    started = time.monotonic()
+    stdout = run(name, *command)
+    step = {"key": key, "done": True, "command": arguments, "stdout": stdout, "seconds": time.monotonic() - started}
+    write_json(record, step)
+    say(f"{name}: {step['seconds']:.0f} s")
+    return step
+
+
+def continued(arguments: tuple[str, ...], begun: bool) -> tuple[str, ...]:
+    """The command that goes on with what was begun, where it can be; otherwise its output is removed."""
+    if "-o" not in arguments:
+        return arguments
+    output = arguments[arguments.index("-o") + 1]
+    if arguments[0] == "finetune" and begun and (ROOT / output / "state.safetensors").exists():
+        return "finetune", "--resume", output
+    shutil.rmtree(ROOT / output, ignore_errors=True)
+    return arguments
+
+
+def run(name: str, *arguments: str) -> str:
+    """What a command prints on stdout; its messages go to a log. Ends the story where the command fails."""
+    command = [sys.executable, "-m", "augment_cli", *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    (ROOT / OUT / "logs" / f"{name}.log").write_text(done.stderr)
+    if done.returncode:
+        raise SystemExit(f"{name} failed: augment {shlex.join(arguments)}\n{done.stderr[-2000:]}")
+    return done.stdout
+
+
+def say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_file(path, lambda temporary: temporary.write_text(json.dumps(value, indent=2) + "\n"))
+
+
+def digest_of(*folders: str) -> str:
+    return "".join(hashlib.sha256((ROOT / name / "model.safetensors").read_bytes()).hexdigest() for name in folders)
+
+
+def last_accuracy(folder: str, images: str = "val") -> float:
+    """Top-1 in percent on the training or validation images after the last epoch.
+
+    The best epoch's would be chosen by the images that it is measured on.
+    """
+    with (ROOT / folder / "summary.csv").open() as file:
+        return float(list(csv.DictReader(file))[-1][f"{images}_top1"])
+
+
+# --- the story ---
+
+
+def tell() -> dict[str, Any]:
+    """All numbers and commands."""
+    for folder in ("steps", "logs"):
+        (ROOT / OUT / folder).mkdir(parents=True, exist_ok=True)
+    data = write_digits()
+    epochs = ("--epochs", str(SOURCE_EPOCHS), "--lr", "3e-3")
+    trained = augment("source", data, "finetune", *MODEL, *TRAINING, *epochs, "-o", f"{OUT}/source")
+    chains = follow_all(data)
+    models = [summary(conversion, rows) for conversion, rows in chains.items()]
+    models[0] |= {"params": models[1]["params_before"], "macs": models[1]["macs_before"]}
+    return {
+        "versions": {name: version(name) for name in ("augment-cli", "timm", "torch", "scikit-learn")},
+        "images": {split: len(list((ROOT / OUT / "digits" / split).rglob("*.png"))) for split in COPIES},
+        "settings": settings(),
+        "source": {
+            "command": trained["command"],
+            "seconds": trained["seconds"],
+            "trained": last_accuracy(f"{OUT}/source", "train"),
+        },
+        "models": models,
+        "seconds": trained["seconds"] + sum(row["seconds"] for rows in chains.values() for row in rows),
+    }
+
+
+def settings() -> dict[str, Any]:
+    return {
+        "training_digits": TRAINING_DIGITS,
+        "calibration_digits": CALIBRATION_DIGITS,
+        "copies": COPIES,
+        "seeds": SEEDS,
+        "batch": BATCH,
+        "source_epochs": SOURCE_EPOCHS,
+        "epochs": EPOCHS,
+    }
+
+
+def follow_all(data: str) -> dict[Conversion | None, list[dict[str, Any]]]:
+    """Every model's chains, one a seed; None is the source itself."""
+    models = (None, *CONVERSIONS)
+    with ThreadPoolExecutor(JOBS) as pool:
+        running = [(model, pool.submit(follow, data, model, seed)) for seed in SEEDS for model in models]
+        try:
+            told = [(model, chain.result()) for model, chain in running]
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return {model: [row for which, row in told if which is model] for model in models}
+
+
+def follow(data: str, conversion: Conversion | None, seed: int) -> dict[str, Any]:
+    """Convert with a seed, evaluate and fine-tune; without a conversion, fine-tune the source."""
+    source = f"{OUT}/source/last"
+    inputs = data + digest_of(source)
+    if conversion is None:
+        return {"before": last_accuracy(f"{OUT}/source"), "agreement": 100.0, **tune(inputs, source, "source", seed)}
+    name = f"{conversion.recipe}{'-fit' if conversion.fit else ''}-{seed}"
+    converted = f"{OUT}/{name}"
+    weights = ("--recipe", conversion.recipe, "--checkpoint", f"{source}/model.safetensors", *SIZE, "--seed", str(seed))
+    converting = augment(f"convert-{name}", inputs, "convert", *MODEL, *weights, *conversion.options, "-o", converted)
+    inputs += digest_of(converted)
+    evaluation = ("--against", source, "--data", f"{OUT}/digits", "-j", "0", "--cpu", "--json")
+    evaluated = augment(f"evaluate-{name}", inputs, "evaluate", converted, *evaluation)
+    scores = json.loads(evaluated["stdout"])
+    return {
+        "before": scores["top1"],
+        "agreement": scores["agreement"],
+        **totals(converted),
+        **tune(inputs, converted, name.removesuffix(f"-{seed}"), seed, converting, evaluated),
+    }
+
+
+def totals(converted: str) -> dict[str, int]:
+    report = json.loads(run("report", "report", converted, "--format", "json"))["totals"]
+    kinds = {"": "after", "_before": "before"}
+    return {f"{what}{suffix}": report[what][kind] for what in ("params", "macs") for suffix, kind in kinds.items()}
+
+
+def tune(inputs: str, model: str, name: str, seed: int, *earlier: dict[str, Any]) -> dict[str, Any]:
+    """Fine-tune a model; the record of its whole chain."""
+    output = f"{OUT}/{name}-{seed}-tuned"
+    options = ("--epochs", str(EPOCHS), "--seed", str(seed), "-o", output)
+    steps = [*earlier, augment(f"finetune-{name}-{seed}", inputs, "finetune", model, *TRAINING, *options)]
+    commands, seconds = [step["command"] for step in steps], sum(step["seconds"] for step in steps)
+    return {"after": last_accuracy(output), "commands": commands, "seconds": seconds}
+
+
+def summary(conversion: Conversion | None, chains: list[dict[str, Any]]) -> dict[str, Any]:
+    """A model's row: counts, and the values of all seeds."""
+    counts = {key: value for key, value in chains[0].items() if key.startswith(("params", "macs"))}
+    values = {key: [chain[key] for chain in chains] for key in ("agreement", "before", "after")}
+    name = conversion.name if conversion else "source"
+    return {
+        "name": name,
+        "recipe": conversion and conversion.recipe,
+        **counts,
+        **values,
+        "commands": chains[0]["commands"],
+    }
+
+
+# --- what is written ---
+
+
+def markdown(story: dict[str, Any]) -> str:
+    parts = (opening(story), table(story), reading(story), commands(story))
+    return "\n\n".join(paragraph for part in parts for paragraph in part) + "\n"
+
+
+def filled(text: str, indent: str = "") -> str:
+    """A paragraph, or with an indent of "- " an item of a list."""
+    return textwrap.fill(
+        " ".join(text.split()), 120, initial_indent=indent, subsequent_indent=" " * len(indent), break_on_hyphens=False
+    )
+
+
+def opening(story: dict[str, Any]) -> list[str]:
+    images, chosen = story["images"], story["settings"]
+    versions = ", ".join(f"{name} {number}" for name, number in story["versions"].items())
+    task = f"""
+        The task: scikit-learn's handwritten digits, 8x8, drawn into {SIDE}x{SIDE} pictures at random size, angle, place
+        and contrast, with noise and a covered square. {images["train"]:,} training images are made of
+        {chosen["training_digits"]} digits, {images["calibration"]} unlabelled calibration images of
+        {chosen["calibration_digits"]} others, and {images["validation"]:,} validation images of one digit each, which
+        no other image shows."""
+    return [
+        "# A small model, converted and fine-tuned",
+        filled(f"Generated by `make story` with {versions}. The numbers are in `story.json`."),
+        filled(task),
+        filled(method(story)),
+    ]
+
+
+def method(story: dict[str, Any]) -> str:
+    chosen, images, seeds = story["settings"], story["images"], len(story["settings"]["seeds"])
+    updates = chosen["epochs"] * (images["train"] // chosen["batch"])
+    return f"""
+        The source: timm's `{MODEL[0]}`, trained from random weights for {chosen["source_epochs"]} epochs, after which
+        it is right on {story["source"]["trained"]:.2f}% of the training images. It is converted by the recipes
+        `aw`, `aa` and `aa-aw`. AA and AA+AW keep the source's parameter count. AW only adds parameters, so that no AW
+        model has the source's count; its count is what the recipe gives. *Carried*:
+        attention is untrained before fine-tuning.
+        *Fitted*: attention is fitted to what it replaces, on the calibration images (`--init fit`). Each model, and the
+        source itself, is then trained on the training images for {updates} updates ({chosen["epochs"]} epochs, `augment
+        finetune`'s default rates), with {seeds} seeds, which draw the conversion's random weights, the share of the
+        calibration images that is fitted on, and the order of the training images. The source is trained once, so what
+        another source would give is not in the spread."""
+
+
+def table(story: dict[str, Any]) -> list[str]:
+    heads = "parameters", "multiply-adds", "agreement before", "accuracy before", "accuracy after"
+    lines = [f"| model | {' | '.join(heads)} | after, by seed |", f"|---|{'--:|' * len(heads)}---|"]
+    for model in story["models"]:
+        counts = f"{model['params']:,} | {model['macs'] / 1e6:.2f}M"
+        spreads = " | ".join(spread(model[key]) for key in ("agreement", "before", "after"))
+        lines.append(f"| {model['name']} | {counts} | {spreads} | {', '.join(f'{v:.2f}' for v in model['after'])} |")
+    note = f"""
+        Percent of the validation images: mean ± standard deviation over the seeds. Agreement is how often the converted
+        model's first class is the source's, before fine-tuning. Accuracy after is that of the last epoch. Multiply-adds
+        are those of one image of 3x{SIZE[1]}x{SIZE[1]}."""
+    picture = "![Accuracy before and after fine-tuning, by model and seed](story.png)"
+    return ["\n".join(lines), filled(note), picture]
+
+
+def spread(values: list[float]) -> str:
+    """Mean and standard deviation; one number where all are the same."""
+    return f"{values[0]:.2f}" if len(set(values)) == 1 else f"{fmean(values):.2f} ± {stdev(values):.2f}"
+
+
+def reading(story: dict[str, Any]) -> list[str]:
+    source, *others = story["models"]
+    images, share = story["images"]["validation"], fmean(source["after"]) / 100
+    error = 100 * (share * (1 - share) / images) ** 0.5
+    items = [f"{source['name']}: {change(source)}."]
+    items += [f"{model['name']}: {change(model)}; after it, {compared(model, source)}." for model in others]
+    named = {model["name"]: model for model in others}
+    for fitted, carried in [(named[f"{kind}, fitted"], named[f"{kind}, carried"]) for kind in ("AA", "AA+AW")]:
+        agreement = f"{fmean(carried['agreement']):.2f} carried, {fmean(fitted['agreement']):.2f} fitted"
+        items.append(
+            f"{fitted['name']}, beside carried: agreement {agreement}; after fine-tuning {compared(fitted, carried)}."
+        )
+    caution = f"""
+        One validation image is {100 / images:.2f} points, and the standard error of one accuracy from the choice of
+        {images:,} images is about {error:.1f} points. All models are measured on the same images, so that differences
+        between them vary less than two independent accuracies would. {len(source["after"])} seeds, one source and one
+        small task are no evidence for other models or data."""
+    return ["## What came out", "\n".join(filled(item, "- ") for item in items), filled(caution)]
+
+
+def change(model: dict[str, Any]) -> str:
+    return f"fine-tuning changes accuracy by {fmean(model['after']) - fmean(model['before']):+.2f} points on average"
+
+
+def compared(model: dict[str, Any], other: dict[str, Any]) -> str:
+    """A fine-tuned model beside another, as far as the seeds tell them apart."""
+    name = "the source" if other["name"] == "source" else other["name"]
+    points = fmean(model["after"]) - fmean(other["after"])
+    beside = f"{abs(points):.2f} points {'above' if points > 0 else 'below'}" if abs(points) >= 0.005 else "equal to"
+    difference = f"its mean is {beside} that of {name}"
+    if min(model["after"]) > max(other["after"]):
+        return f"{difference}, and every seed of it above every seed of that"
+    if max(model["after"]) < min(other["after"]):
+        return f"{difference}, and every seed of it below every seed of that"
+    return f"{difference}, within the spread: the ranges over the seeds overlap"
+
+
+def commands(story: dict[str, Any]) -> list[str]:
+    source, *others = story["models"]
+    steps = [story["source"]["command"], *source["commands"], *(c for model in others for c in model["commands"])]
+    first, *more = story["settings"]["seeds"]
+    text = f"""
+        `docs/story.py` writes the images to `{OUT}/digits` and then runs these, {JOBS} at a time with one thread each.
+        What is shown with seed {first} is run with {" and ".join(map(str, more))}, too. The times of all commands add
+        up to {story["seconds"] / 60:.0f} minutes."""
+    listing = "\n".join(f"$ augment {shlex.join(step)}" for step in steps)
+    return ["## The commands", filled(text), f"```console\n{listing}\n```"]
+
+
+def draw(story: dict[str, Any], path: Path) -> None:
+    """Accuracies before and after by model and seed."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    axes, models = figure.subplots(), story["models"]
+    axes.axvline(fmean(models[0]["after"]), color="0.6", linewidth=1, label="fine-tuned source, mean", zorder=0)
+    for key, shift, style in (
+        ("before", -0.15, {"facecolors": "none", "edgecolors": "C0"}),
+        ("after", 0.15, {"color": "C1"}),
+    ):
+        dots = [(value, place + shift) for place, model in enumerate(models) for value in model[key]]
+        axes.scatter(*zip(*dots, strict=True), s=30, label=f"{key} fine-tuning", **style)
+    axes.set_yticks(range(len(models)), [model["name"] for model in models])
+    axes.invert_yaxis()
+    axes.set_xlabel("accuracy on the validation images, %; a dot per seed")
+    axes.grid(axis="x", alpha=0.3)
+    figure.legend(loc="outside upper center", ncols=3, frameon=False)
+    figure.savefig(path, format="png", dpi=120)
+
+
+def main() -> None:
+    story = tell()
+    write_json(DOCS / "story.json", story)
+    write_file(DOCS / "story.png", lambda temporary: draw(story, temporary))
+    write_file(DOCS / "story.md", lambda temporary: temporary.write_text(markdown(story), encoding="utf-8"))
+    say("wrote docs/story.md, docs/story.json, docs/story.png")
+
+
+if __name__ == "__main__":
+    main()
