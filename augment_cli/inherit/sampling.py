@@ -12,7 +12,9 @@ from augment_cli.errors import AugmentError
 from augment_cli.layers import AAConv2d
 from augment_cli.layers.pooling import average_pool
 
+# What a sample may hold, and how many positions there is any use for: on large maps few images have enough.
 _BYTES = 2**28
+_POSITIONS = 3 * 2**15
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ def sample_site(model: nn.Module, name: str, layer: AAConv2d, batches: Iterable[
 
     Args:
         layer: what the convolution becomes: it says what its attention sees.
-        share: of the memory that a sample may take, for these batches. Images that are too many for it are left out.
+        share: of what a sample may hold, for these batches. Images beyond that are left out.
 
     Raises:
         AugmentError: activations that are not finite.
@@ -58,14 +60,15 @@ def sample_site(model: nn.Module, name: str, layer: AAConv2d, batches: Iterable[
         seen.append(attention_input(layer, args[0]))
         raise _Reached
 
-    room = share * _BYTES
+    memory, places = share * _BYTES, share * _POSITIONS
     with conv.register_forward_pre_hook(stop):
         for batch in batches:
             with suppress(_Reached):
                 model(batch)
             _check_finite(name, seen[-1], computed[-1])
-            room -= sum(t.numel() * t.element_size() for t in (seen[-1], computed[-1]))
-            if room <= 0:
+            memory -= sum(t.numel() * t.element_size() for t in (seen[-1], computed[-1]))
+            places -= computed[-1][:, 0].numel()
+            if memory <= 0 or places <= 0:
                 break
     return Sample(torch.cat(seen), torch.cat(computed))
 

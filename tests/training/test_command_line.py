@@ -62,7 +62,13 @@ def test_finetune_evaluate_and_check(model, images, tmp_path):
 def test_ctrl_c_says_one_line_and_leaves_a_run_to_resume(model, images, tmp_path):
     arguments = ["finetune", model, "--data", images, "-o", tmp_path / "run", "--epochs", "100", "-b", "8", "-j", "1"]
     command = [sys.executable, "-m", "augment_cli", *map(str, arguments), "--cpu", "--checkpoint-every", "1"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where the suite runs in background
+    )
     lines = []
     while not lines or not lines[-1].startswith("epoch 1/"):
         lines.append(process.stderr.readline())
