@@ -1,7 +1,6 @@
 """What replacing one site alone does to a model's output: by this a budget can prefer some sites to others."""
 
 import copy
-from collections.abc import Callable
 
 from torch import nn
 
@@ -9,10 +8,8 @@ from augment_cli.calibration import Calibration, compare, predictions
 from augment_cli.errors import AugmentError
 from augment_cli.graph import ModelGraph
 from augment_cli.inherit import fit
+from augment_cli.inherit.fitted import Progress, filter_scales
 from augment_cli.plan import Plan, Sensitivity
-
-Progress = Callable[[str, int, int], None]
-"""Told a site's name, how many sites are done, and how many there are."""
 
 
 def measure_sensitivity(
@@ -28,12 +25,14 @@ def measure_sensitivity(
     before = predictions(model, calibration)
     if before is None:
         raise AugmentError(f"{plan.model} has no classifier: there are no predictions to compare")
-    found = {}
+    training, found = model.training, {}
+    scales = filter_scales(model, plan, calibration)
+    model.train(training)
     for i, site in enumerate(plan.sites):
         if progress:
             progress(site.name, i, len(plan.sites))
         alone, trial = plan.model_copy(update={"sites": (site,)}), copy.deepcopy(model)
-        fit(trial, alone, graph, calibration)
+        fit(trial, alone, graph, calibration, scales=scales)
         compared = compare(before, predictions(trial, calibration), calibration)
         found[site.name] = Sensitivity(agreement=compared.agreement, divergence=compared.divergence)
     return found

@@ -8,6 +8,9 @@ from pydantic import BaseModel, ConfigDict
 
 from augment_cli.errors import AugmentError
 
+RECIPES = ("aa", "aw", "aa-aw")
+"""The recipes for any model, which the table tells of."""
+
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -18,9 +18,7 @@ from augment_cli.graph import ModelGraph, analyze, count_parameters, meta_copy
 from augment_cli.plan import Plan, make_plan
 from augment_cli.recipe import load_recipe
 from augment_cli.selection import select
-from augment_cli.support import Outcome, Support
-
-RECIPES = ("aa", "aw", "aa-aw")
+from augment_cli.support import RECIPES, Outcome, Support
 
 
 @dataclass(frozen=True)

@@ -24,11 +24,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 import augment_cli
 from augment_cli.files import write_file
 from augment_cli.recipe import builtin_recipes
-from augment_cli.support import Outcome, Support, SupportTable
+from augment_cli.support import RECIPES, Outcome, Support, SupportTable
 
 DOCS = Path(__file__).parent
 STATE = DOCS.parent / "out" / "sweep.jsonl"
-RECIPES = ("aa", "aw", "aa-aw")
 
 
 def survey(name: str) -> Support:

@@ -6,11 +6,11 @@ from augment_cli.calibration import Calibration
 from augment_cli.errors import AugmentError
 from augment_cli.graph import analyze
 from augment_cli.inherit import fit
+from augment_cli.inherit.fisher import fisher_roots
 from augment_cli.inherit.fitted import head_maps, respond
 from augment_cli.inherit.heads import alternate, first_patterns, fit_heads, fit_patterns
 from augment_cli.inherit.moments import Moments
 from augment_cli.inherit.sampling import sample_site, window_maps
-from augment_cli.inherit.sensitivity import sensitivity
 from augment_cli.inherit.tables import constant_direction, install_patterns
 from augment_cli.layers import AAConv2d
 from augment_cli.plan import make_plan
@@ -248,24 +248,24 @@ def test_the_same_seed_gives_the_same_weights():
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-def test_sensitivity_is_the_root_of_the_fisher_informations_diagonal():
+def test_a_scale_is_the_root_of_the_fisher_informations_diagonal():
     """Against the exact sum over classes, for channels that are one position wide."""
     model = nn.Sequential(nn.Conv2d(2, 3, 1), nn.Flatten())
     model.num_classes = 3
     model.requires_grad_(False)
     images = torch.randn(128, 2, 1, 1)
-    found = sensitivity(model, ["0"], iter([images]))["0"]
+    found = fisher_roots(model, ["0"], iter([images]))["0"]
     probabilities = model(images).softmax(1)
     exact = (probabilities * (1 - probabilities)).mean(0).sqrt()  # logits are the channels: F = diag(p) - p p^T
     torch.testing.assert_close(found, exact / exact.mean(), atol=0.15, rtol=0)
 
 
-def test_sensitivity_sees_through_activations_in_place():
+def test_a_scale_sees_through_activations_in_place():
     torch.manual_seed(1)
     plain, inplace = (nn.Sequential(nn.Conv2d(2, 4, 1), nn.ReLU(kind), nn.Flatten()) for kind in (False, True))
     inplace.load_state_dict(plain.state_dict())
     images = torch.randn(16, 2, 3, 3)
-    found = [sensitivity(model, ["0"], [images.clone()])["0"] for model in (plain, inplace)]
+    found = [fisher_roots(model, ["0"], [images.clone()])["0"] for model in (plain, inplace)]
     assert torch.equal(*found)
 
 

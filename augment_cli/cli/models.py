@@ -46,8 +46,10 @@ def models(
 def _rows(found: list["Support"]):
     from rich.table import Table
 
+    from augment_cli.support import RECIPES
+
     rows = Table(box=None, header_style="bold")
-    for column in ("model", "image", "parameters", "aa", "aw", "aa-aw", "aa can have", "why not"):
+    for column in ("model", "image", "parameters", *RECIPES, "aa can have", "why not"):
         justify = "left" if column in ("model", "why not") else "right"
         rows.add_column(column, justify=justify, no_wrap=column != "why not", overflow="fold")
     for model in found:
@@ -56,7 +58,7 @@ def _rows(found: list["Support"]):
             model.model,
             "x".join(map(str, model.input_size[1:])) if model.input_size else "-",
             f"{model.params:,}" if model.params else "-",
-            *(str(outcomes[recipe].sites) if outcomes else "-" for recipe in ("aa", "aw", "aa-aw")),
+            *(str(outcomes[recipe].sites) if outcomes else "-" for recipe in RECIPES),
             _attainable(model),
             _why_not(model),
         )

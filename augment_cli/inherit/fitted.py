@@ -10,7 +10,7 @@ a site (heads.py has the mathematics):
 4. A batch normalisation that follows takes up what the projections, which have no bias, leave of the mean: its running
    mean is estimated again for the fitted channels. Its running variance stays, and so does all else outside the site.
 
-A filter's cost is its mean squared error times the square of the answer's sensitivity to it (sensitivity.py).
+A filter's cost is its mean squared error times the Fisher information of the answer at its channel (fisher.py).
 """
 
 from collections.abc import Callable
@@ -23,10 +23,10 @@ from augment_cli.calibration import Calibration
 from augment_cli.graph import ModelGraph
 from augment_cli.header import Inheritance
 from augment_cli.inherit.carried import importance, record
+from augment_cli.inherit.fisher import fisher_roots
 from augment_cli.inherit.heads import Heads, alternate, choose_ridge, first_patterns, fit_heads
 from augment_cli.inherit.moments import Covariance, Moments
 from augment_cli.inherit.sampling import Sample, bring_to, positions, sample_site, window_maps
-from augment_cli.inherit.sensitivity import sensitivity
 from augment_cli.inherit.tables import constant_direction, install_patterns
 from augment_cli.layers import AAConv2d
 from augment_cli.layers.attention import attention
@@ -41,11 +41,19 @@ Progress = Callable[[str, int, int], None]
 
 
 def fit(
-    model: nn.Module, plan: Plan, graph: ModelGraph, calibration: Calibration, progress: Progress | None = None
+    model: nn.Module,
+    plan: Plan,
+    graph: ModelGraph,
+    calibration: Calibration,
+    progress: Progress | None = None,
+    scales: dict[str, Tensor] | None = None,
 ) -> tuple[Inheritance, ...]:
     """Apply a plan to a model with weights, in place, its attention fitted on calibration images.
 
     Draws what is not fitted from torch's generator, as `carry` does; draws the rest from seeds of its own.
+
+    Args:
+        scales: of the sites' filters, as `filter_scales` finds them, where that was done before.
 
     Raises:
         AugmentError: activations on the calibration images are not finite.
@@ -53,16 +61,22 @@ def fit(
     training, order = model.training, {site.name: i for i, site in enumerate(graph.sites)}
     norms = {site.name: site.norm for site in graph.sites}
     model.eval()
-    fitted = [site.name for site in plan.sites if site.value_channels]
-    sensitivities = sensitivity(model, fitted, calibration.fitting()) if fitted else {}
+    scales = filter_scales(model, plan, calibration) if scales is None else scales
     records = {}
     for i, site in enumerate(sorted(plan.sites, key=lambda site: order[site.name])):
         if progress:
             progress(site.name, i, len(plan.sites))
         norm = model.get_submodule(norms[site.name]) if norms[site.name] else None
-        records[site.name] = _fit_site(model, plan, site, norm, calibration, sensitivities.get(site.name))
+        records[site.name] = _fit_site(model, plan, site, norm, calibration, scales.get(site.name))
     model.train(training)
     return tuple(records[site.name] for site in plan.sites)
+
+
+def filter_scales(model: nn.Module, plan: Plan, calibration: Calibration) -> dict[str, Tensor]:
+    """What filters' errors are multiplied by, for each site that gives up some. Shape of each: (out_channels,)."""
+    model.eval()
+    names = [site.name for site in plan.sites if site.value_channels]
+    return fisher_roots(model, names, calibration.fitting()) if names else {}
 
 
 def _fit_site(

@@ -12,7 +12,7 @@ from augment_cli.errors import AugmentError
 from augment_cli.files import write_file
 from augment_cli.training.data import Data, data_config, evaluation_loader
 from augment_cli.training.evaluate import Scores, evaluate
-from augment_cli.training.models import Opened, label_names, open_model
+from augment_cli.training.models import Opened, label_names, open_companion, open_model
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,7 @@ def _read_map(path: Path) -> dict[str, int]:
 def _other(asked: Assessment, opened: Opened) -> Opened | None:
     if asked.against is None:
         return None
-    pretrained = not (Path(asked.against).exists() or asked.against_checkpoint)
-    other = open_model(asked.against, pretrained=pretrained, weights=asked.against_checkpoint)
+    other = open_companion(asked.against, asked.against_checkpoint)
     if other.num_classes != opened.num_classes:
         raise AugmentError(
             f"{asked.against} has {other.num_classes} classes, and {asked.model} {opened.num_classes}: "

@@ -1,6 +1,7 @@
 """Start a fine-tuning run in a folder, or go on with the one that is there."""
 
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -77,12 +78,8 @@ def make_accelerator(settings: Settings) -> Accelerator:
 
 
 def _need_tensorboard() -> None:
-    try:
-        import torch.utils.tensorboard  # noqa: F401
-    except ImportError as error:
-        raise AugmentError(
-            "--tensorboard: the package is not installed; pip install 'augment-cli[tensorboard]'"
-        ) from error
+    if not find_spec("tensorboard"):
+        raise AugmentError("--tensorboard: the package is not installed; pip install 'augment-cli[tensorboard]'")
 
 
 def _check_free(folder: Path, overwrite: bool) -> None:

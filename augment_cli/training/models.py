@@ -74,6 +74,11 @@ def open_model(
     return Opened(checkpoint.load(path), header.plan.model, header, header.plan.input_size)
 
 
+def open_companion(spec: str, weights: str | Path | None) -> Opened:
+    """A teacher, or a model to agree with: a name has timm's weights unless a file's are given."""
+    return open_model(spec, pretrained=not (Path(spec).exists() or weights), weights=weights)
+
+
 def _architecture(folder: Path) -> str | None:
     """What timm's config.json in a folder says that its model is."""
     try:

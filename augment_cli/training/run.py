@@ -20,7 +20,7 @@ from augment_cli.training.data import Splits, data_config, evaluation_loader, op
 from augment_cli.training.history import Row
 from augment_cli.training.loss import Distillation, make_criterion, make_mixup
 from augment_cli.training.meter import Meter
-from augment_cli.training.models import FINETUNED, Opened, open_model, set_label_names, with_classes
+from augment_cli.training.models import FINETUNED, Opened, open_companion, open_model, set_label_names, with_classes
 from augment_cli.training.parameters import Provenance, make_optimizer, make_scheduler, provenance
 from augment_cli.training.settings import Settings
 
@@ -158,8 +158,7 @@ def _criterion(settings: Settings, mixup: Any, opened: Opened, accelerator: Acce
     criterion = make_criterion(settings, mixed=mixup is not None)
     if settings.teacher is None:
         return criterion
-    pretrained = not (Path(settings.teacher).exists() or settings.teacher_checkpoint)
-    teacher = open_model(settings.teacher, pretrained=pretrained, weights=settings.teacher_checkpoint)
+    teacher = open_companion(settings.teacher, settings.teacher_checkpoint)
     if teacher.num_classes != opened.num_classes:
         raise AugmentError(
             f"the teacher {settings.teacher} has {teacher.num_classes} classes, and the model {opened.num_classes}: "

@@ -9,20 +9,9 @@ import sys
 import tomllib
 
 import pytest
-from typer.testing import CliRunner
 
-from augment_cli.cli import app
 from augment_cli.recipe import builtin_recipes
-
-
-def run(*arguments: str):
-    return CliRunner().invoke(app, list(arguments))
-
-
-def ok(*arguments: str):
-    result = run(*arguments)
-    assert result.exit_code == 0, result.output
-    return result
+from tests.cli.helpers import ok
 
 
 @pytest.fixture

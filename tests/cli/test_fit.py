@@ -4,23 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
-from augment_cli.cli import app
 from augment_cli.header import read_header
+from tests.cli.helpers import ok, run
 from tests.test_calibration import picture_folder
 
 CONVERT = ("convert", "test_resnet", "-r", "aa", "--img-size", "32")
-
-
-def run(*arguments: str):
-    return CliRunner().invoke(app, list(arguments))
-
-
-def ok(*arguments: str):
-    result = run(*arguments)
-    assert result.exit_code == 0, result.output
-    return result
 
 
 @pytest.fixture

@@ -1,9 +1,12 @@
 """What the tests of the layers share."""
 
+from collections.abc import Callable
+
 import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.profiler import ProfilerActivity, profile
 
 seeds = st.integers(0, 2**31)
 
@@ -41,3 +44,15 @@ def assert_gradients(layer: nn.Module, x: Tensor) -> None:
         return functional_call(layer, dict(zip(names, values, strict=True)), x)
 
     assert torch.autograd.gradcheck(run, [t.detach().clone().requires_grad_() for t in (x, *parameters)])
+
+
+def peak_bytes(function: Callable[[], object]) -> int:
+    """Most bytes that tensors made by a call held at one time."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        function()
+    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak

@@ -9,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
-from torch.profiler import ProfilerActivity, profile
 
 from augment_cli.layers import AAConv2d
 from augment_cli.layers import attention as attention_module
 from augment_cli.layers.attention import choose_path, relative_attention
 from augment_cli.layers.blocked import blocked_relative_attention
 from augment_cli.layers.fused import fused_relative_attention
+from tests.layers.helpers import peak_bytes
 
 PATHS = {"blocked": blocked_relative_attention, "fused": fused_relative_attention}
 drawn = settings(derandomize=True, deadline=None, max_examples=30)
@@ -169,18 +169,6 @@ def test_a_nan_stays_one(path):
 def test_empty_batch(path):
     inputs = make_inputs(n=0)
     assert path(*inputs).shape == (0, 2, 6, 5, 3)
-
-
-def peak_bytes(function: Callable[[], object]) -> int:
-    """Most bytes that tensors made by a call held at one time."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        function()
-    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
 
 
 def test_blocked_trains_in_a_tenth_of_the_memory():

@@ -1,6 +1,5 @@
 """Every way of AWConv2d computes the same, in bounded memory; the rule that chooses picks what it says."""
 
-from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -9,11 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.profiler import ProfilerActivity, profile
 
 from augment_cli.layers import AWConv2d, ScaledStandardize, attended
 from tests.layers import oracles
-from tests.layers.helpers import assert_equal, assert_gradients, normal, randomised, seeds
+from tests.layers.helpers import assert_equal, assert_gradients, normal, peak_bytes, randomised, seeds
 from tests.layers.test_aw_conv import cases
 
 FAST = tuple(attended.WAYS)
@@ -249,18 +247,6 @@ def test_the_layer_follows_the_rule(way, monkeypatch):
     found, expected = (layer_of(4, 3, 3, reduction=2, way=w)(x) for w in (None, "grouped"))
     assert len(used) == 1
     assert_equal(found, expected)
-
-
-def peak_bytes(function: Callable[[], object]) -> int:
-    """Most bytes that tensors made by a call held at one time."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        function()
-    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
 
 
 @each_way

@@ -98,7 +98,7 @@ def test_a_corrupt_image_ends_the_run_in_one_line(model, images, tmp_path, worke
 
 
 def test_tensorboard_that_is_not_installed_is_named(monkeypatch, model, images, tmp_path):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    monkeypatch.setattr("augment_cli.training.finetune.find_spec", lambda name: None)
     result = run("finetune", model, "--data", images, "-o", tmp_path / "run", *QUICK, "--tensorboard")
     assert result.exit_code == 2
     assert "the package is not installed; pip install 'augment-cli[tensorboard]'" in result.stderr

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 _IMAGES, _BATCH = 128, 8
 
 
-def sensitivity(model: nn.Module, names: Iterable[str], batches: Iterable[Tensor]) -> dict[str, Tensor]:
+def fisher_roots(model: nn.Module, names: Iterable[str], batches: Iterable[Tensor]) -> dict[str, Tensor]:
     """The root of E[g_c^2] of every channel of the named convolutions, on the first images of `batches`.
 
     A model that has no classes is taken for what its squared output says: g is the gradient of its output times random
