@@ -128,17 +128,18 @@ class AAConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Shapes: x (N, in_channels, H, W) to (N, out_channels, H', W'), H' and W' as `nn.Conv2d` gives them."""
+        out = None if self.conv is None else self.conv(x)  # before the attention: x is in the cache still
         reduced = self.reduce_to_output(x)
         attended = self.attend(reduced)
-        size = reduced.shape[-2:] if self.conv is None else (out := self.conv(x)).shape[-2:]
+        size = reduced.shape[-2:] if out is None else out.shape[-2:]
         if attended.shape[-2:] != size:
             attended = F.interpolate(attended, size=size, mode="bilinear", align_corners=False)
-        out = attended if self.conv is None else torch.cat([out, attended.to(out.dtype)], dim=1)
+        out = attended if out is None else torch.cat([out, attended.to(out.dtype)], dim=1)
         if self.channel_order is None:
             return out
         if torch.jit.is_tracing() or torch.compiler.is_compiling():  # neither takes a Function with a rule for jvp
             return out.index_select(1, self.channel_order)
-        return _Reorder.apply(out, self.channel_order)
+        return _reorder(out, self.channel_order)
 
     def reduce_to_output(self, x: Tensor) -> Tensor:
         """The input as the attention sees it: at the resolution of the output map."""
@@ -173,6 +174,13 @@ class AAConv2d(nn.Module):
         )
 
 
+def _reorder(x: Tensor, order: Tensor) -> Tensor:
+    """Channel c of the result is channel order[c] of x."""
+    if torch.is_grad_enabled():
+        return _Reorder.apply(x, order)
+    return x.index_select(1, order)  # calling a Function takes longer than this copy
+
+
 class _Reorder(Function):
     """Channels in the order of a permutation; the gradient is gathered by its inverse: faster than adding up."""
 
@@ -190,7 +198,7 @@ class _Reorder(Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         (order,) = ctx.saved_tensors
-        return _Reorder.apply(grad, order.argsort()), None
+        return _reorder(grad, order.argsort()), None
 
     @staticmethod
     def jvp(ctx, tangent: Tensor, _) -> Tensor:

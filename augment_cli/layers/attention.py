@@ -16,8 +16,9 @@ from augment_cli.layers.relative import relative_logits
 
 Path = Literal["auto", "reference", "blocked", "fused"]
 
-# Logits of a call under which blocks cost more than they save: measured, level at eight 7x7 maps of eight heads.
-_FEW_LOGITS = 2**18
+# Logits of a call under which blocks cost more than they save, with gradients and without: measured on maps of 7x7,
+# 10x10 and 14x14 positions with one and two threads.
+_FEW_LOGITS = {True: 2**18, False: 2**16}
 
 
 def relative_attention(q: Tensor, k: Tensor, v: Tensor, rel_height: Tensor, rel_width: Tensor) -> Tensor:
@@ -48,7 +49,7 @@ def choose_path(q: Tensor) -> str:
     """The way that "auto" takes for a query (N, heads, H, W, d). All give the same numbers.
 
     - fused, when torch.compile or torch.export look on, who can follow it, and on CUDA;
-    - blocked, on a CPU, from 2^18 logits on;
+    - blocked, on a CPU, from 2^18 logits on, and from 2^16 on where no gradients are wanted;
     - reference otherwise: few logits, the meta device, fake tensors, other devices, and inside torch.func transforms,
       which blocked has no rules for.
     """
@@ -59,7 +60,7 @@ def choose_path(q: Tensor) -> str:
     if q.device.type == "cuda":
         return "fused"
     batch, heads, height, width, _ = q.shape
-    many = batch * heads * (height * width) ** 2 >= _FEW_LOGITS
+    many = batch * heads * (height * width) ** 2 >= _FEW_LOGITS[torch.is_grad_enabled()]
     return "blocked" if many and q.device.type == "cpu" else "reference"
 
 

@@ -8,10 +8,12 @@ How it is arranged, and why:
   keys x queries. Every product then has one of the two forms that a BLAS runs fast on matrices this thin, the sums over
   keys run along contiguous memory, and the result comes out channels first.
 - The relative logits are written into the block first, and the product of keys and queries is added to them.
-- Logits are in powers of two (the query carries the factor log2 e), because exp2 is several times faster than exp.
+- Logits are in powers of two (multiplied by log2 e), because exp2 is several times faster than exp. The factor and
+  d^(-1/2) ride on the product of keys and queries and on the tables, so that no map is scaled.
 - A row of ones under v gives the sum of the weights with the product that uses them; the result is divided, not the
   weights.
-- The largest logit is subtracted only where a bound on the logits does not already rule out an overflow.
+- The largest logit of a query is looked for and subtracted only if the sums of the weights, looked at afterwards, show
+  that it has to be: the sums tell exactly, at a hundredth of the cost of looking for it.
 - The backward pass makes each block again from the saved log-sum-exp.
 """
 
@@ -19,8 +21,9 @@ import math
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 
 from augment_cli.layers.relative import by_position
 
@@ -28,7 +31,10 @@ BLOCK_BYTES = 1_600_000
 """A thread's share of one block of logits. Measured: best a little above a 1 MiB second-level cache, flat to twice."""
 
 _LOG2_E = math.log2(math.e)
-_SAFE_EXPONENT = 60.0  # 2^60, times a million keys, times values up to 2^40, is below the largest float32
+_SAFE_SUM = 2.0**60
+"""Of the weights of a query, and its inverse: values up to 2^40 times it are far below the largest float32, and what is
+rounded to zero beside its inverse does not count."""
+
 _WAY_OUT = "use augment_cli.layers.attention.relative_attention, which computes the same from differentiable operations"
 
 
@@ -45,42 +51,47 @@ def blocked_relative_attention(
 
     Shapes: q, k (N, heads, H, W, d); v (N, heads, H, W, e); tables (2 S - 1, d); result (N, heads, H, W, e).
     """
+    if torch.is_autocast_enabled(q.device.type):
+        with torch.autocast(q.device.type, enabled=False):
+            return blocked_relative_attention(q, k, v, rel_height, rel_width, block_bytes=block_bytes)
     size = (height, width) = q.shape[2:4]
     block_bytes = block_bytes or BLOCK_BYTES * torch.get_num_threads()
     dtype = torch.promote_types(q.dtype, torch.float32)
-    with torch.autocast(q.device.type, enabled=False):
-        scaled = q.to(dtype) * (q.shape[-1] ** -0.5 * _LOG2_E)
-        maps = (_channels_first(t.to(dtype)) for t in (scaled, k, v))
-        tables = (by_position(t.to(dtype), s) for t, s in ((rel_height, height), (rel_width, width)))
-        out, _ = _Attention.apply(*maps, *tables, size, block_bytes)
+    scale = q.shape[-1] ** -0.5 * _LOG2_E
+    maps = (_channels_first(t.to(dtype)) for t in (q, k, v))
+    tables = (by_position(t.to(dtype) * scale, s) for t, s in ((rel_height, height), (rel_width, width)))
+    inputs = *maps, *tables, size, scale, block_bytes
+    if torch.is_grad_enabled() or _has_tangents(q, k, v, rel_height, rel_width):
+        out, _ = _Attention.apply(*inputs)
+    else:  # nothing to gain by a Function, whose call takes as long as one of the products here
+        out, *_ = _attention(*inputs)
     return out.view(*q.shape[:2], v.shape[-1], height, width).movedim(2, -1).to(v.dtype)
 
 
 class _Attention(Function):
-    """Attention of prepared maps: the query scaled by log2(e) d^(-1/2), tables in absolute positions.
+    """Attention of prepared maps: `scale` is log2(e) d^(-1/2), tables in absolute positions and scaled by it.
 
     Shapes: q, k (B, d, HW); v (B, e, HW); tables (H, H, d) and (W, W, d); result (B, e, HW) and the base-2 log-sum-exp
     of the logits (B, 1, HW).
     """
 
     @staticmethod
-    def forward(q, k, v, rel_height, rel_width, size, block_bytes):
-        out, lse = torch.empty_like(v), torch.empty_like(v[:, :1])
-        blocks = _Blocks(q, size, block_bytes)
-        for part in blocks.parts():
-            _attend(*(t[part] for t in (q, k, v)), rel_height, rel_width, blocks, out[part], lse[part])
-        return out, lse
+    def forward(q, k, v, rel_height, rel_width, size, scale, block_bytes):
+        out, total, peaks = _attention(q, k, v, rel_height, rel_width, size, scale, block_bytes)
+        return out, total.log2() if peaks is None else peaks.add_(total.log2())
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *tensors, ctx.size, ctx.block_bytes = inputs
+        *tensors, ctx.size, ctx.scale, ctx.block_bytes = inputs
         ctx.save_for_backward(*tensors, *output)
         ctx.mark_non_differentiable(output[1])
 
     @staticmethod
     def backward(ctx, d_out, _):
         with torch.autocast(d_out.device.type, enabled=False):
-            return *_Gradients.apply(d_out, *ctx.saved_tensors, ctx.size, ctx.block_bytes), None, None
+            gradients = _Gradients.apply if torch.is_grad_enabled() else _Gradients.forward
+            settings = ctx.size, ctx.scale, ctx.block_bytes
+            return *gradients(d_out, *ctx.saved_tensors, *settings), None, None, None
 
     @staticmethod
     def vmap(info, in_dims, *inputs):
@@ -95,11 +106,11 @@ class _Gradients(Function):
     """Gradients of `_Attention`: a Function of its own, so that asking for second derivatives gets a clear answer."""
 
     @staticmethod
-    def forward(d_out, q, k, v, rel_height, rel_width, out, lse, size, block_bytes):
+    def forward(d_out, q, k, v, rel_height, rel_width, out, lse, size, scale, block_bytes):
         grads = torch.empty_like(q), *(torch.zeros_like(t) for t in (k, v, rel_height, rel_width))
         # The row under d_out meets the row of ones under v: their product is dP - delta in one go.
         d_out = torch.cat([d_out, -(d_out * out).sum(1, keepdim=True)], dim=1)
-        blocks = _Blocks(q, size, block_bytes)
+        blocks = _Blocks(q, size, scale, block_bytes)
         for part in blocks.parts():
             maps = (t[part] for t in (d_out, lse, q, k, v))
             _attend_backward(*maps, rel_height, rel_width, blocks, *(t[part] for t in grads[:3]), *grads[3:])
@@ -117,24 +128,44 @@ class _Gradients(Function):
     jvp = _Attention.jvp
 
 
-def _attend(q, k, v, rel_height, rel_width, blocks, out, lse) -> None:
-    """Write the result and the log-sum-exp of some heads.
+def _attention(q, k, v, rel_height, rel_width, size, scale, block_bytes) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The result, and of every query the sum of its weights and the logit that they are relative to, or None for 0.
 
-    Shapes: q, k (b, d, HW); v, out (b, e, HW); lse (b, 1, HW); tables (H, H, d) and (W, W, d).
+    Shapes: as for `_Attention`; sums and logits (B, 1, HW).
     """
-    rows, columns = _relative_logits(q, rel_height, rel_width, blocks.size)
-    bounded = _bound(q, k, rows, columns) < _SAFE_EXPONENT
-    of_keys, of_queries = (k, _with_ones(v)), (q, rows, columns, out, lse)
-    for (k_, v_), (q_, rows_, columns_, out_, lse_) in blocks.split(of_keys, of_queries):
+    maps = q, k, _with_ones(v)
+    sums, peaks = torch.empty_like(maps[2]), None
+    out, total = sums[:, :-1], sums[:, -1:]
+    blocks = _Blocks(q, size, scale, block_bytes)
+    for part in blocks.parts():
+        _attend(*(t[part] for t in maps), rel_height, rel_width, blocks, sums[part])
+    if total.numel() and not _is_safe(total):
+        peaks = torch.empty_like(total)
+        for part in blocks.parts():
+            _attend(*(t[part] for t in maps), rel_height, rel_width, blocks, sums[part], peaks[part])
+    return out / total, total, peaks
+
+
+def _is_safe(total: Tensor) -> bool:
+    lowest, highest = (end.item() for end in total.aminmax())
+    return 1 / _SAFE_SUM < lowest and highest < _SAFE_SUM
+
+
+def _attend(q, k, v, rel_height, rel_width, blocks, sums, peaks=None) -> None:
+    """Write the weighted sums of some heads' values, and below them of ones; and, where asked, the largest logits.
+
+    With the largest logits, weights are relative to them.
+
+    Shapes: q, k (b, d, HW); v, sums (b, e + 1, HW); peaks (b, 1, HW); tables (H, H, d) and (W, W, d).
+    """
+    of_queries = (q, *_relative_logits(q, rel_height, rel_width, blocks.size), sums)
+    for (k_, v_), (q_, rows_, columns_, sums_, *peaks_) in blocks.split(
+        (k, v), of_queries if peaks is None else (*of_queries, peaks)
+    ):
         block = blocks.logits(q_, k_, rows_, columns_)
-        if not bounded:
-            highest = block.amax(1, keepdim=True)
-            block.sub_(highest)
-        sums = torch.bmm(v_, block.exp2_())  # b, e + 1, queries
-        torch.div(sums[:, :-1], sums[:, -1:], out=out_)
-        torch.log2(sums[:, -1:], out=lse_)
-        if not bounded:
-            lse_.add_(highest)
+        for peak in peaks_:
+            block.sub_(torch.amax(block, 1, keepdim=True, out=peak))
+        torch.bmm(v_, block.exp2_(), out=sums_)
 
 
 def _attend_backward(d_out, lse, q, k, v, rel_height, rel_width, blocks, dq, dk, dv, d_rel_height, d_rel_width) -> None:
@@ -150,8 +181,8 @@ def _attend_backward(d_out, lse, q, k, v, rel_height, rel_width, blocks, dq, dk,
         weights = blocks.logits(q_, k_, rows_, columns_).exp2_()
         dv_.baddbmm_(d_out_[:, :-1], weights.transpose(1, 2))
         d_logits = torch.bmm(v_, d_out_, out=blocks.like(weights)).mul_(weights)
-        torch.bmm(k_, d_logits, out=dq_)
-        dk_.baddbmm_(q_, d_logits.transpose(1, 2))
+        torch.baddbmm(dq_, k_, d_logits, beta=0, alpha=blocks.scale, out=dq_)
+        dk_.baddbmm_(q_, d_logits.transpose(1, 2), alpha=blocks.scale)
         for d_line, across in zip(d_lines, (2, 1), strict=True):
             torch.sum(d_logits.unflatten(1, blocks.size), across, out=d_line)
     _relative_logits_backward(d_rows, d_columns, q, rel_height, rel_width, blocks.size, dq, d_rel_height, d_rel_width)
@@ -164,8 +195,8 @@ class _Blocks:
     or, where not even one head fits, some queries of one head.
     """
 
-    def __init__(self, q: Tensor, size: tuple[int, int], block_bytes: int) -> None:
-        self.size = size
+    def __init__(self, q: Tensor, size: tuple[int, int], scale: float, block_bytes: int) -> None:
+        self.size, self.scale = size, scale
         self.buffers = [q.new_empty(0), q.new_empty(0)]
         self.total, _, positions = q.shape
         numbers = block_bytes // q.element_size()
@@ -191,7 +222,7 @@ class _Blocks:
         """
         block = self._view(0, q.shape[0], k.shape[2], q.shape[2])
         torch.add(rows.unsqueeze(2), columns.unsqueeze(1), out=block.unflatten(1, self.size))
-        return block.baddbmm_(k.transpose(1, 2), q)
+        return block.baddbmm_(k.transpose(1, 2), q, alpha=self.scale)
 
     def like(self, block: Tensor) -> Tensor:
         """The second buffer, in the shape of a block."""
@@ -208,15 +239,6 @@ def _share(total: int, fitting: int) -> int:
     """The size of equal shares of `total`, none above `fitting`; at least 1."""
     shares = -(-total // max(1, fitting))
     return max(1, -(-total // max(1, shares)))
-
-
-def _bound(q, k, rows, columns) -> float:
-    """At least the magnitude of every logit: |q . k| <= |q| |k|."""
-    squares = (t.square().sum(1).amax().item() for t in (q, k))
-    ends = (end for t in (rows, columns) for end in t.aminmax())
-    lowest_row, highest_row, lowest_column, highest_column = (end.item() for end in ends)
-    content = math.sqrt(math.prod(squares))
-    return content + max(-lowest_row, highest_row) + max(-lowest_column, highest_column)
 
 
 def _relative_logits(q, rel_height, rel_width, size) -> tuple[Tensor, Tensor]:
@@ -255,8 +277,14 @@ def _from_columns(lines: Tensor, size: tuple[int, int]) -> Tensor:
     return lines.unflatten(2, (-1, size[0])).permute(2, 1, 3, 0).flatten(2)
 
 
+def _has_tangents(*tensors: Tensor) -> bool:
+    """Whether forward mode, or a transform of torch.func, looks on."""
+    transformed = torch._C._are_functorch_transforms_active()
+    return transformed or any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+
+
 def _with_ones(v: Tensor) -> Tensor:
-    return torch.cat([v, torch.ones_like(v[:, :1])], dim=1)
+    return F.pad(v, (0, 0, 0, 1), value=1.0)
 
 
 def _channels_first(maps: Tensor) -> Tensor:

@@ -36,9 +36,8 @@ def by_position(table: Tensor, size: int) -> Tensor:
 
     Shapes: table (2 S - 1, d), resized where S is not `size`, to (size, size, d).
     """
-    table = resize_table(table, size)
-    position = torch.arange(size, device=table.device)
-    return table[position[None, :] - position[:, None] + size - 1]
+    windows = resize_table(table, size).unfold(0, size, 1)  # window w: the rows for offsets w - (size - 1) to w
+    return windows.flip(0).transpose(1, 2)
 
 
 def relative_logits(q: Tensor, rel_height: Tensor, rel_width: Tensor) -> tuple[Tensor, Tensor]:
