@@ -64,6 +64,9 @@ def peak_mib(function: Callable[[], object]) -> float:
     """The most memory that tensors made by a call hold at one time, in MiB, on the CPU: by torch's profiler."""
     from torch.profiler import ProfilerActivity, profile
 
+    from augment_cli.layers.blocked import free_blocks
+
+    free_blocks()  # or what is kept from earlier calls would not count
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         function()
     held = most = 0

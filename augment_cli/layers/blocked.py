@@ -15,9 +15,12 @@ How it is arranged, and why:
 - The largest logit of a query is looked for and subtracted only if the sums of the weights, looked at afterwards, show
   that it has to be: the sums tell exactly, at a hundredth of the cost of looking for it.
 - The backward pass makes each block again from the saved log-sum-exp.
+- Blocks are made in a place that a thread keeps: fresh memory has to be given to the process page by page, which can
+  take longer than the arithmetic. Two blocks of the largest call so far are kept; `free_blocks` gives them back.
 """
 
 import math
+import threading
 from collections.abc import Iterator
 
 import torch
@@ -197,7 +200,7 @@ class _Blocks:
 
     def __init__(self, q: Tensor, size: tuple[int, int], scale: float, block_bytes: int) -> None:
         self.size, self.scale = size, scale
-        self.buffers = [q.new_empty(0), q.new_empty(0)]
+        self.buffers = _kept.buffers(q)
         self.total, _, positions = q.shape
         numbers = block_bytes // q.element_size()
         self.heads = _share(self.total, numbers // positions**2)
@@ -220,19 +223,48 @@ class _Blocks:
 
         Shapes: q (b, d, queries); k (b, d, HW); rows (b, H, queries); columns (b, W, queries); result (b, HW, queries).
         """
-        block = self._view(0, q.shape[0], k.shape[2], q.shape[2])
+        block = self.buffers.view(0, q.shape[0], k.shape[2], q.shape[2])
         torch.add(rows.unsqueeze(2), columns.unsqueeze(1), out=block.unflatten(1, self.size))
         return block.baddbmm_(k.transpose(1, 2), q, alpha=self.scale)
 
     def like(self, block: Tensor) -> Tensor:
         """The second buffer, in the shape of a block."""
-        return self._view(1, *block.shape)
+        return self.buffers.view(1, *block.shape)
 
-    def _view(self, which: int, *shape: int) -> Tensor:
-        needed = math.prod(shape)
-        if self.buffers[which].numel() < needed:
-            self.buffers[which] = self.buffers[which].new_empty(needed)
-        return self.buffers[which][:needed].view(shape)
+
+class _Buffers:
+    """Two places that grow to what is asked of them."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device | str) -> None:
+        self.options = {"dtype": dtype, "device": device}
+        self.places: list[Tensor | None] = [None, None]
+
+    def view(self, which: int, *shape: int) -> Tensor:
+        place, needed = self.places[which], math.prod(shape)
+        if place is None or place.numel() < needed:
+            with torch.inference_mode(False):  # or only inference could write into it later
+                place = self.places[which] = torch.empty(needed, **self.options)
+        return place[:needed].view(shape)
+
+
+class _Kept(threading.local):
+    """Buffers of one thread, by type of number."""
+
+    def __init__(self) -> None:
+        self.by_dtype: dict[torch.dtype, _Buffers] = {}
+
+    def buffers(self, like: Tensor) -> _Buffers:
+        if type(like) is not Tensor or like.device.type != "cpu":
+            return _Buffers(like.dtype, like.device)
+        return self.by_dtype.setdefault(like.dtype, _Buffers(like.dtype, "cpu"))
+
+
+_kept = _Kept()
+
+
+def free_blocks() -> None:
+    """Give back the memory that this thread keeps for its next call."""
+    _kept.by_dtype.clear()
 
 
 def _share(total: int, fitting: int) -> int:

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.profiler import ProfilerActivity, profile
 
+from augment_cli.layers.blocked import free_blocks
+
 seeds = st.integers(0, 2**31)
 
 
@@ -46,8 +48,10 @@ def assert_gradients(layer: nn.Module, x: Tensor) -> None:
     assert torch.autograd.gradcheck(run, [t.detach().clone().requires_grad_() for t in (x, *parameters)])
 
 
-def peak_bytes(function: Callable[[], object]) -> int:
-    """Most bytes that tensors made by a call held at one time."""
+def peak_bytes(function: Callable[[], object], free: bool = True) -> int:
+    """Most bytes that tensors made by a call held at one time: with what the layers keep, if that is freed before."""
+    if free:
+        free_blocks()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         function()
     events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]

@@ -1,6 +1,7 @@
 """The fast ways through the attention core compute what the plain one does, in less memory."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -13,7 +14,7 @@ from torch._subclasses import FakeTensorMode
 from augment_cli.layers import AAConv2d
 from augment_cli.layers import attention as attention_module
 from augment_cli.layers.attention import choose_path, relative_attention
-from augment_cli.layers.blocked import blocked_relative_attention
+from augment_cli.layers.blocked import blocked_relative_attention, free_blocks
 from augment_cli.layers.fused import fused_relative_attention
 from tests.layers.helpers import peak_bytes
 
@@ -191,6 +192,29 @@ def test_blocked_memory_grows_with_the_positions():
         for inputs in (small, large)
     )
     assert large < 8 * small  # four times the positions; the logits would be sixteen times
+
+
+def test_blocks_kept_from_inference_serve_training():
+    inputs = make_inputs(n=2, heads=2, height=6, width=5, dtype=torch.float32)
+    free_blocks()
+    with torch.inference_mode():
+        blocked_relative_attention(*inputs)
+    assert_same(gradients(blocked_relative_attention, inputs), gradients(relative_attention, inputs), 1e-4)
+
+
+def test_blocks_are_kept_until_they_are_given_back():
+    inputs = [t.detach() for t in make_inputs(n=2, heads=2, height=6, width=5, dtype=torch.float32)]
+    fresh = peak_bytes(partial(blocked_relative_attention, *inputs))
+    kept = peak_bytes(partial(blocked_relative_attention, *inputs), free=False)
+    assert fresh - kept >= 2 * 30 * 30 * 4  # at the least a block of two heads
+    assert peak_bytes(partial(blocked_relative_attention, *inputs)) == fresh
+
+
+def test_threads_do_not_share_blocks():
+    inputs = [[t.detach() for t in make_inputs(seed=seed, n=4, height=12, width=12)] for seed in range(8)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda tensors: blocked_relative_attention(*tensors), inputs * 8))
+    assert_same(found, [relative_attention(*tensors) for tensors in inputs] * 8, 1e-10)
 
 
 def test_blocked_has_no_second_derivatives_and_says_what_has():
