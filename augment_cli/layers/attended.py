@@ -15,7 +15,7 @@ every r numbers of a kernel. Writing U_n for the unfolding of a sample, (H'W', C
 
 What the last three hold beyond inputs, results and gradients does not grow with the batch, because the backward pass
 forms again what the forward pass formed: at most five times the chunk's kernels (chunked), a copy of K, two blocks of
-it and four unfoldings of a sample (unfolded), or eight kernels and five unfoldings of the chunk (static). Second
+it and four unfoldings of the chunk (unfolded), or eight kernels and five unfoldings of the chunk (static). Second
 derivatives, `torch.func.vmap` and forward mode go through the grouped convolution, whose memory grows.
 """
 
@@ -32,10 +32,10 @@ KERNELS_BYTES = 2_400_000
 """Size of the kernels, and of the samples, that `chunked` takes at a time; one at the least."""
 
 BLOCK_BYTES = 2_400_000
-"""Size of the rows of K_n that `unfolded` forms at a time. Measured: best of 0.6 to 4.8 MB."""
+"""Size of the rows of K_n that `unfolded` forms at a time, for each thread. Measured: best of 0.6 to 9.6 MB."""
 
 CHUNK_BYTES = 8_000_000
-"""Size of the unfolding of the samples that `static` takes at a time; one at the least."""
+"""Size of the unfolding of the samples that `unfolded` and `static` unfold at a time; one at the least."""
 
 LEAST_BYTES = 1_000_000
 """Size of a kernel from which on `unfolded` and `static` are worth their many small steps."""
@@ -232,6 +232,11 @@ class _InUnfoldings:
         """(..., C2, r, h w, C1/r) to (..., C2, C1, h, w)."""
         return kernels.movedim(-1, -3).flatten(-3, -2).unflatten(-1, self.geometry.size)
 
+    def chunks(self, x: Tensor, kernel: Tensor) -> list[slice]:
+        rows, columns = self.geometry.out_size(x)
+        size = max(CHUNK_BYTES // max(rows * columns * kernel[0].numel() * x.element_size(), 1), 1)
+        return [slice(start, start + size) for start in range(0, len(x), size)]
+
     def unfolded(self, x: Tensor, kernel: Tensor) -> Tensor:
         """U: (N, C1, H, W) to (N H'W', r h w C1/r)."""
         (sy, sx), (py, px), (dy, dx) = self.geometry.options
@@ -261,32 +266,38 @@ class Unfolded(_InUnfoldings, _Way):
 
     def run(self, x: Tensor, kernel: Tensor, mixing: Tensor, scales: Tensor, out: Tensor) -> None:
         place = self.place(kernel)
-        for n in range(len(x)):
-            unfolding = self.unfolded(x[n : n + 1], kernel)
-            for part, _, formed in self.blocks(kernel, mixing, scales[n], place):
-                out[n, part] = _product(unfolding, formed.to(x.dtype)).t().view(-1, *out.shape[2:])
+        for chunk in self.chunks(x, kernel):
+            for n, unfolding in zip(_numbers(chunk, x), self.unfoldings(x[chunk], kernel), strict=True):
+                for part, _, formed in self.blocks(kernel, mixing, scales[n], place):
+                    out[n, part] = _product(unfolding, formed.to(x.dtype)).t().view(-1, *out.shape[2:])
 
     def gradients(self, d_out, x, kernel, mixing, scales, dx: Tensor | None, sums: list[Tensor]) -> None:
         place = self.place(kernel)
-        for n in range(len(x)):
-            unfolding, d_unfolding = self.unfolded(x[n : n + 1], kernel), None
-            for part, factors, formed in self.blocks(kernel, mixing, scales[n], place):
-                d_rows = d_out[n, part].flatten(1)  # some of C2, H'W'
-                if dx is not None:
-                    more = _product(d_rows.t().contiguous(), formed.to(x.dtype).t())
-                    d_unfolding = more if d_unfolding is None else d_unfolding.add_(more)
-                if sums:
-                    d_formed = _product(d_rows, unfolding.t()).view(-1, *kernel.shape[1:]).to(sums[0].dtype)
-                    sums[0][part].addcmul_(d_formed, factors)
-                    d_factors = d_formed.mul_(kernel[part]).sum(1, keepdim=True)
-                    sums[1][part].addcmul_(d_factors, scales[n])
-                    sums[2][n] += d_factors.mul_(mixing[part]).sum(0)
+        for chunk in self.chunks(x, kernel):
+            unfoldings = self.unfoldings(x[chunk], kernel)
+            d_unfoldings = []
+            for n, unfolding in zip(_numbers(chunk, x), unfoldings, strict=True):
+                d_unfolding = None
+                for part, factors, formed in self.blocks(kernel, mixing, scales[n], place):
+                    d_rows = d_out[n, part].flatten(1)  # some of C2, H'W'
+                    if dx is not None:
+                        d_unfolding = _product(d_rows.t().contiguous(), formed.to(x.dtype).t(), d_unfolding)
+                    if sums:
+                        d_formed = _product(d_rows, unfolding.t()).view(-1, *kernel.shape[1:]).to(sums[0].dtype)
+                        sums[0][part].addcmul_(d_formed, factors)
+                        d_factors = d_formed.mul_(kernel[part]).sum(1, keepdim=True)
+                        sums[1][part].addcmul_(d_factors, scales[n])
+                        sums[2][n] += d_factors.mul_(mixing[part]).sum(0)
+                d_unfoldings.append(d_unfolding)
             if dx is not None:
-                dx[n] = self.folded(d_unfolding, x[n : n + 1], kernel)[0]
+                dx[chunk] = self.folded(torch.cat(d_unfoldings), x[chunk], kernel)
+
+    def unfoldings(self, x: Tensor, kernel: Tensor) -> Tensor:
+        return self.unfolded(x, kernel).view(len(x), -1, kernel[0].numel())
 
     def place(self, kernel: Tensor) -> Tensor:
         """For some rows of K_n, of a number with which products fill whole registers."""
-        rows = BLOCK_BYTES // (kernel[0].numel() * kernel.element_size())
+        rows = BLOCK_BYTES * torch.get_num_threads() // (kernel[0].numel() * kernel.element_size())
         return torch.empty_like(kernel[: max(rows // 64 * 64, 32)])
 
     def blocks(self, kernel: Tensor, mixing: Tensor, scales: Tensor, place: Tensor):
@@ -338,11 +349,6 @@ class Static(_InUnfoldings, _Way):
         products = torch.mul(unfolding, d_modulated, out=modulated).view(len(x), -1, *kernel.shape[2:])
         return products.sum(1, keepdim=True, dtype=totals[0].dtype)
 
-    def chunks(self, x: Tensor, kernel: Tensor) -> list[slice]:
-        rows, columns = self.geometry.out_size(x)
-        size = max(CHUNK_BYTES // max(rows * columns * kernel[0].numel() * x.element_size(), 1), 1)
-        return [slice(start, start + size) for start in range(0, len(x), size)]
-
     def modulated(self, unfolding: Tensor, kernel: Tensor, scales: Tensor) -> Tensor:
         samples = unfolding.view(len(scales), -1, *kernel.shape[1:])  # n, H'W', r, h w, C1/r
         return (samples * scales.to(unfolding.dtype)[:, None]).view(unfolding.shape)
@@ -351,11 +357,17 @@ class Static(_InUnfoldings, _Way):
 WAYS = {"chunked": Chunked, "unfolded": Unfolded, "static": Static}
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a b^T, (P, Q) and (R, Q) to (P, R): by oneDNN, which on some processors is twice as fast as torch's BLAS."""
+def _numbers(chunk: slice, x: Tensor) -> range:
+    return range(*chunk.indices(len(x)))
+
+
+def _product(a: Tensor, b: Tensor, more: Tensor | None = None) -> Tensor:
+    """a b^T + more, (P, Q) and (R, Q) to (P, R): by oneDNN, on some processors twice as fast as torch's BLAS."""
     if a.dtype == torch.float32 and len(a) and torch.backends.mkldnn.enabled and _has_onednn():
-        return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
-    return a @ b.t()
+        if more is None:
+            return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(a, more, b, None, "add")
+    return a @ b.t() if more is None else torch.addmm(more, a, b.t())
 
 
 @cache
