@@ -151,7 +151,7 @@ def _attention(q, k, v, rel_height, rel_width, size, scale, block_bytes) -> tupl
 
 def _is_safe(total: Tensor) -> bool:
     lowest, highest = (end.item() for end in total.aminmax())
-    return 1 / _SAFE_SUM < lowest and highest < _SAFE_SUM
+    return lowest > 1 / _SAFE_SUM and highest < _SAFE_SUM
 
 
 def _attend(q, k, v, rel_height, rel_width, blocks, sums, peaks=None) -> None:
