@@ -99,7 +99,7 @@ class AAConv2d(nn.Module):
         options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups, "bias": bias}
         self.conv = conv_layer(in_channels, conv_channels, kernel_size, **options, **dd) if conv_channels else None
         self.qkv = nn.Conv2d(in_channels, 2 * key_channels + value_channels, 1, bias=qkv_bias, **dd)
-        self.proj = nn.Conv2d(value_channels, value_channels, 1, bias=proj_bias, **dd)
+        self.proj = Projection(value_channels, value_channels, 1, bias=proj_bias, **dd)
         height, width = (math.ceil(size / attention_pool) for size in self.resolution)
         self.rel_height = nn.Parameter(torch.empty(table_rows(height), key_channels // heads, **dd))
         self.rel_width = nn.Parameter(torch.empty(table_rows(width), key_channels // heads, **dd))
@@ -172,6 +172,20 @@ class AAConv2d(nn.Module):
             f"heads={self.heads}, key_channels={self.key_channels}, value_channels={self.value_channels}, "
             f"resolution={self.resolution}, attention_pool={self.attention_pool}"
         )
+
+
+class Projection(nn.Conv2d):
+    """W^O: a 1x1 convolution, which a processor does as a matrix product.
+
+    With so few channels a convolution takes three times as long, most of it to be set up.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shapes: x (N, value_channels, H, W) to the same."""
+        if x.device.type != "cpu" or torch.jit.is_tracing() or torch.compiler.is_compiling():
+            return super().forward(x)
+        out = (self.weight.flatten(1) @ x.flatten(2)).unflatten(2, x.shape[2:])
+        return out if self.bias is None else out + self.bias.to(out.dtype)[:, None, None]
 
 
 def _reorder(x: Tensor, order: Tensor) -> Tensor:

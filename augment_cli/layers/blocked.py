@@ -161,7 +161,8 @@ def _attend(q, k, v, rel_height, rel_width, blocks, sums, peaks=None) -> None:
 
     Shapes: q, k (b, d, HW); v, sums (b, e + 1, HW); peaks (b, 1, HW); tables (H, H, d) and (W, W, d).
     """
-    of_queries = (q, *_relative_logits(q, rel_height, rel_width, blocks.size), sums)
+    lines = _by_row(q, blocks.size), _by_column(q, blocks.size)
+    of_queries = (q, *_relative_logits(*lines, rel_height, rel_width, blocks.size), sums)
     for (k_, v_), (q_, rows_, columns_, sums_, *peaks_) in blocks.split(
         (k, v), of_queries if peaks is None else (*of_queries, peaks)
     ):
@@ -176,7 +177,8 @@ def _attend_backward(d_out, lse, q, k, v, rel_height, rel_width, blocks, dq, dk,
 
     Shapes: as for `_attend`; d_out (b, e + 1, HW), its last row -delta; gradients as what they are of.
     """
-    rows, columns = _relative_logits(q, rel_height, rel_width, blocks.size)
+    lines = _by_row(q, blocks.size), _by_column(q, blocks.size)
+    rows, columns = _relative_logits(*lines, rel_height, rel_width, blocks.size)
     d_rows, d_columns = torch.empty_like(rows), torch.empty_like(columns)
     weighted = _with_ones(v).mul_(1 / _LOG2_E).transpose(1, 2)  # logits are in units of ln 2: so are their gradients
     of_keys, of_queries = (k, weighted, dk, dv), (d_out, q, rows.sub_(lse), columns, dq, d_rows, d_columns)
@@ -188,7 +190,9 @@ def _attend_backward(d_out, lse, q, k, v, rel_height, rel_width, blocks, dq, dk,
         dk_.baddbmm_(q_, d_logits.transpose(1, 2), alpha=blocks.scale)
         for d_line, across in zip(d_lines, (2, 1), strict=True):
             torch.sum(d_logits.unflatten(1, blocks.size), across, out=d_line)
-    _relative_logits_backward(d_rows, d_columns, q, rel_height, rel_width, blocks.size, dq, d_rel_height, d_rel_width)
+    _relative_logits_backward(
+        d_rows, d_columns, *lines, rel_height, rel_width, blocks.size, dq, d_rel_height, d_rel_width
+    )
 
 
 class _Blocks:
@@ -273,18 +277,18 @@ def _share(total: int, fitting: int) -> int:
     return max(1, -(-total // max(1, shares)))
 
 
-def _relative_logits(q, rel_height, rel_width, size) -> tuple[Tensor, Tensor]:
-    """Shapes: q (b, d, HW); tables (H, H, d) and (W, W, d); result (b, H, HW) and (b, W, HW)."""
-    rows = _from_rows(torch.bmm(rel_height, _by_row(q, size)), size)
-    columns = _from_columns(torch.bmm(rel_width, _by_column(q, size)), size)
-    return rows, columns
+def _relative_logits(by_row, by_column, rel_height, rel_width, size) -> tuple[Tensor, Tensor]:
+    """Shapes: queries (H, d, b W) and (W, d, b H); tables (H, H, d) and (W, W, d); result (b, H, HW) and (b, W, HW)."""
+    return _from_rows(torch.bmm(rel_height, by_row), size), _from_columns(torch.bmm(rel_width, by_column), size)
 
 
-def _relative_logits_backward(d_rows, d_columns, q, rel_height, rel_width, size, dq, d_rel_height, d_rel_width) -> None:
+def _relative_logits_backward(
+    d_rows, d_columns, by_row, by_column, rel_height, rel_width, size, dq, d_rel_height, d_rel_width
+) -> None:
     """Add the gradients that come through the relative logits to those of the query and of the tables."""
     d_rows, d_columns = _by_row(d_rows, size), _by_column(d_columns, size)
-    d_rel_height.baddbmm_(d_rows, _by_row(q, size).transpose(1, 2))
-    d_rel_width.baddbmm_(d_columns, _by_column(q, size).transpose(1, 2))
+    d_rel_height.baddbmm_(d_rows, by_row.transpose(1, 2))
+    d_rel_width.baddbmm_(d_columns, by_column.transpose(1, 2))
     dq += _from_rows(torch.bmm(rel_height.transpose(1, 2), d_rows), size)
     dq += _from_columns(torch.bmm(rel_width.transpose(1, 2), d_columns), size)
 

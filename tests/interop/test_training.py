@@ -104,6 +104,7 @@ for recipe in ("aa", "aw", "aa-aw"):
         model(images(4, 3, 64, 64)[2 * rank : 2 * rank + 2]).square().mean().backward()
     if rank == 0:
         torch.save({n: p.grad for n, p in model.module.named_parameters()}, f"{folder}/{recipe}.pt")
+dist.barrier()  # neither leaves while the other still talks to it
 dist.destroy_process_group()
 """
 
@@ -111,8 +112,12 @@ dist.destroy_process_group()
 def test_two_processes_have_the_gradients_of_one(tmp_path):
     command = [sys.executable, "-c", PROCESS]
     root = Path(__file__).parents[2]
-    processes = [subprocess.Popen([*command, str(rank), str(tmp_path)], cwd=root) for rank in range(2)]
-    assert [process.wait() for process in processes] == [0, 0]
+    processes = [
+        subprocess.Popen([*command, str(rank), str(tmp_path)], cwd=root, stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    errors = [process.communicate()[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
     for recipe in RECIPES:
         torch.manual_seed(0)
         model = converted("test_resnet", recipe)
