@@ -70,11 +70,24 @@ def conv_of_each(x: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
 
     Shapes: x (N, C1, H, W), kernels (N, C2, C1/groups, h, w); to (N, C2, H', W').
     """
+    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+        return product_of_each(x, kernels, geometry)
     batch = x.shape[0]
     if batch == 0:  # there is no convolution in no groups
         return F.conv2d(x, kernels.sum(0), None, *geometry.options, geometry.groups)
     out = F.conv2d(_as_channels(x), kernels.flatten(0, 1), None, *geometry.options, batch * geometry.groups)
     return out.unflatten(1, (batch, -1)).squeeze(0)
+
+
+def product_of_each(x: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
+    """The same as products of matrices: what is recorded then serves every number of samples, groups would not.
+
+    Shapes: as for `conv_of_each`.
+    """
+    windows = F.unfold(x, geometry.size, geometry.dilation, geometry.padding, geometry.stride)
+    windows = windows.unflatten(1, (geometry.groups, -1))  # N, groups, C1/groups h w, H'W'
+    rows = kernels.flatten(2).unflatten(1, (geometry.groups, -1))  # N, groups, C2/groups, C1/groups h w
+    return (rows @ windows).flatten(1, 2).unflatten(2, geometry.out_size(x))
 
 
 def _as_channels(x: Tensor) -> Tensor:

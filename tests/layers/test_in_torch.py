@@ -28,6 +28,7 @@ BUILDERS = {
     "aa_reduced": partial(AA, value_channels=4, resolution=(2, 3), stride=2, attention_pool=2, reorder=True),
     "aa_alone": partial(AA, value_channels=8, resolution=(6, 3)),
     "aw": partial(AWConv2d, 6, 8, 3, padding=1, reduction=2),
+    "aw_grouped": partial(AWConv2d, 6, 8, 3, stride=(2, 1), padding=(1, 2), dilation=(1, 2), groups=2, reduction=3),
     "aw_scaled": scaled_aw,
 }
 both_layers = pytest.mark.parametrize("name", ["aa", "aw"])
@@ -168,6 +169,16 @@ def test_export_with_a_dynamic_batch(name):
     for batch in (1, 2, 7):
         x = input_of(batch=batch)
         assert_equal(exported(x), layer(x), 1e-5)
+
+
+@every_layer
+def test_traced_for_one_batch_serves_others(name):
+    layer = layer_of(name)
+    with torch.no_grad():
+        traced = torch.jit.trace(layer, input_of())
+        for batch in (1, 2, 7):
+            x = input_of(batch=batch)
+            assert_equal(traced(x), layer(x), 1e-5)
 
 
 def compiler() -> str:
