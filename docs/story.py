@@ -36,13 +36,13 @@ JOBS = 2
 
 SIDE = 32
 CALIBRATION_DIGITS, TRAINING_DIGITS = 256, 300
-COPIES = {"train": 8, "validation": 1, "calibration": 2}
+COPIES = {"train": 24, "validation": 1, "calibration": 2}
 
 BATCH = 32
 MODEL = ("test_resnet", "-a", "num_classes=10")
 SIZE = ("--img-size", "64")
 TRAINING = ("--data", f"{OUT}/digits", *SIZE, "--no-augmentation", "-j", "0", "--cpu", "-b", str(BATCH))
-SOURCE_EPOCHS, EPOCHS = 10, 3
+SOURCE_EPOCHS, EPOCHS = 4, 1
 
 
 @dataclass(frozen=True)
