@@ -49,8 +49,8 @@ def method(story: dict[str, Any]) -> str:
         *Fitted*: attention is fitted to what it replaces, on the calibration images (`--init fit`). Each model, and the
         source itself, is then trained on the training images for {updates} updates
         ({plural(chosen["epochs"], "epoch")}, `augment finetune`'s default rates), with {seeds} seeds, which draw the
-        conversion's random weights, the share of the calibration images that is fitted on, and the order of the training
-        images. The source is trained once, so what another source would give is not in the spread."""
+        conversion's random weights, the share of the calibration images that is fitted on, and the order of the
+        training images. The source is trained once, so what another source would give is not in the spread."""
 
 
 def plural(count: int, thing: str) -> str:
