@@ -141,49 +141,55 @@ def log_probabilities(model: nn.Module, images: Tensor) -> Tensor:
     return torch.cat([model(normalized(batch)) for batch in images.split(100)]).double().log_softmax(1)
 
 
-def beside(reference: Tensor, model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, float]:
-    """Agreement with the source's first classes, mean KL in nats, and accuracy."""
-    found = log_probabilities(model, images)
-    return {
-        "agreement": round(float((found.argmax(1) == reference.argmax(1)).double().mean()), 4),
-        "divergence": round(float((reference.exp() * (reference - found)).sum(1).mean()), 5),
-        "accuracy": round(float((found.argmax(1) == labels).double().mean()), 4),
-    }
+class Trained:
+    """A source trained on a task, and the images that conversions of it are fitted to and measured on."""
+
+    def __init__(self, task: str, epochs: int, count: int) -> None:
+        draw, classes = TASKS[task]()
+        args = {"num_classes": classes, "channels": list(WIDTHS)}
+        self.described, meta = source.describe(MODEL, args, (SIZE, SIZE))
+        self.graph = analyze(meta, self.described.input_size)
+        self.state = trained_state(task, self.described, images_of(draw, "training", TRAINING), epochs)
+        self.calibration = Calibration(images_of(draw, "calibration", count)[0], MEAN, STD)
+        self.images, self.labels = images_of(draw, "test", TEST)
+        self.reference = log_probabilities(self.model(), self.images)
+
+    def model(self) -> nn.Module:
+        model = source.create(self.described, seed=0)
+        model.load_state_dict(self.state)
+        return model.eval()
+
+    def beside(self, model: nn.Module) -> dict[str, float]:
+        """Agreement with the source's first classes, mean KL in nats, and accuracy."""
+        found = log_probabilities(model, self.images)
+        return {
+            "agreement": round(float((found.argmax(1) == self.reference.argmax(1)).double().mean()), 4),
+            "divergence": round(float((self.reference.exp() * (self.reference - found)).sum(1).mean()), 5),
+            "accuracy": round(float((found.argmax(1) == self.labels).double().mean()), 4),
+        }
 
 
 def run_task(task: str, epochs: int, count: int) -> list[dict]:
-    draw, classes = TASKS[task]()
-    args = {"num_classes": classes, "channels": list(WIDTHS)}
-    described, meta = source.describe(MODEL, args, (SIZE, SIZE))
-    graph = analyze(meta, described.input_size)
-    state = trained_state(task, described, images_of(draw, "training", TRAINING), epochs)
-    images, labels = images_of(draw, "test", TEST)
-    calibration = Calibration(images_of(draw, "calibration", count)[0], MEAN, STD)
-
-    def made() -> nn.Module:
-        model = source.create(described, seed=0)
-        model.load_state_dict(state)
-        return model.eval()
-
-    reference = log_probabilities(made(), images)
-    rows = [{"task": task, "init": "source", **beside(reference, made(), images, labels)}]
+    trained = Trained(task, epochs, count)
+    graph, calibration = trained.graph, trained.calibration
+    rows = [{"task": task, "init": "source", **trained.beside(trained.model())}]
     for key_ratio, value_ratio in RATIOS:
         ratios = (f"sites.key_ratio={key_ratio}", f"sites.value_ratio={value_ratio}")
         recipe = load_recipe("aa", ("budget.params=free", "sites.stages=[2,3,4]", *ratios))
-        plan, _ = make_plan(described.name, graph, recipe, described.args)
+        plan, _ = make_plan(trained.described.name, graph, recipe, trained.described.args)
         ways = {
             "last, untrained": lambda model, plan=plan: surgery.apply_plan(model, plan),
             "carry": lambda model, plan=plan: carry(model, plan, graph),
             "fit": lambda model, plan=plan: fit(model, plan, graph, calibration),
         }
         for init, convert in ways.items():
-            model, start = made(), time.perf_counter()
+            model, start = trained.model(), time.perf_counter()
             records = convert(model) or ()
             row = {"task": task, "key_ratio": key_ratio, "value_ratio": value_ratio, "sites": len(plan.sites)}
             row |= {"init": init, "seconds": round(time.perf_counter() - start, 1)}
             errors = {record.name: record.error for record in records if record.error is not None}
             row |= {"error": round(statistics.mean(errors.values()), 4), "errors": errors} if errors else {}
-            rows.append(row | beside(reference, model, images, labels))
+            rows.append(row | trained.beside(model))
             show(rows[-1])
     return rows
 

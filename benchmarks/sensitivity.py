@@ -10,26 +10,9 @@ import argparse
 import statistics
 import time
 
-from inherit import (
-    MEAN,
-    MODEL,
-    SIZE,
-    STD,
-    TASKS,
-    TEST,
-    TRAINING,
-    WIDTHS,
-    beside,
-    images_of,
-    log_probabilities,
-    trained_state,
-)
+from inherit import TASKS, Trained
 from measure import machine, write_results
-from torch import nn
 
-from augment_cli import source
-from augment_cli.calibration import Calibration
-from augment_cli.graph import analyze
 from augment_cli.inherit import fit
 from augment_cli.plan import Plan, Sensitivity, make_plan
 from augment_cli.recipe import load_recipe
@@ -39,19 +22,8 @@ BUDGETS = ("keep", "-5%")
 
 
 def run_task(task: str, epochs: int, count: int) -> list[dict]:
-    draw, classes = TASKS[task]()
-    described, meta = source.describe(MODEL, {"num_classes": classes, "channels": list(WIDTHS)}, (SIZE, SIZE))
-    graph = analyze(meta, described.input_size)
-    state = trained_state(task, described, images_of(draw, "training", TRAINING), epochs)
-    images, labels = images_of(draw, "test", TEST)
-    calibration = Calibration(images_of(draw, "calibration", count)[0], MEAN, STD)
-
-    def made() -> nn.Module:
-        model = source.create(described, seed=0)
-        model.load_state_dict(state)
-        return model.eval()
-
-    reference, rows = log_probabilities(made(), images), []
+    trained, rows = Trained(task, epochs, count), []
+    described, graph, calibration = trained.described, trained.graph, trained.calibration
     for budget in BUDGETS:
         recipe = load_recipe("aa", (f"budget.params={budget}", "sites.stages=[2,3,4]"))
 
@@ -59,16 +31,16 @@ def run_task(task: str, epochs: int, count: int) -> list[dict]:
             return make_plan(described.name, graph, recipe, described.args, sensitivity)[0]
 
         start = time.perf_counter()
-        found = measure_sensitivity(made(), planned(), graph, calibration)
+        found = measure_sensitivity(trained.model(), planned(), graph, calibration)
         seconds = round(time.perf_counter() - start, 1)
         for name, plan in (("plain", planned()), ("sensitivity", planned(found))):
-            model = made()
+            model = trained.model()
             errors = [record.error for record in fit(model, plan, graph, calibration) if record.error is not None]
             rows.append(
                 {"task": task, "budget": budget, "plan": name, "params": sum(p.numel() for p in model.parameters())}
                 | {"value_channels": {site.name: site.value_channels for site in plan.sites}}
-                | {"error": round(statistics.mean(errors), 4), **beside(reference, model, images, labels)}
-                | ({"divergences": {n: s.divergence for n, s in found.items()}, "seconds": seconds} if found else {})
+                | {"error": round(statistics.mean(errors), 4), **trained.beside(model)}
+                | {"divergences": {site: measured.divergence for site, measured in found.items()}, "seconds": seconds}
             )
             show(rows[-1])
     return rows
