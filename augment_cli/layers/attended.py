@@ -6,7 +6,8 @@ A factor 1 + s A2 belongs to a group of r input channels and a tap; there are C2
 every r numbers of a kernel. Writing U_n for the unfolding of a sample, (H'W', C1 h w), the ways are
 
 - grouped: all K_n at once, and one convolution in N groups. Any device, transform and compiler, but N kernels in
-  memory, and on a processor several times slower than its multiply-adds where kernels are larger than maps.
+  memory, and on a processor several times slower than its multiply-adds where kernels are larger than maps. What is
+  exported or traced are products with the unfolding in its place, which do not fix N.
 - chunked: the same for some samples at a time, K_n formed when their turn comes and again in the backward pass.
 - unfolded: O[n] = K_n U_n sample by sample, with K_n formed some output channels at a time. Nothing of a kernel's size
   is rearranged for a convolution, which on small maps takes longer than the convolution.
