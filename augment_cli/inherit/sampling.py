@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from augment_cli.errors import AugmentError
 from augment_cli.layers import AAConv2d
-from augment_cli.layers.pooling import average_pool
 
 # What a sample may hold, and how many positions there is any use for: on large maps few images have enough.
 _BYTES = 2**28
@@ -57,7 +56,7 @@ def sample_site(model: nn.Module, name: str, layer: AAConv2d, batches: Iterable[
 
     def stop(module: nn.Module, args: tuple[Tensor]) -> None:
         computed.append(conv.forward(args[0]))
-        seen.append(attention_input(layer, args[0]))
+        seen.append(layer.pool_for_attention(layer.reduce_to_output(args[0])))
         raise _Reached
 
     memory, places = share * _BYTES, share * _POSITIONS
@@ -79,13 +78,6 @@ def _check_finite(name: str, *tensors: Tensor) -> None:
             f"{name}: activations on the calibration images are not finite; check the source weights and the images, "
             f"or convert with --init carry"
         )
-
-
-def attention_input(layer: AAConv2d, x: Tensor) -> Tensor:
-    """What a layer's attention sees of its input. Shapes: (N, in_channels, ...) to (N, in_channels, h, w)."""
-    reduced = layer.reduce_to_output(x)
-    pool = layer.attention_pool
-    return average_pool(reduced, (pool, pool)) if pool > 1 else reduced
 
 
 def window_maps(seen: Tensor, window: tuple[int, int], step: tuple[int, int]) -> Tensor:

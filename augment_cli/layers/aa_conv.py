@@ -130,7 +130,7 @@ class AAConv2d(nn.Module):
         """Shapes: x (N, in_channels, H, W) to (N, out_channels, H', W'), H' and W' as `nn.Conv2d` gives them."""
         out = None if self.conv is None else self.conv(x)  # before the attention: x is in the cache still
         reduced = self.reduce_to_output(x)
-        attended = self.attend(reduced)
+        attended = self.attend(self.pool_for_attention(reduced))
         size = reduced.shape[-2:] if out is None else out.shape[-2:]
         if attended.shape[-2:] != size:
             attended = F.interpolate(attended, size=size, mode="bilinear", align_corners=False)
@@ -148,10 +148,13 @@ class AAConv2d(nn.Module):
             x = x[..., top : x.shape[-2] - top, left : x.shape[-1] - left]
         return x if self.stride == (1, 1) else average_pool(x, self.stride)
 
+    def pool_for_attention(self, x: Tensor) -> Tensor:
+        """Shapes: x (N, in_channels, H', W') to (N, in_channels, ceil(H' / pool), ceil(W' / pool))."""
+        pool = self.attention_pool
+        return average_pool(x, (pool, pool)) if pool > 1 else x
+
     def attend(self, x: Tensor) -> Tensor:
-        """Shapes: x (N, in_channels, H', W') to (N, value_channels, ceil(H' / pool), ceil(W' / pool))."""
-        if self.attention_pool > 1:
-            x = average_pool(x, (self.attention_pool, self.attention_pool))
+        """Shapes: x (N, in_channels, h, w), as pooled, to (N, value_channels, h, w)."""
         q, k, v = self.qkv(x).split([self.key_channels, self.key_channels, self.value_channels], dim=1)
         q, k, v = (t.unflatten(1, (self.heads, -1)).movedim(2, -1) for t in (q, k, v))  # N, heads, H, W, channels
         path = "fused" if torch.jit.is_tracing() and self.attention_path == "auto" else self.attention_path

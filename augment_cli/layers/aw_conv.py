@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from augment_cli.layers.attended import Geometry, attended_conv, conv_of_each, fastest_way
+from augment_cli.layers.attended import attended_conv, fastest_way
+from augment_cli.layers.per_sample import Geometry, conv_of_each
 
 
 class AWConv2d(nn.Conv2d):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from augment_cli.layers import AWConv2d, ScaledStandardize, attended
+from augment_cli.layers import AWConv2d, ScaledStandardize, attended, per_sample, unfolded
 from tests.layers import oracles
 from tests.layers.helpers import assert_equal, assert_gradients, normal, peak_bytes, randomised, seeds
 from tests.layers.test_aw_conv import cases
@@ -47,8 +47,8 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that even small layers are done in several parts, the last of them smaller."""
     monkeypatch.setattr(attended, "KERNELS_BYTES", 5_000)
-    monkeypatch.setattr(attended, "CHUNK_BYTES", 5_000)
-    monkeypatch.setattr(attended, "BLOCK_BYTES", 0)  # 32 rows
+    monkeypatch.setattr(unfolded, "CHUNK_BYTES", 5_000)
+    monkeypatch.setattr(unfolded, "BLOCK_BYTES", 0)  # 32 rows
 
 
 @given(cases(most_groups=1), st.integers(1, 9), seeds, st.sampled_from(FAST))
@@ -201,7 +201,7 @@ def test_no_samples_are_as_good_as_in_a_plain_convolution(way):
 
 
 def chosen(shape: tuple[int, ...], out_channels: int, kernel: int = 3, stride: int = 1, **options) -> str:
-    geometry = attended.Geometry(*((n, n) for n in (kernel, stride, kernel // 2, 1)))
+    geometry = per_sample.Geometry(*((n, n) for n in (kernel, stride, kernel // 2, 1)))
     weight = torch.empty(out_channels, shape[1], kernel, kernel, **options)
     return attended.fastest_way(torch.empty(shape, **options), weight, geometry)
 
@@ -257,7 +257,7 @@ def test_what_training_holds_for_a_sample_is_of_the_size_of_its_maps(way):
     held = [peak_bytes(partial(results, layer, x)) for x in (small, large)]
     assert held[1] - held[0] <= 6 * (large.nbytes - small.nbytes)
     kernel = layer.weight.nbytes
-    assert held[1] <= 8 * kernel + 4 * attended.CHUNK_BYTES + 6 * large.nbytes  # 192 kernels would be 453 MB
+    assert held[1] <= 8 * kernel + 4 * unfolded.CHUNK_BYTES + 6 * large.nbytes  # 192 kernels would be 453 MB
 
 
 @each_way
@@ -266,4 +266,4 @@ def test_inference_holds_less_than_two_kernels_for_each_block(way):
     x = normal(64, 256, 4, 4, seed=1, dtype=torch.float32)
     with torch.no_grad():
         held = peak_bytes(partial(layer, x))
-    assert held <= 4 * layer.weight.nbytes + 2 * attended.CHUNK_BYTES + 4 * x.nbytes
+    assert held <= 4 * layer.weight.nbytes + 2 * unfolded.CHUNK_BYTES + 4 * x.nbytes
