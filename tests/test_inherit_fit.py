@@ -172,8 +172,9 @@ def test_kept_filters_stay_bit_for_bit_and_nothing_else_changes_but_running_mean
     assert model.training
 
 
-def test_the_number_of_a_site_is_the_error_of_the_layer_on_images_that_it_was_not_fitted_to():
-    torch.manual_seed(2)
+def fitted_beside_its_source(seed: int):
+    """A net and a fitted copy, both for inference; the fit's record, and its images."""
+    torch.manual_seed(seed)
     model, images = Net(), calibration(60)
     source = Net()
     source.load_state_dict(model.state_dict())
@@ -181,6 +182,11 @@ def test_the_number_of_a_site_is_the_error_of_the_layer_on_images_that_it_was_no
     (record,) = fit(model, plan, graph, images)
     for net in (model, source):
         net.eval().requires_grad_(False)
+    return source, model, record, images
+
+
+def test_the_number_of_a_site_is_the_error_of_the_layer_on_images_that_it_was_not_fitted_to():
+    source, model, record, images = fitted_beside_its_source(2)
     x = torch.cat([source.bn1(source.conv1(batch)).relu() for batch in images.held_out()])
     given_up = (model.conv2.channel_order >= 24).nonzero().flatten()
     wanted = source.bn2(source.conv2(x))[:, given_up]
@@ -191,14 +197,7 @@ def test_the_number_of_a_site_is_the_error_of_the_layer_on_images_that_it_was_no
 
 
 def test_the_mean_behind_the_normalisation_is_the_sources():
-    torch.manual_seed(3)
-    model, images = Net(), calibration(60)
-    source = Net()
-    source.load_state_dict(model.state_dict())
-    plan, graph = planned(model, *RATIOS)
-    fit(model, plan, graph, images)
-    for net in (model, source):
-        net.eval().requires_grad_(False)
+    source, model, _, images = fitted_beside_its_source(3)
     x = torch.cat([source.bn1(source.conv1(batch)).relu() for batch in images.fitting()])
     outputs = [m.bn2(m.conv2(x)).mean((0, 2, 3)) for m in (model, source)]
     torch.testing.assert_close(*outputs, atol=1e-4, rtol=0)
