@@ -31,7 +31,7 @@ story: $(READY)
 	$(VENV)/bin/python docs/story.py
 
 # The environment is made when it is missing, broken or older than what it is made from.
-$(READY): pyproject.toml
+$(READY): pyproject.toml hatch_build.py $(wildcard augment_cli/layers/native/*.cpp augment_cli/layers/native/*.h)
 	$(VENV)/bin/python -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	touch $@

@@ -13,19 +13,25 @@ every r numbers of a kernel. Writing U_n for the unfolding of a sample, (H'W', C
   is rearranged for a convolution, which on small maps takes longer than the convolution.
 - static: A2 depends on no output channel, so it can scale U instead: O = K U + (s K) (A2 U), for many samples at once.
   Twice the multiply-adds, but nothing of a kernel's size is done for a sample.
+- native: a compiled kernel, which multiplies K by its factors as it loads it, so that no K_n is ever formed. About a
+  plain convolution's time; in float32, where there is one (`augment_cli.layers.native`).
 
-What the last three hold beyond inputs, results and gradients does not grow with the batch, because the backward pass
+What the last four hold beyond inputs, results and gradients does not grow with the batch, because the backward pass
 forms again what the forward pass formed: at most five times the chunk's kernels (chunked), a copy of K, two blocks of
-it and four unfoldings of the chunk (unfolded), or eight kernels and five unfoldings of the chunk (static). Second
-derivatives, `torch.func.vmap` and forward mode go through the grouped convolution, whose memory grows.
+it and four unfoldings of the chunk (unfolded), eight kernels and five unfoldings of the chunk (static), or two copies
+of K, 4 MB or one sample's inputs and outputs, and about 1 MB for each thread (native). Second derivatives,
+`torch.func.vmap` and forward mode go through the grouped convolution, whose memory grows.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from augment_cli.layers.native import attended as native
 from augment_cli.layers.per_sample import Geometry, Way, as_channels, conv_of_each
 from augment_cli.layers.unfolded import Static, Unfolded
 
@@ -48,6 +54,11 @@ def attended_conv(x: Tensor, kernel: Tensor, mixing: Tensor, scales: Tensor, geo
     if geometry.groups > 1:
         raise ValueError(
             f"way {way!r} takes dense kernels only, and this one has {geometry.groups} groups: use 'grouped'"
+        )
+    if way == "native" and not native.takes_convolution(x, kernel, geometry, len(mixing)):
+        raise ValueError(
+            f"there is no compiled kernel for a convolution of {x.dtype} on {x.device.type} from {kernel.shape[1]} to "
+            f"{len(kernel)} channels with {len(mixing)} maps, or not under autocast or transforms: use 'chunked'"
         )
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
@@ -153,16 +164,50 @@ class Chunked(Way):
             yield part, factors, kernel * factors
 
 
-WAYS = {"chunked": Chunked, "unfolded": Unfolded, "static": Static}
+@dataclass(frozen=True)
+class Native(Chunked):
+    """By the compiled kernel; everything in the usual order, and dense."""
+
+    def run(self, x: Tensor, kernel: Tensor, mixing: Tensor, scales: Tensor, out: Tensor) -> None:
+        with _dense(out) as (place,):
+            native.forward(*self.dense(x, kernel, mixing, scales), self.geometry, place)
+
+    def gradients(self, d_out, x, kernel, mixing, scales, dx: Tensor | None, sums: list[Tensor]) -> None:
+        inputs, rest = self.dense(x, kernel, mixing, scales), (None, None, None)
+        if sums:
+            rest = sums[0], sums[1].flatten(1).t(), sums[2]
+        with _dense(dx, *rest) as (of_x, *others):
+            native.backward(d_out.contiguous(), inputs, self.geometry, of_x, others if sums else None)
+
+    def dense(self, x: Tensor, kernel: Tensor, mixing: Tensor, scales: Tensor) -> tuple[Tensor, ...]:
+        """Shapes: as `augment_cli.layers.native.attended.forward` wants them."""
+        inputs = x, kernel.flatten(1), mixing.flatten(1).t(), scales.squeeze(2)
+        return tuple(t.contiguous() for t in inputs)
 
 
-def fastest_way(x: Tensor, kernel: Tensor, geometry: Geometry) -> str:
+@contextmanager
+def _dense(*tensors: Tensor | None) -> Iterator[list[Tensor | None]]:
+    """Dense tensors to write to in the place of these, which are what was written at the end."""
+    dense = [t if t is None or t.is_contiguous() else t.new_empty(t.shape) for t in tensors]
+    yield dense
+    for t, written in zip(tensors, dense, strict=True):
+        if written is not t:
+            t.copy_(written)
+
+
+WAYS = {"chunked": Chunked, "unfolded": Unfolded, "static": Static, "native": Native}
+
+
+def fastest_way(x: Tensor, kernel: Tensor, geometry: Geometry, groups: int) -> str:
     """Which way to go, as measured on a processor in float32; "grouped" wherever the others may not work.
 
-    Those take dense kernels only. "grouped" too where all kernels together are no more than "chunked" forms at a time,
-    and for one sample without gradients. The rest compares what has to be rearranged: an unfolding has H'W' C1 h w
-    numbers, a kernel C2 C1 h w. On a map of a few positions nothing of a kernel's size is worth doing for a sample.
+    "native" wherever there is a compiled kernel; `groups` of input channels have scales. Without one: the other ways
+    take dense kernels only. "grouped" too where all kernels together are no more than "chunked" forms at a time, and
+    for one sample without gradients. The rest compares what has to be rearranged: an unfolding has H'W' C1 h w numbers,
+    a kernel C2 C1 h w. On a map of a few positions nothing of a kernel's size is worth doing for a sample.
     """
+    if native.takes_convolution(x, kernel, geometry, groups):
+        return "native"
     plain = type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu"
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or not plain or geometry.groups > 1:
         return "grouped"

@@ -12,9 +12,11 @@ from torch import Tensor
 
 from augment_cli.layers.blocked import blocked_relative_attention
 from augment_cli.layers.fused import fused_relative_attention
+from augment_cli.layers.native import instructions
+from augment_cli.layers.native.attention import native_relative_attention
 from augment_cli.layers.relative import relative_logits
 
-Path = Literal["auto", "reference", "blocked", "fused"]
+Path = Literal["auto", "reference", "blocked", "fused", "native"]
 
 # Logits of a call under which blocks cost more than they save, with gradients and without: measured on maps of 7x7,
 # 10x10 and 14x14 positions with one and two threads.
@@ -42,6 +44,7 @@ PATHS: dict[str, Callable[..., Tensor]] = {
     "reference": relative_attention,
     "blocked": blocked_relative_attention,
     "fused": fused_relative_attention,
+    "native": native_relative_attention,
 }
 
 
@@ -49,9 +52,10 @@ def choose_path(q: Tensor) -> str:
     """The way that "auto" takes for a query (N, heads, H, W, d). All give the same numbers.
 
     - fused, when torch.compile or torch.export look on, who can follow it, and on CUDA;
+    - native, on a CPU, where there are compiled kernels and the numbers have at most 32 bits;
     - blocked, on a CPU, from 2^18 logits on, and from 2^16 on where no gradients are wanted;
     - reference otherwise: few logits, the meta device, fake tensors, other devices, and inside torch.func transforms,
-      which blocked has no rules for.
+      which native and blocked have no rules for.
     """
     if torch.compiler.is_compiling():
         return "fused"
@@ -59,9 +63,13 @@ def choose_path(q: Tensor) -> str:
         return "reference"
     if q.device.type == "cuda":
         return "fused"
+    if q.device.type != "cpu":
+        return "reference"
+    if q.element_size() <= 4 and q.numel() and instructions():
+        return "native"
     batch, heads, height, width, _ = q.shape
     many = batch * heads * (height * width) ** 2 >= _FEW_LOGITS[torch.is_grad_enabled()]
-    return "blocked" if many and q.device.type == "cpu" else "reference"
+    return "blocked" if many else "reference"
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, rel_height: Tensor, rel_width: Tensor, path: Path = "auto") -> Tensor:

@@ -90,7 +90,7 @@ class AWConv2d(nn.Conv2d):
         scales, kernel = self.scales(x), self.static_kernel()
         if self.same_pad:
             x = _pad_same(x, self.kernel_size, self.stride, self.dilation)
-        way = self.way or fastest_way(x, kernel, self.geometry)
+        way = self.way or fastest_way(x, kernel, self.geometry, self.expand.groups)
         if way == "grouped":
             out = conv_of_each(x, self._attended(kernel, scales), self.geometry)
         else:

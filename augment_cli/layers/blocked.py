@@ -26,8 +26,9 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import Function, forward_ad
+from torch.autograd import forward_ad
 
+from augment_cli.layers.first_order import FirstOrder, Gradients
 from augment_cli.layers.relative import by_position
 
 BLOCK_BYTES = 1_600_000
@@ -37,8 +38,6 @@ _LOG2_E = math.log2(math.e)
 _SAFE_SUM = 2.0**60
 """Of the weights of a query, and its inverse: values up to 2^40 times it are far below the largest float32, and what is
 rounded to zero beside its inverse does not count."""
-
-_WAY_OUT = "use augment_cli.layers.attention.relative_attention, which computes the same from differentiable operations"
 
 
 def blocked_relative_attention(
@@ -71,7 +70,7 @@ def blocked_relative_attention(
     return out.view(*q.shape[:2], v.shape[-1], height, width).movedim(2, -1).to(v.dtype)
 
 
-class _Attention(Function):
+class _Attention(FirstOrder):
     """Attention of prepared maps: `scale` is log2(e) d^(-1/2), tables in absolute positions and scaled by it.
 
     Shapes: q, k (B, d, HW); v (B, e, HW); tables (H, H, d) and (W, W, d); result (B, e, HW) and the base-2 log-sum-exp
@@ -96,17 +95,9 @@ class _Attention(Function):
             settings = ctx.size, ctx.scale, ctx.block_bytes
             return *gradients(d_out, *ctx.saved_tensors, *settings), None, None, None
 
-    @staticmethod
-    def vmap(info, in_dims, *inputs):
-        raise RuntimeError(f"blocked attention has no rule for torch.func.vmap; {_WAY_OUT}")
 
-    @staticmethod
-    def jvp(ctx, *tangents):
-        raise RuntimeError(f"blocked attention has no forward-mode derivative; {_WAY_OUT}")
-
-
-class _Gradients(Function):
-    """Gradients of `_Attention`: a Function of its own, so that asking for second derivatives gets a clear answer."""
+class _Gradients(Gradients):
+    """Gradients of `_Attention`."""
 
     @staticmethod
     def forward(d_out, q, k, v, rel_height, rel_width, out, lse, size, scale, block_bytes):
@@ -118,17 +109,6 @@ class _Gradients(Function):
             maps = (t[part] for t in (d_out, lse, q, k, v))
             _attend_backward(*maps, rel_height, rel_width, blocks, *(t[part] for t in grads[:3]), *grads[3:])
         return grads
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(ctx, *grads):
-        raise RuntimeError(f"blocked attention has no second derivatives; {_WAY_OUT}")
-
-    vmap = _Attention.vmap
-    jvp = _Attention.jvp
 
 
 def _attention(q, k, v, rel_height, rel_width, size, scale, block_bytes) -> tuple[Tensor, Tensor, Tensor | None]:

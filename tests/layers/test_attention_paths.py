@@ -263,6 +263,7 @@ def queries(size: int, batch: int = 1) -> Tensor:
     return torch.randn(batch, 2, size, size, 4)
 
 
+@pytest.mark.usefixtures("without_kernels")
 def test_the_rule_takes_blocks_for_many_logits_and_the_reference_for_few():
     assert choose_path(queries(7)) == "reference"
     assert choose_path(queries(20)) == "blocked"

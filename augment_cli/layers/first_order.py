@@ -1,0 +1,29 @@
+"""Functions whose first derivatives are all that there is, and which say so."""
+
+from torch.autograd import Function
+
+WAY_OUT = "use augment_cli.layers.attention.relative_attention, which computes the same from differentiable operations"
+
+
+class FirstOrder(Function):
+    """A way of attention with a backward pass of its own: no `torch.func.vmap` and no forward mode."""
+
+    @staticmethod
+    def vmap(info, in_dims, *inputs):
+        raise RuntimeError(f"this way of attention has no rule for torch.func.vmap; {WAY_OUT}")
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        raise RuntimeError(f"this way of attention has no forward-mode derivative; {WAY_OUT}")
+
+
+class Gradients(FirstOrder):
+    """A backward pass as a Function of its own, so that asking for second derivatives gets a clear answer."""
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError(f"this way of attention has no second derivatives; {WAY_OUT}")

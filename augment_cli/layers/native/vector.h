@@ -1,0 +1,85 @@
+// Vectors of LANES floats, and what the kernels need of them beyond + - *. Compiled once for AVX-512, once for AVX2.
+#pragma once
+#include <immintrin.h>
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+#ifdef __AVX512F__
+constexpr int LANES = 16;
+constexpr int TILE = 14;  // rows of two vectors that stay in 32 registers, with room for the operands
+using vec = __m512;
+static inline vec load(const float *p) { return _mm512_loadu_ps(p); }
+static inline void store(float *p, vec a) { _mm512_storeu_ps(p, a); }
+static inline vec all(float a) { return _mm512_set1_ps(a); }
+static inline vec larger(vec a, vec b) { return _mm512_max_ps(a, b); }
+static inline float sum(vec a) { return _mm512_reduce_add_ps(a); }
+static inline vec fused(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
+static inline vec nearest(vec a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+static inline vec times_power(vec a, vec n) { return _mm512_scalef_ps(a, n); }
+#else
+constexpr int LANES = 8;
+constexpr int TILE = 6;
+using vec = __m256;
+static inline vec load(const float *p) { return _mm256_loadu_ps(p); }
+static inline void store(float *p, vec a) { _mm256_storeu_ps(p, a); }
+static inline vec all(float a) { return _mm256_set1_ps(a); }
+static inline vec larger(vec a, vec b) { return _mm256_max_ps(a, b); }
+static inline float sum(vec a) {
+    __m128 b = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    b = _mm_add_ps(b, _mm_movehl_ps(b, b));
+    return _mm_cvtss_f32(_mm_add_ss(b, _mm_movehdup_ps(b)));
+}
+static inline vec fused(vec a, vec b, vec c) { return _mm256_fmadd_ps(a, b, c); }
+static inline vec nearest(vec a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+static inline vec times_power(vec a, vec n) {
+    __m256i exponent = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
+    return a * _mm256_castsi256_ps(exponent);
+}
+#endif
+
+constexpr int PAIR = 2 * LANES;
+
+static inline int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// Calls f with the compile-time constant n, 1 <= n <= N.
+template <int N> struct Constant { static constexpr int value = N; };
+template <int N, class F> static inline void with_constant(int n, F f) {
+    if constexpr (N > 1)
+        if (n < N) return with_constant<N - 1>(n, f);
+    f(Constant<N>());
+}
+
+// 2^a to about one unit in the last place; NaN stays NaN. A sixth-degree polynomial on [-1/2, 1/2].
+static inline vec exp2(vec a) {
+    a = larger(all(-126.f), a);  // in this order NaN goes through
+#ifndef __AVX512F__
+    a = _mm256_min_ps(all(127.f), a);
+#endif
+    vec whole = nearest(a), f = a - whole;
+    vec p = fused(all(1.546144777e-4f), f, all(1.339086681e-3f));
+    p = fused(p, f, all(9.618056938e-3f));
+    p = fused(p, f, all(5.550356954e-2f));
+    p = fused(p, f, all(2.402265072e-1f));
+    p = fused(p, f, all(6.931471825e-1f));
+    p = fused(p, f, all(1.f));
+    return times_power(p, whole);
+}
+
+// Rows become columns, LANES x LANES: at every step blocks of half the width change places across the diagonal.
+typedef int ints __attribute__((vector_size(4 * LANES)));
+template <int WIDTH = LANES / 2> static inline __attribute__((always_inline)) void transpose(vec (&rows)[LANES]) {
+    ints upper, lower;
+#pragma GCC unroll 16
+    for (int l = 0; l < LANES; ++l) {
+        upper[l] = l & WIDTH ? LANES + l - WIDTH : l;
+        lower[l] = l & WIDTH ? LANES + l : l + WIDTH;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; ++i)
+        if (!(i & WIDTH)) {
+            vec a = rows[i], b = rows[i | WIDTH];
+            rows[i] = __builtin_shuffle(a, b, upper);
+            rows[i | WIDTH] = __builtin_shuffle(a, b, lower);
+        }
+    if constexpr (WIDTH > 1) transpose<WIDTH / 2>(rows);
+}
