@@ -15,6 +15,7 @@ from functools import partial
 from types import SimpleNamespace
 
 import torch
+import torch.nn.functional as F
 from measure import machine, peak_mib, quartiles, ratios, write_results
 from timm.layers.bottleneck_attn import PosEmbedRel
 from torch import Tensor, nn
@@ -143,38 +144,53 @@ def rate(amount: float, step: Callable[[], object]) -> float:
     return amount / min(seconds(step, 0.005) for _ in range(20))
 
 
-def floor(size: int) -> dict:
-    """The parts of blocked attention that no arrangement leaves out, each at its own measured rate, on one core."""
-    _, batch, value_channels = AA_CASES[size]
-    d, e, positions, queries = KEY_CHANNELS // HEADS, value_channels // HEADS, size**2, min(size**2, 112)
-    logits = batch * HEADS * positions**2
-    q, k, v = torch.randn(d, queries), torch.randn(positions, d), torch.randn(e + 1, positions)
-    block, other = torch.randn(positions, queries), torch.empty(positions, queries)
-    sums = torch.randn(e + 1, queries)
-    per_second = {
-        "q k": rate(block.numel(), lambda: torch.mm(k, q, out=other)),
-        "exp2": rate(block.numel(), lambda: torch.exp2(block, out=other)),
-        "p v": rate(block.numel(), lambda: torch.mm(v, block)),
-        "dp": rate(block.numel(), lambda: torch.mm(v.t(), sums, out=other)),
-        "dq": rate(block.numel(), lambda: torch.mm(k.t(), block)),
-        "dk": rate(block.numel(), lambda: torch.mm(q, block.t())),
-        "pass": rate(block.numel(), lambda: torch.mul(block, block, out=other)),
+def rates() -> dict[str, float]:
+    """What torch does here at its fastest, a second, on its threads: multiply-adds, exponentials, and bytes moved."""
+    size, few, many = 1024, torch.randn(2**16), torch.randn(2**24)
+    a, b, out, other = torch.randn(size, size), torch.randn(size, size), torch.empty_like(few), torch.empty_like(many)
+    x, taps = torch.randn(8, 256, 14, 14), torch.randn(256, 256, 3, 3)
+    products = (
+        rate(size**3, lambda: F.linear(a, b)),
+        rate(8 * 196 * taps.numel(), lambda: F.conv2d(x, taps, padding=1)),
+    )
+    return {
+        "multiply_adds": max(products),
+        "exponentials": rate(few.numel(), lambda: torch.exp2(few, out=out)),
+        "bytes": rate(8 * many.numel(), lambda: torch.mul(many, 2, out=other)),
     }
-    forward = ("q k", "exp2", "p v", "pass")
-    both = (*forward, "q k", "exp2", "pass", "dp", "pass", "p v", "dq", "dk", "pass", "pass")
+
+
+def aa_floor(size: int, per_second: dict[str, float]) -> dict:
+    """Milliseconds of the arithmetic that attention cannot leave out, and of the convolutions around it, as measured.
+
+    Forward, a logit takes d multiply-adds to make, one to sum and e to use; backward it is made again, and its gradient
+    takes e, those of q, k and v 2 d + e. An exponential each time.
+    """
+    _, batch, value_channels = AA_CASES[size]
+    d, e, logits = KEY_CHANNELS // HEADS, value_channels // HEADS, batch * HEADS * size**4
     layer, x = aa_layer(size)
     PATHS["nothing"] = lambda q, k, v, *tables: v
-    row = {
-        "map": size,
-        "billion_logits_per_second": {name: round(value / 1e9, 2) for name, value in per_second.items()},
-    }
-    for mode, parts in zip(MODES, (forward, both), strict=True):
-        core = 1e3 * sum(logits / per_second[part] for part in parts)
-        rest = 1e3 / rate(1, partial(along, "nothing", "attention_path", layer, x, mode))
-        row[mode] = {"core_ms": round(core, 2), "convolutions_ms": round(rest, 2)}
-        print(
-            f"AA {size:2d} {mode:16s} floor {core + rest:9.2f} ms: core {core:.2f}, convolutions {rest:.2f}", flush=True
-        )
+    row = {"map": size}
+    for mode, products, exponentials in zip(MODES, (d + 1 + e, 4 * d + 1 + 3 * e), (1, 2), strict=True):
+        core = logits * (products / per_second["multiply_adds"] + exponentials / per_second["exponentials"])
+        rest = 1 / rate(1, partial(along, "nothing", "attention_path", layer, x, mode))
+        row[mode] = {"core_ms": round(1e3 * core, 3), "convolutions_ms": round(1e3 * rest, 3)}
+        print(f"AA {size:2d} {mode:16s} floor {1e3 * (core + rest):9.2f} ms: core {1e3 * core:.2f}", flush=True)
+    return row
+
+
+def aw_floor(size: int, batch: int, per_second: dict[str, float]) -> dict:
+    """Milliseconds that AW cannot go under: its convolution's multiply-adds, or, if more, its bytes moved once.
+
+    Training has three convolutions' multiply-adds, and moves input, result, kernel and the gradients of all.
+    """
+    channels = AW_CASES[size]
+    row = {"map": size, "batch": batch}
+    for mode, times in zip(MODES, (1, 3), strict=True):
+        products = times * batch * size**2 * 9 * channels**2 / per_second["multiply_adds"]
+        moved = 4 * times * (2 * batch * channels * size**2 + 9 * channels**2) / per_second["bytes"]
+        row[mode] = {"products_ms": round(1e3 * products, 3), "bytes_ms": round(1e3 * moved, 3)}
+        print(f"AW {size:2d} x{batch:<3d} {mode:16s} floor {1e3 * max(products, moved):9.2f} ms", flush=True)
     return row
 
 
@@ -186,7 +202,9 @@ def main() -> None:
     parser.add_argument("--maps", type=int, nargs="+", choices=AA_CASES, default=list(AA_CASES))
     parser.add_argument("--aa-paths", nargs="+", default=["reference", "timm", "auto"])
     parser.add_argument("--aw-paths", nargs="+", default=["grouped", "auto"])
-    parser.add_argument("--floors", action="store_true", help="AA: the floor of each case too")
+    parser.add_argument(
+        "--floors", action="store_true", help="what each case takes at the least, by this machine's rates"
+    )
     parser.add_argument("--no-write", action="store_true", help="print only")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -196,7 +214,10 @@ def main() -> None:
     if "aa" in options.only:
         results["aa"] = measure_aa(options.rounds, options.maps, options.aa_paths)
     if options.floors:
-        results["aa_floors"] = [floor(size) for size in options.maps]
+        per_second = results["per_second"] = rates()
+        print("  ".join(f"{name} {value / 1e9:.1f} billion/s" for name, value in per_second.items()))
+        results["aa_floors"] = [aa_floor(size, per_second) for size in options.maps]
+        results["aw_floors"] = [aw_floor(size, batch, per_second) for size in options.maps for batch in AW_BATCHES]
     if "aw" in options.only:
         results["aw"] = measure_aw(options.rounds, options.maps, options.aw_paths)
     if not options.no_write:

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
+from augment_cli.layers.native import instructions
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -24,6 +26,7 @@ def machine() -> dict[str, str | int]:
         "cores": os.cpu_count() or 0,
         "system": platform.system(),
         "python": platform.python_version(),
+        "kernels": instructions or "none",
         "torch": version("torch"),
         "timm": version("timm"),
     }

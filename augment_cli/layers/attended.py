@@ -60,6 +60,8 @@ def attended_conv(x: Tensor, kernel: Tensor, mixing: Tensor, scales: Tensor, geo
             f"there is no compiled kernel for a convolution of {x.dtype} on {x.device.type} from {kernel.shape[1]} to "
             f"{len(kernel)} channels with {len(mixing)} maps, or not under autocast or transforms: use 'chunked'"
         )
+    if torch.compiler.is_compiling() and way == "native":
+        return native.operator(x, kernel, mixing, scales, *(list(option) for option in geometry.options))
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         x, scales = x.to(torch.get_autocast_dtype(device)), scales.to(kernel.dtype)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from augment_cli.layers.blocked import blocked_relative_attention
 from augment_cli.layers.fused import fused_relative_attention
-from augment_cli.layers.native import instructions
+from augment_cli.layers.native import takes
 from augment_cli.layers.native.attention import native_relative_attention
 from augment_cli.layers.relative import relative_logits
 
@@ -51,25 +51,24 @@ PATHS: dict[str, Callable[..., Tensor]] = {
 def choose_path(q: Tensor) -> str:
     """The way that "auto" takes for a query (N, heads, H, W, d). All give the same numbers.
 
-    - fused, when torch.compile or torch.export look on, who can follow it, and on CUDA;
-    - native, on a CPU, where there are compiled kernels and the numbers have at most 32 bits;
+    - native, on a CPU, where there are compiled kernels and the numbers have at most 32 bits; torch.compile takes it as
+      one operator;
+    - fused, when torch.compile or torch.export look on otherwise, who can follow it, and on CUDA;
     - blocked, on a CPU, from 2^18 logits on, and from 2^16 on where no gradients are wanted;
     - reference otherwise: few logits, the meta device, fake tensors, other devices, and inside torch.func transforms,
       which native and blocked have no rules for.
     """
+    if takes(q, dtypes=(torch.float32, torch.bfloat16, torch.float16)):
+        return "native"
     if torch.compiler.is_compiling():
         return "fused"
     if type(q) is not Tensor or torch._C._are_functorch_transforms_active():
         return "reference"
     if q.device.type == "cuda":
         return "fused"
-    if q.device.type != "cpu":
-        return "reference"
-    if q.element_size() <= 4 and q.numel() and instructions():
-        return "native"
     batch, heads, height, width, _ = q.shape
     many = batch * heads * (height * width) ** 2 >= _FEW_LOGITS[torch.is_grad_enabled()]
-    return "blocked" if many else "reference"
+    return "blocked" if many and q.device.type == "cpu" else "reference"
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, rel_height: Tensor, rel_width: Tensor, path: Path = "auto") -> Tensor:

@@ -8,4 +8,4 @@ from augment_cli.layers import native
 @pytest.fixture
 def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where none could be compiled."""
-    monkeypatch.setattr(native, "_loaded", lambda: (None, None))
+    monkeypatch.setattr(native, "instructions", None)

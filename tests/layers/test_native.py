@@ -19,17 +19,17 @@ from tests.layers.test_attention_paths import assert_same, gradients, make_input
 from tests.layers.test_aw_paths import results
 
 pytestmark = pytest.mark.skipif(
-    native.instructions() is None and os.environ.get("AUGMENT_NATIVE") != "1",
+    native.instructions is None and os.environ.get("AUGMENT_NATIVE") != "1",
     reason="no kernels were compiled; AUGMENT_NATIVE=1 makes that an error",
 )
 drawn = settings(derandomize=True, deadline=None, max_examples=80)
 
 
 def test_they_were_compiled():
-    assert native.instructions() in native.LANES
+    assert native.instructions in native.LANES
 
 
-@pytest.mark.skipif(native.instructions() != "AVX512", reason="these are AVX2's already")
+@pytest.mark.skipif(native.instructions != "AVX512", reason="these are AVX2's already")
 def test_with_avx2_too():
     """All of this file again, for the instructions that a processor with AVX-512 does not choose."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", __file__]
@@ -328,6 +328,64 @@ def test_convolution_holds_a_bounded_amount():
     assert held[0] <= 5 * layer.weight.nbytes + 2**23 + 6 * small.nbytes  # 192 kernels would be 453 MB
 
 
+# ---- compilers and exporters
+
+layers = pytest.mark.parametrize(
+    ("layer", "operator"),
+    [
+        (partial(AWConv2d, 32, 64, 3, stride=(2, 1), padding=1), "augment_cli.attended"),
+        (
+            partial(AAConv2d, 32, 32, 3, heads=2, key_channels=16, value_channels=8, resolution=7),
+            "augment_cli.attention",
+        ),
+    ],
+    ids=["aw", "aa"],
+)
+
+
+@layers
+def test_torch_compile_is_given_an_operator(layer, operator):
+    layer, seen = randomised(layer(), 0), []
+
+    def backend(module, example):
+        seen.extend(str(node.target) for node in module.graph.nodes)
+        return module.forward
+
+    for batch in (2, 3, 5):
+        x = normal(batch, 32, 9, 9, seed=1, dtype=torch.float32)
+        for compiler in (backend, "aot_eager"):
+            found = results(torch.compile(layer, backend=compiler, fullgraph=True), x)
+            for name, expected in results(layer, x).items():
+                a = found[name] if name in found else found[f"_orig_mod.{name}"]
+                assert (a - expected).abs().max() <= 1e-5 * max(1.0, float(expected.abs().max())), name
+    assert any(operator in target for target in seen)
+
+
+@layers
+def test_operators_are_what_torch_wants_of_them(layer, operator):
+    q, k, v, *tables = (t.detach().clone().requires_grad_() for t in make_inputs(n=1, heads=1, dtype=torch.float32))
+    if "attention" in operator:
+        maps = (t.movedim(-1, 2).flatten(3).contiguous().detach().requires_grad_() for t in (q, k, v))
+        torch.library.opcheck(torch.ops.augment_cli.attention.default, (*maps, *tables))
+    else:
+        shapes = (2, 32, 5, 6), (32, 32, 3, 3), (2, 32), (2, 2, 3, 3)
+        tensors = (normal(*shape, seed=i, dtype=torch.float32).requires_grad_() for i, shape in enumerate(shapes))
+        torch.library.opcheck(torch.ops.augment_cli.attended.default, (*tensors, [2, 1], [1, 0], [1, 1]))
+
+
+@layers
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_what_is_exported_or_traced_runs_without_us(layer, operator):
+    layer, x = randomised(layer(), 0), normal(2, 32, 9, 9, seed=1, dtype=torch.float32)
+    exported = torch.export.export(layer, (x,))
+    assert operator not in str(exported.graph_module.code)
+    traced = torch.jit.trace(layer, x, check_trace=False)
+    assert "augment_cli::" not in str(traced.inlined_graph)
+    expected = layer(x)
+    for out in (exported.module()(x), traced(x)):
+        assert (out - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
 # ---- without them
 
 
@@ -346,6 +404,6 @@ def test_a_library_of_other_sources_is_not_taken(tmp_path, monkeypatch):
         if path.suffix in (".cpp", ".h", ".so"):
             (tmp_path / path.name).write_bytes(path.read_bytes())
     monkeypatch.setattr(native, "HERE", tmp_path)
-    assert native._loaded.__wrapped__()[0] == native.instructions()
+    assert native._load()[0] == native.instructions
     (tmp_path / "vector.h").write_text("// changed")
-    assert native._loaded.__wrapped__() == (None, None)
+    assert native._load() == (None, None)

@@ -6,7 +6,6 @@ another processor or operating system, the layers do without them.
 
 import ctypes
 import hashlib
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -25,23 +24,7 @@ def library_path(instructions: str) -> Path:
     return HERE / f"kernels-{instructions.lower()}-{digest[:12]}.so"
 
 
-def instructions() -> str | None:
-    """What the kernels in use were compiled for, "AVX512" or "AVX2"; None where there are none."""
-    return _loaded()[0]
-
-
-def lanes() -> int:
-    """Numbers in a vector of the kernels in use."""
-    return LANES[_loaded()[0]]
-
-
-def kernels() -> ctypes.CDLL:
-    """The kernels in use. Their arguments are not checked: `takes` says which tensors they are for."""
-    return _loaded()[1]
-
-
-@cache
-def _loaded() -> tuple[str | None, ctypes.CDLL | None]:
+def _load() -> tuple[str | None, ctypes.CDLL | None]:
     capability = torch.backends.cpu.get_cpu_capability()
     for name in LANES:
         if capability.startswith(name) and library_path(name).is_file():
@@ -52,12 +35,29 @@ def _loaded() -> tuple[str | None, ctypes.CDLL | None]:
     return None, None
 
 
-def takes(*tensors: Tensor) -> bool:
-    """Whether there are kernels, and these are plain float32 tensors on a processor that nothing looks on at."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+instructions, kernels = _load()
+"""What the kernels in use were compiled for, "AVX512" or "AVX2", and the kernels; None where there are none.
+
+They check no arguments: `takes` says which tensors they are for.
+"""
+
+
+def lanes() -> int:
+    """Numbers in a vector of the kernels in use."""
+    return LANES[instructions]
+
+
+def takes(*tensors: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> bool:
+    """Whether there are kernels, and these are plain tensors of such types on a processor, and no transform looks on.
+
+    A compiler may: it is given operators. Exporters and tracers are not, so that what they record runs without us.
+    """
+    if instructions is None or torch.jit.is_tracing() or torch.compiler.is_exporting():
+        return False
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return False
     plain = all(type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" for t in tensors)
-    return plain and all(t.dtype == torch.float32 for t in tensors) and instructions() is not None
+    return plain and all(t.dtype in dtypes for t in tensors)
 
 
 def pointer(tensor: Tensor | None) -> ctypes.c_void_p:

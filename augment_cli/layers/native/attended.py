@@ -30,7 +30,7 @@ def forward(x: Tensor, kernel: Tensor, mixing: Tensor, scales: Tensor, geometry:
     Shapes, all dense: x (N, C1, H, W), K (C2, C1 h w), s (C1/r, C2), A2 (N, C1/r, h w), out (N, C2, H', W').
     """
     numbers, place, threads = _call(x, kernel, mixing, geometry, backward=False)
-    kernels().attended_forward(numbers, *map(pointer, (x, kernel, mixing, scales, out, place)), threads)
+    kernels.attended_forward(numbers, *map(pointer, (x, kernel, mixing, scales, out, place)), threads)
 
 
 def backward(
@@ -43,7 +43,7 @@ def backward(
     x, kernel, mixing, _ = inputs
     numbers, place, threads = _call(x, kernel, mixing, geometry, backward=True)
     tensors = *inputs, d_out, dx, *(rest or [None] * 3), place
-    kernels().attended_backward(numbers, *map(pointer, tensors), threads)
+    kernels.attended_backward(numbers, *map(pointer, tensors), threads)
 
 
 def _call(x: Tensor, kernel: Tensor, mixing: Tensor, geometry: Geometry, backward: bool):
@@ -52,6 +52,72 @@ def _call(x: Tensor, kernel: Tensor, mixing: Tensor, geometry: Geometry, backwar
     over = *geometry.size, *geometry.stride, *geometry.padding, *geometry.dilation
     numbers = len(x), *channels, *x.shape[2:], x.shape[1] // len(mixing), *over, *geometry.out_size(x)
     numbers = (ctypes.c_int * len(numbers))(*numbers)
-    threads, scratch = torch.get_num_threads(), kernels().attended_scratch
+    threads, scratch = torch.get_num_threads(), kernels.attended_scratch
     scratch.restype = ctypes.c_long
     return numbers, x.new_empty(scratch(numbers, backward, threads)), threads
+
+
+@torch.library.custom_op("augment_cli::attended", mutates_args=(), device_types="cpu")
+def operator(
+    x: Tensor,
+    kernel: Tensor,
+    mixing: Tensor,
+    scales: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+) -> Tensor:
+    """The same for torch.compile. Shapes: x (N, C1, H, W), K (C2, C1, h, w), s (C1/r, C2), A2 (N, C1/r, h, w)."""
+    inputs, geometry = _arguments(x, kernel, mixing, scales, stride, padding, dilation)
+    out = x.new_empty(len(x), len(kernel), *geometry.out_size(x))
+    forward(*inputs, geometry, out)
+    return out
+
+
+@operator.register_fake
+def _(x, kernel, mixing, scales, stride, padding, dilation):
+    geometry = Geometry(kernel.shape[2:], stride, padding, dilation)
+    return x.new_empty(x.shape[0], kernel.shape[0], *geometry.out_size(x))
+
+
+@torch.library.custom_op("augment_cli::attended_backward", mutates_args=(), device_types="cpu")
+def _operator_backward(
+    d_out: Tensor,
+    x: Tensor,
+    kernel: Tensor,
+    mixing: Tensor,
+    scales: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    inputs, geometry = _arguments(x, kernel, mixing, scales, stride, padding, dilation)
+    dx, *rest = (t.new_empty(t.shape) for t in (x, kernel, mixing, scales))
+    backward(d_out.contiguous(), inputs, geometry, dx, tuple(rest))
+    return dx, *rest
+
+
+@_operator_backward.register_fake
+def _(d_out, x, kernel, mixing, scales, stride, padding, dilation):
+    return tuple(t.new_empty(t.shape) for t in (x, kernel, mixing, scales))
+
+
+def _save(ctx, inputs, output) -> None:
+    *tensors, ctx.stride, ctx.padding, ctx.dilation = inputs
+    ctx.save_for_backward(*tensors)
+
+
+operator.register_autograd(
+    lambda ctx, d_out: (
+        *_operator_backward(d_out, *ctx.saved_tensors, ctx.stride, ctx.padding, ctx.dilation),
+        None,
+        None,
+        None,
+    ),
+    setup_context=_save,
+)
+
+
+def _arguments(x, kernel, mixing, scales, stride, padding, dilation) -> tuple[tuple[Tensor, ...], Geometry]:
+    geometry = Geometry(tuple(kernel.shape[2:]), tuple(stride), tuple(padding), tuple(dilation))
+    return tuple(t.contiguous() for t in (x, kernel, mixing, scales)), geometry
