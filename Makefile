@@ -1,6 +1,7 @@
 PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
+NATIVE := $(wildcard augment_cli/layers/native/*.cpp augment_cli/layers/native/*.h)
 
 .PHONY: demo test lint format benchmark sweep story clean
 
@@ -16,10 +17,12 @@ test: $(READY)
 lint: $(READY)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/clang-format --dry-run --Werror $(NATIVE)
 
 format: $(READY)
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/clang-format -i $(NATIVE)
 
 benchmark: $(READY)
 	$(VENV)/bin/python benchmarks/convert.py
@@ -31,7 +34,7 @@ story: $(READY)
 	$(VENV)/bin/python docs/story.py
 
 # The environment is made when it is missing, broken or older than what it is made from.
-$(READY): pyproject.toml hatch_build.py $(wildcard augment_cli/layers/native/*.cpp augment_cli/layers/native/*.h)
+$(READY): pyproject.toml hatch_build.py $(NATIVE)
 	$(VENV)/bin/python -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	touch $@

@@ -1,4 +1,4 @@
-"""The convolution of AW as one compiled kernel. `attended.cpp` says how it is arranged."""
+"""The convolution of AW as one compiled kernel. `attended.h` says how it is arranged."""
 
 import ctypes
 
@@ -47,14 +47,14 @@ def backward(
 
 
 def _call(x: Tensor, kernel: Tensor, mixing: Tensor, geometry: Geometry, backward: bool):
-    """The numbers of `struct Conv` in attended.cpp, scratch memory, and the number of threads."""
+    """The numbers of `struct Conv` in attended.h, scratch memory, and the number of threads."""
     channels = x.shape[1], len(kernel)
     over = *geometry.size, *geometry.stride, *geometry.padding, *geometry.dilation
     numbers = len(x), *channels, *x.shape[2:], x.shape[1] // len(mixing), *over, *geometry.out_size(x)
     numbers = (ctypes.c_int * len(numbers))(*numbers)
-    threads, scratch = torch.get_num_threads(), kernels.attended_scratch
-    scratch.restype = ctypes.c_long
-    return numbers, x.new_empty(scratch(numbers, backward, threads)), threads
+    scratch = kernels.attended_backward_scratch if backward else kernels.attended_forward_scratch
+    scratch.restype, threads = ctypes.c_long, torch.get_num_threads()
+    return numbers, x.new_empty(scratch(numbers, threads)), threads
 
 
 @torch.library.custom_op("augment_cli::attended", mutates_args=(), device_types="cpu")

@@ -2,6 +2,8 @@
 #pragma once
 #include <immintrin.h>
 
+#define INLINE inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 #ifdef __AVX512F__
@@ -42,12 +44,37 @@ constexpr int PAIR = 2 * LANES;
 static inline int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 // Calls f with the compile-time constant n, 1 <= n <= N.
-template <int N> struct Constant { static constexpr int value = N; };
-template <int N, class F> static inline void with_constant(int n, F f) {
+template <int N>
+struct Constant {
+    static constexpr int value = N;
+};
+template <int N, class F>
+static inline void with_constant(int n, F f) {
     if constexpr (N > 1)
         if (n < N) return with_constant<N - 1>(n, f);
     f(Constant<N>());
 }
+
+// P rows of PAIR numbers in registers. In memory, a block: [P][PAIR].
+template <int P>
+struct Tile {
+    vec at[P][2];
+
+    INLINE void fill(vec a, vec b) { UNROLL for (auto &row : at) row[0] = a, row[1] = b; }
+    INLINE void read(const float *block) {
+        UNROLL for (int j = 0; j < P; ++j) at[j][0] = load(block + j * PAIR), at[j][1] = load(block + j * PAIR + LANES);
+    }
+    INLINE void write(float *block) const {
+        UNROLL for (int j = 0; j < P; ++j) store(block + j * PAIR, at[j][0]), store(block + j * PAIR + LANES, at[j][1]);
+    }
+    // Row j += numbers[j] (a, b)
+    INLINE void add_products(const float *numbers, vec a, vec b) {
+        UNROLL for (int j = 0; j < P; ++j) {
+            vec number = all(numbers[j]);
+            at[j][0] = fused(number, a, at[j][0]), at[j][1] = fused(number, b, at[j][1]);
+        }
+    }
+};
 
 // 2^a to about one unit in the last place; NaN stays NaN. A sixth-degree polynomial on [-1/2, 1/2].
 static inline vec exp2(vec a) {
@@ -67,14 +94,15 @@ static inline vec exp2(vec a) {
 
 // Rows become columns, LANES x LANES: at every step blocks of half the width change places across the diagonal.
 typedef int ints __attribute__((vector_size(4 * LANES)));
-template <int WIDTH = LANES / 2> static inline __attribute__((always_inline)) void transpose(vec (&rows)[LANES]) {
+template <int WIDTH = LANES / 2>
+static inline __attribute__((always_inline)) void transpose(vec (&rows)[LANES]) {
     ints upper, lower;
-#pragma GCC unroll 16
+    UNROLL
     for (int l = 0; l < LANES; ++l) {
         upper[l] = l & WIDTH ? LANES + l - WIDTH : l;
         lower[l] = l & WIDTH ? LANES + l : l + WIDTH;
     }
-#pragma GCC unroll 16
+    UNROLL
     for (int i = 0; i < LANES; ++i)
         if (!(i & WIDTH)) {
             vec a = rows[i], b = rows[i | WIDTH];
