@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -238,6 +239,17 @@ def test_no_samples():
     assert found["out"].shape == (0, 32, 3, 4)
     assert not found["weight"].any()
     assert native_relative_attention(*make_inputs(n=0, dtype=torch.float32)).shape == (0, 2, 6, 5, 3)
+
+
+def test_several_calls_at_once():
+    layer = layer_of(0, "native", in_channels=64, out_channels=64, kernel_size=3, padding=1)
+    maps = [normal(2, 64, 9, 8, seed=i, dtype=torch.float32) for i in range(8)]
+    heads = [[t.detach() for t in make_inputs(seed=i, height=9, dtype=torch.float32)] for i in range(8)]
+    run = [lambda x: results(layer, x)["weight"], lambda qkv: native_relative_attention(*qkv)]
+    with ThreadPoolExecutor(4) as pool:
+        for function, inputs in zip(run, (maps, heads), strict=True):
+            for found, expected in zip(pool.map(function, inputs * 4), [function(x) for x in inputs] * 4, strict=True):
+                torch.testing.assert_close(found, expected)
 
 
 def test_padding_that_no_window_sees():

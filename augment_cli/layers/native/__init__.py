@@ -29,9 +29,12 @@ def _load() -> tuple[str | None, ctypes.CDLL | None]:
     for name in LANES:
         if capability.startswith(name) and library_path(name).is_file():
             try:
-                return name, ctypes.CDLL(str(library_path(name)))
+                library = ctypes.CDLL(str(library_path(name)))
             except OSError:  # made for another system
                 return None, None
+            for scratch in ("attention", "attended_forward", "attended_backward"):
+                getattr(library, f"{scratch}_scratch").restype = ctypes.c_long
+            return name, library
     return None, None
 
 

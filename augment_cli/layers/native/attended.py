@@ -53,7 +53,7 @@ def _call(x: Tensor, kernel: Tensor, mixing: Tensor, geometry: Geometry, backwar
     numbers = len(x), *channels, *x.shape[2:], x.shape[1] // len(mixing), *over, *geometry.out_size(x)
     numbers = (ctypes.c_int * len(numbers))(*numbers)
     scratch = kernels.attended_backward_scratch if backward else kernels.attended_forward_scratch
-    scratch.restype, threads = ctypes.c_long, torch.get_num_threads()
+    threads = torch.get_num_threads()
     return numbers, x.new_empty(scratch(numbers, threads)), threads
 
 

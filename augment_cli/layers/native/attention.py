@@ -82,7 +82,6 @@ def _call(q, k, v, rel_height, rel_width, backward: bool) -> tuple[tuple, Tensor
     batch, heads, d, _ = q.shape
     size = ((len(table) + 1) // 2 for table in (rel_height, rel_width))
     numbers, threads = (heads, d, v.shape[2], *size), torch.get_num_threads()
-    kernels.attention_scratch.restype = ctypes.c_long
     place = torch.empty(kernels.attention_scratch(*numbers, backward, threads))
     steps = (long(t.stride(0)) for t in (q, k, v))
     pointers = *map(pointer, (q, k, v)), *steps, pointer(rel_height), pointer(rel_width)
