@@ -54,6 +54,7 @@ def takes(*tensors: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) 
     """Whether there are kernels, and these are plain tensors of such types on a processor, and no transform looks on.
 
     A compiler may: it is given operators. Exporters and tracers are not, so that what they record runs without us.
+    (torch 2.9 says under torch.compile, too, that it is exporting.)
     """
     if instructions is None or torch.jit.is_tracing() or torch.compiler.is_exporting():
         return False
