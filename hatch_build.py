@@ -50,19 +50,19 @@ class NativeKernels(BuildHookInterface):
         if compiler is None:
             raise OSError("there is no C++ compiler (c++, or $CXX)")
         sources, digest = self.sources(folder)
-        for old in folder.glob("kernels-*.so"):
-            old.unlink()
-        libraries = []
-        for name, flags in FOR_INSTRUCTIONS.items():
-            library = folder / f"kernels-{name}-{digest}.so"
+        libraries = {folder / f"kernels-{name}-{digest}.so": flags for name, flags in FOR_INSTRUCTIONS.items()}
+        for library, flags in libraries.items():
+            if library.exists() and library.stat().st_mtime > Path(__file__).stat().st_mtime:
+                continue  # the hook runs for the metadata, and again for the wheel
             new = library.with_suffix(".new")
             units = [str(path) for path in sources if path.suffix == ".cpp"]
             subprocess.run(
                 [compiler, *FLAGS, *flags, *units, "-o", str(new)], check=True, capture_output=True, text=True
             )
             new.replace(library)
-            libraries.append(library)
-        return libraries
+        for old in set(folder.glob("kernels-*.so")) - set(libraries):
+            old.unlink()
+        return list(libraries)
 
     def sources(self, folder: Path) -> tuple[list[Path], str]:
         """The sources, and the name that augment_cli.layers.native looks for."""
