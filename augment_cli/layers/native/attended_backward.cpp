@@ -211,13 +211,20 @@ EXPORT void attended_backward(const int *numbers, const float *x, const float *k
             each_for_inputs(s, panel, [&](long i, long j) { pass.packed[j] = kernel[i]; });
         for (int first = 0; first < s.batch; first += pass.together) {
             int samples = std::min(pass.together, s.batch - first);
-#pragma omp for schedule(static)
-            for (int slot = 0; slot < samples; ++slot) {
-                for (int panel = 0; d_kernel && panel < panels; ++panel) pass.hold_input(first + slot, slot, panel);
-                for (int tile = 0; d_kernel && tile < pass.output_tiles; ++tile)
-                    pass.hold_by_output(first + slot, slot, tile);
-                for (int tile = 0; dx && tile < s.tiles(); ++tile) pass.hold_by_position(first + slot, slot, tile);
+            if (d_kernel) {
+#pragma omp for collapse(2) schedule(static) nowait
+                for (int slot = 0; slot < samples; ++slot)
+                    for (int panel = 0; panel < panels; ++panel) pass.hold_input(first + slot, slot, panel);
+#pragma omp for collapse(2) schedule(static) nowait
+                for (int slot = 0; slot < samples; ++slot)
+                    for (int tile = 0; tile < pass.output_tiles; ++tile) pass.hold_by_output(first + slot, slot, tile);
             }
+            if (dx) {
+#pragma omp for collapse(2) schedule(static) nowait
+                for (int slot = 0; slot < samples; ++slot)
+                    for (int tile = 0; tile < s.tiles(); ++tile) pass.hold_by_position(first + slot, slot, tile);
+            }
+#pragma omp barrier
             if (dx) {
 #pragma omp for collapse(2) schedule(static) nowait
                 for (int panel = 0; panel < panels; ++panel)
