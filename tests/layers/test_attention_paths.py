@@ -279,6 +279,7 @@ def test_the_rule_takes_the_reference_where_blocks_cannot_go():
     assert seen == ["reference"]
 
 
+@pytest.mark.usefixtures("without_kernels")
 def test_compilers_and_exporters_are_given_what_they_can_follow():
     seen = []
 

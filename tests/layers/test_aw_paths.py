@@ -222,6 +222,7 @@ def test_the_rule_by_size():
     assert chosen((256, 64, 7, 7), 64) == "chunked"  # a small kernel, and many of them
 
 
+@pytest.mark.usefixtures("without_kernels")
 @pytest.mark.filterwarnings("ignore:.*torch.jit")
 def test_the_rule_takes_the_differentiable_operations_where_others_do_not_work():
     assert chosen((32, 256, 14, 14), 256, device="meta") == "grouped"
