@@ -205,9 +205,9 @@ def fastest_way(x: Tensor, kernel: Tensor, geometry: Geometry, groups: int) -> s
 
     "native" wherever there is a compiled kernel; `groups` of input channels have scales. (On 56x56 maps of up to 8
     samples, and on one of 28x28, "grouped" takes a tenth to a quarter less: not looked at here.) Without a kernel: the
-    other ways take dense kernels only. "grouped" too where all kernels together are no more than "chunked" forms at a time, and
-    for one sample without gradients. The rest compares what has to be rearranged: an unfolding has H'W' C1 h w numbers,
-    a kernel C2 C1 h w. On a map of a few positions nothing of a kernel's size is worth doing for a sample.
+    other ways take dense kernels only. "grouped" too where all kernels together are no more than "chunked" forms at a
+    time, and for one sample without gradients. The rest compares what has to be rearranged: an unfolding has H'W' C1
+    h w numbers, a kernel C2 C1 h w. On a map of a few positions nothing of a kernel's size is worth doing for a sample.
     """
     if native.takes_convolution(x, kernel, geometry, groups):
         return "native"
