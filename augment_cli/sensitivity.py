@@ -7,8 +7,7 @@ from torch import nn
 from augment_cli.calibration import Calibration, compare, predictions
 from augment_cli.errors import AugmentError
 from augment_cli.graph import ModelGraph
-from augment_cli.inherit import fit
-from augment_cli.inherit.fitted import Progress, filter_scales
+from augment_cli.inherit.fitted import Progress, fit_sites, install
 from augment_cli.plan import Plan, Sensitivity
 
 
@@ -26,13 +25,13 @@ def measure_sensitivity(
     if before is None:
         raise AugmentError(f"{plan.model} has no classifier: there are no predictions to compare")
     training, found = model.training, {}
-    scales = filter_scales(model, plan, calibration)
+    fits = fit_sites(model, plan, graph, calibration, progress or (lambda *_: None))
     model.train(training)
     for i, site in enumerate(plan.sites):
         if progress:
-            progress(site.name, i, len(plan.sites))
+            progress(f"measuring {site.name}", i, len(plan.sites))
         alone, trial = plan.model_copy(update={"sites": (site,)}), copy.deepcopy(model)
-        fit(trial, alone, graph, calibration, scales=scales)
+        install(trial, alone, graph, fits)
         compared = compare(before, predictions(trial, calibration), calibration)
         found[site.name] = Sensitivity(agreement=compared.agreement, divergence=compared.divergence)
     return found

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -5,18 +7,16 @@ from torch import nn
 from augment_cli.calibration import Calibration
 from augment_cli.errors import AugmentError
 from augment_cli.graph import analyze
-from augment_cli.inherit import fit
+from augment_cli.inherit import carry, fit
 from augment_cli.inherit.fisher import fisher_roots
-from augment_cli.inherit.fitted import head_maps, respond
-from augment_cli.inherit.heads import alternate, first_patterns, fit_heads, fit_patterns
+from augment_cli.inherit.fitted import fit_sites, install
+from augment_cli.inherit.heads import fit_heads
 from augment_cli.inherit.moments import Moments
-from augment_cli.inherit.sampling import sample_site, window_maps
-from augment_cli.inherit.tables import constant_direction, install_patterns
+from augment_cli.inherit.polish import answers, polish
+from augment_cli.inherit.sampling import head_maps, observe
 from augment_cli.layers import AAConv2d
 from augment_cli.plan import make_plan
 from augment_cli.recipe import load_recipe
-
-WINDOW = (3, 3)
 
 
 def calibration(count: int = 40, size: int = 32, seed: int = 0) -> Calibration:
@@ -68,13 +68,11 @@ def test_streamed_moments_are_those_of_all_positions_at_once():
     torch.testing.assert_close(raw.ty.flatten(1), t.T @ flat / 90, atol=1e-5, rtol=1e-4)
 
 
-def _data(patterns: torch.Tensor, rank: int, channels: int = 5, targets: int = 6, count: int = 500):
-    """Taps (count, 9, channels), and targets that heads of these patterns compute exactly."""
-    taps = torch.randn(count, 9, channels)
-    heads = len(patterns)
+def _data(heads: int, rank: int, channels: int = 5, targets: int = 6, count: int = 500):
+    """Heads' features (count, heads, channels), and targets that projections of this rank compute exactly."""
+    features = torch.randn(count, heads, channels)
     out, value = torch.randn(targets, heads, rank), torch.randn(heads, rank, channels)
-    mixed = torch.einsum("nkc,hk->nhc", taps, patterns.float())
-    return taps, torch.einsum("fhr,hrc,nhc->nf", out, value, mixed)
+    return features, torch.einsum("fhr,hrc,nhc->nf", out, value, features)
 
 
 def _covariance(features: torch.Tensor, targets: torch.Tensor):
@@ -103,57 +101,72 @@ def _error_of_direction(x: torch.Tensor, t: torch.Tensor, u: torch.Tensor) -> fl
     return float((t - (x @ fitted).outer(u)).square().mean(0).sum())
 
 
-def test_projections_of_given_patterns_are_found_again():
-    patterns = first_patterns(3, WINDOW)
-    taps, targets = _data(patterns, rank=2)
-    moments = _covariance(taps, targets).mixed(patterns)
+def test_projections_that_exist_are_found_again():
+    features, targets = _data(heads=3, rank=2)
+    moments = _covariance(features, targets)
     errors = fit_heads(moments, rank=2, ridge=1e-9, sweeps=200).errors(moments)
     assert (errors < 1e-2 * moments.tt.diagonal()).all()
 
 
-def test_alternation_only_improves():
-    taps, targets = _data(torch.rand(4, 9).softmax(1), rank=1)
-    targets = targets + 0.1 * torch.randn_like(targets)
-    moments = _covariance(taps, targets)
-    patterns, errors = first_patterns(4, WINDOW), []
-    for rounds in (0, 1, 3, 8):
-        found, heads = alternate(moments, patterns, WINDOW, 1, 1e-9, rounds)
-        errors.append(float(heads.errors(moments.mixed(found)).sum()))
-    assert errors == sorted(errors, reverse=True)
-    assert errors[-1] < 0.9 * errors[0]
+def silent(*_) -> None:
+    pass
 
 
-def test_a_separable_pattern_is_found_from_its_projections():
-    wanted = torch.outer(torch.tensor([0.2, 0.5, 0.3]), torch.tensor([0.7, 0.3, 0.0])).flatten().double().unsqueeze(0)
-    taps, targets = _data(wanted, rank=3)
-    moments = _covariance(taps, targets)
-    heads = fit_heads(moments.mixed(wanted), rank=3, ridge=1e-9)
-    found = fit_patterns(moments, first_patterns(1, WINDOW), heads, WINDOW)
-    torch.testing.assert_close(found, wanted, atol=1e-3, rtol=0)
+def test_observed_sums_are_those_of_every_position():
+    model, images = Net().eval(), calibration(24)
+    layer = AAConv2d(16, 32, 3, padding=1, heads=4, key_channels=32, value_channels=8, resolution=16).eval()
+    batches = list(images.fitting())
+    seen = observe(model, {"conv2": layer}, batches, sum(map(len, batches)))["conv2"].total()
+    with torch.no_grad():
+        x = torch.cat([model.bn1(model.conv1(batch)).relu() for batch in batches])
+        features = head_maps(layer, x).permute(0, 3, 4, 1, 2).flatten(0, 2)
+        targets = model.conv2(x).movedim(1, -1).flatten(0, 2)
+    whole = _covariance(features, targets)
+    assert seen.count == len(targets)
+    torch.testing.assert_close(seen.covariance(centred=False).yy, whole.yy, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(seen.covariance(centred=False).ty, whole.ty, atol=1e-4, rtol=1e-3)
 
 
-def test_installed_patterns_are_what_the_layers_heads_look_at():
-    layer = AAConv2d(6, 12, 3, padding=1, heads=4, key_channels=32, value_channels=8, resolution=(7, 9))
-    seen = torch.rand(2, 6, 7, 9) + 0.5
-    patterns = first_patterns(4, WINDOW)
-    patterns[3] = torch.outer(torch.tensor([0.0, 0.5, 0.5]), torch.tensor([0.0, 1.0, 0.0])).flatten()
-    direction = constant_direction(seen.movedim(1, -1).flatten(0, 2))
-    install_patterns(layer, patterns, WINDOW, (1, 1), direction)
-    taps = window_maps(seen, WINDOW, (1, 1))
-    wanted = torch.einsum("nkcyx,hk->nhcyx", taps, patterns.float())
-    difference = (head_maps(layer, seen) - wanted)[..., 1:-1, 1:-1]
-    assert difference.abs().mean() < 0.05 * wanted.std()
+def divergence(source: nn.Module, model: nn.Module, images: Calibration) -> float:
+    """Mean KL(source || model) on the fitting images, nats."""
+    p, q = (answers(m.eval(), images.fitting()).log_softmax(1) for m in (source, model))
+    return float((p.exp() * (p - q)).sum(1).mean())
 
 
-def test_a_convolution_of_one_tap_is_fitted_exactly():
-    model = Net()
-    nn.init.zeros_(model.conv2.weight)
-    nn.init.normal_(model.conv2.weight[:, :, 1, 1])
-    plan, graph = planned(model, *RATIOS)
-    (record,) = fit(model, plan, graph, calibration())
-    assert record.kind == "fitted"
-    assert record.given_up == 8
-    assert record.error < 0.05
+def test_each_step_of_a_fit_brings_the_model_nearer_to_its_source():
+    torch.manual_seed(0)
+    source, images = Net(), calibration(60)
+    nn.init.normal_(source.fc.weight)
+    models = [copy.deepcopy(source) for _ in range(2)]
+    plan, graph = planned(source, *RATIOS)
+    carry(models[0], plan, graph)
+    install(models[1], plan, graph, fit_sites(models[1], plan, graph, images, silent))
+    carried, fitted = (divergence(source, model, images) for model in models)
+    polish(models[1], plan, images, answers(source.eval(), images.fitting()), silent)
+    assert divergence(source, models[1], images) < 0.7 * fitted < 0.7 * carried
+
+
+def test_polishing_changes_attention_alone_and_leaves_no_trace():
+    model, images = Net(), calibration()
+    plan, graph = planned(model, *RATIOS, recipe="aa-aw")
+    taught = answers(model.eval(), images.fitting())
+    install(model, plan, graph, fit_sites(model, plan, graph, images, silent))
+    model.bn1.weight.requires_grad_(False)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    polish(model, plan, images, taught, silent)
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    attention = (
+        "conv2.qkv.",
+        "conv2.proj.",
+        "conv2.rel_",
+        "conv2.conv.expand.",
+        "conv2.conv.reduce.",
+        "conv2.conv.mix.",
+    )
+    assert changed
+    assert all(name.startswith(attention) for name in changed), changed
+    assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["bn1.weight"]
+    assert all(p.grad is None for p in model.parameters())
 
 
 def test_kept_filters_stay_bit_for_bit_and_nothing_else_changes_but_running_means():
@@ -172,35 +185,33 @@ def test_kept_filters_stay_bit_for_bit_and_nothing_else_changes_but_running_mean
     assert model.training
 
 
-def fitted_beside_its_source(seed: int):
-    """A net and a fitted copy, both for inference; the fit's record, and its images."""
-    torch.manual_seed(seed)
-    model, images = Net(), calibration(60)
-    source = Net()
-    source.load_state_dict(model.state_dict())
+def test_the_number_of_a_site_is_its_error_on_images_that_it_was_not_fitted_to():
+    torch.manual_seed(2)
+    source, images = Net(), calibration(60)
+    model = copy.deepcopy(source)
     plan, graph = planned(model, *RATIOS)
     (record,) = fit(model, plan, graph, images)
     for net in (model, source):
         net.eval().requires_grad_(False)
-    return source, model, record, images
-
-
-def test_the_number_of_a_site_is_the_error_of_the_layer_on_images_that_it_was_not_fitted_to():
-    source, model, record, images = fitted_beside_its_source(2)
     x = torch.cat([source.bn1(source.conv1(batch)).relu() for batch in images.held_out()])
     given_up = (model.conv2.channel_order >= 24).nonzero().flatten()
     wanted = source.bn2(source.conv2(x))[:, given_up]
     missed = (model.bn2(model.conv2(x))[:, given_up] - wanted).square().mean((0, 2, 3))
-    assert abs(record.error - float((missed / wanted.var((0, 2, 3), correction=0)).mean())) < 1e-3
-    assert 0 < record.error < 0.6
-    torch.testing.assert_close(respond(model.conv2, x, (16, 16)), model.conv2(x)[:, given_up], atol=1e-4, rtol=1e-3)
+    assert record.error == pytest.approx(float((missed / wanted.var((0, 2, 3), correction=0)).mean()), abs=1e-3)
+    assert 0 < record.error < 1.2
 
 
 def test_the_mean_behind_the_normalisation_is_the_sources():
-    source, model, _, images = fitted_beside_its_source(3)
+    torch.manual_seed(3)
+    source, images = Net(), calibration(60)
+    model = copy.deepcopy(source)
+    plan, graph = planned(model, *RATIOS)
+    install(model, plan, graph, fit_sites(model, plan, graph, images, silent))
+    for net in (model, source):
+        net.eval().requires_grad_(False)
     x = torch.cat([source.bn1(source.conv1(batch)).relu() for batch in images.fitting()])
     outputs = [m.bn2(m.conv2(x)).mean((0, 2, 3)) for m in (model, source)]
-    torch.testing.assert_close(*outputs, atol=1e-4, rtol=0)
+    torch.testing.assert_close(*outputs, atol=1e-3, rtol=0)
 
 
 ALL = ("sites.key_ratio=1.0", "sites.value_ratio=1.0", "sites.heads=4")
@@ -224,7 +235,7 @@ def test_sites_of_every_kind_are_fitted(options, overrides, recipe):
     plan, graph = planned(model, *overrides, recipe=recipe)
     (record,) = fit(model, plan, graph, calibration())
     assert record.kind == "fitted"
-    assert record.error < 0.9
+    assert record.error < 1.5
     assert model(torch.randn(2, 3, 32, 32)).isfinite().all()
 
 
@@ -286,15 +297,3 @@ def test_activations_that_are_not_finite_are_an_error_that_names_the_site():
     plan, graph = planned(model, *RATIOS)
     with pytest.raises(AugmentError, match="conv2: activations on the calibration images are not finite"):
         fit(model, plan, graph, calibration())
-
-
-def test_a_sample_takes_no_more_memory_than_it_may(monkeypatch):
-    model, images = Net(), calibration(160)
-    conv = AAConv2d(16, 32, 3, padding=1, heads=4, key_channels=32, value_channels=8, resolution=16)
-    whole = sample_site(model, "conv2", conv, images.fitting(), share=0.8)
-    assert len(whole.seen) == len(whole.computed) == 128
-    one = 4 * 16 * 16 * (16 + 32)
-    monkeypatch.setattr("augment_cli.inherit.sampling._BYTES", 50 * one)
-    part = sample_site(model, "conv2", conv, images.fitting(), share=0.8)
-    assert len(part.seen) == 64  # two batches: the second one fills it
-    assert torch.equal(part.computed, whole.computed[:64])

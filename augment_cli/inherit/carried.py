@@ -41,15 +41,13 @@ def carry(model: nn.Module, plan: Plan, graph: ModelGraph) -> tuple[Inheritance,
     return tuple(records)
 
 
-def record(site: SitePlan, score: Tensor, kept: list[int], error: float | None = None) -> Inheritance:
-    """What a site keeps, and the kept filters' share of the `score` (out_channels,) of all; `error` is a fit's."""
+def record(site: SitePlan, score: Tensor, kept: list[int]) -> Inheritance:
+    """A site's kept filters, and their share of the `score` (out_channels,) of all."""
     share = score[kept].sum() / score.sum().clamp_min(torch.finfo(score.dtype).tiny)
-    carried = "exact" if not site.value_channels else "carried" if kept else "new"
     return Inheritance(
         name=site.name,
-        kind=carried if error is None else "fitted",
+        kind="exact" if not site.value_channels else "carried" if kept else "new",
         kept=len(kept),
         given_up=site.value_channels,
         share=round(min(float(share), 1.0), 6),
-        error=error if error is None else round(error, 6),
     )

@@ -10,8 +10,7 @@ from torch import Tensor
 class Covariance:
     """Moments of features y and targets t.
 
-    `yy` (slots, channels, slots, channels), `ty` (targets, slots, channels), `tt` (targets, targets): a slot is a tap
-    of a window, or a head.
+    `yy` (heads, channels, heads, channels), `ty` (targets, heads, channels), `tt` (targets, targets).
     """
 
     yy: Tensor
@@ -22,14 +21,6 @@ class Covariance:
         """Of some of the targets, each multiplied by its entry of `scale` (chosen,)."""
         ty = self.ty[chosen] * scale.view(-1, 1, 1)
         return Covariance(self.yy, ty, self.tt[chosen][:, chosen] * scale.view(-1, 1) * scale)
-
-    def mixed(self, weights: Tensor) -> "Covariance":
-        """Of mixtures of the slots: `weights` (mixtures, slots)."""
-        slots, channels = self.yy.shape[:2]
-        weights = weights.to(self.yy)
-        half = (weights @ self.yy.reshape(slots, -1)).reshape(-1, slots, channels)
-        yy = torch.einsum("ikc,gk->igc", half, weights).reshape(len(weights), channels, len(weights), channels)
-        return Covariance(yy, torch.einsum("fkc,hk->fhc", self.ty, weights), self.tt)
 
 
 class Moments:
@@ -48,9 +39,9 @@ class Moments:
         self.origin = like.origin if like else None
 
     def add(self, features: Tensor, targets: Tensor) -> None:
-        """Shapes: features (positions, slots, channels), targets (positions, targets)."""
+        """Shapes: features (positions, heads, channels), targets (positions, targets)."""
         y, t = features.flatten(1), targets
-        self.slots = features.shape[1:]
+        self.shape = features.shape[1:]
         self.origin = self.origin or (y.mean(0), t.mean(0))
         y, t = y - self.origin[0], t - self.origin[1]
         products = (y.T @ y, t.T @ y, t.T @ t, y.sum(0), t.sum(0))
@@ -62,7 +53,7 @@ class Moments:
 
     def __add__(self, other: "Moments") -> "Moments":
         both = Moments(like=self)
-        both.count, both.slots = self.count + other.count, self.slots
+        both.count, both.shape = self.count + other.count, self.shape
         both.sums = [mine + theirs for mine, theirs in zip(self.sums, other.sums, strict=True)]
         return both
 
@@ -73,6 +64,11 @@ class Moments:
         if not centred:
             y, t = y + self.origin[0], t + self.origin[1]
             yy, ty, tt = yy + y.outer(y), ty + t.outer(y), tt + t.outer(t)
-        slots, channels = self.slots
+        heads, channels = self.shape
         yy, ty, tt = yy.float(), ty.float(), tt.float()
-        return Covariance(yy.view(slots, channels, slots, channels), ty.view(-1, slots, channels), tt)
+        return Covariance(yy.view(heads, channels, heads, channels), ty.view(-1, heads, channels), tt)
+
+    def means(self) -> tuple[Tensor, Tensor]:
+        """Of features (heads, channels) and of targets (targets,)."""
+        y, t = ((total / self.count + origin).float() for total, origin in zip(self.sums[3:], self.origin, strict=True))
+        return y.view(self.shape), t

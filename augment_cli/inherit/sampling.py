@@ -1,75 +1,123 @@
-"""What a site sees and computes on the calibration images: the forward pass ends at the site."""
+"""Sums over calibration images of what attention heads see and what filters compute, from one pass of the source."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from augment_cli.errors import AugmentError
+from augment_cli.inherit.moments import Covariance, Moments
 from augment_cli.layers import AAConv2d
+from augment_cli.layers.attention import attention
 
-# What a sample may hold, and how many positions there is any use for: on large maps few images have enough.
-_BYTES = 2**28
-_POSITIONS = 3 * 2**15
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A site's data on some images: what attention sees, and what the convolution computes from the same input.
-
-    Shapes: seen (N, in_channels, h, w), h and w those of the map that the attention runs on; computed (N, out_channels,
-    H, W).
-    """
-
-    seen: Tensor
-    computed: Tensor
-
-    def parts(self, size: int = 32) -> Iterator["Sample"]:
-        for seen, computed in zip(self.seen.split(size), self.computed.split(size), strict=True):
-            yield Sample(seen, computed)
-
-    def split(self, first: int) -> tuple["Sample", "Sample"]:
-        """The first images and the others."""
-        return Sample(self.seen[:first], self.computed[:first]), Sample(self.seen[first:], self.computed[first:])
+POSITIONS = 2**15
+"""Output positions whose moments are summed for a site. On large maps a few images have as many."""
 
 
-class _Reached(Exception):
-    """The forward pass has come to the site."""
+@dataclass
+class Seen:
+    """Moments of the heads' features against the filters' outputs: of the even and of the odd batches."""
+
+    halves: list[Moments] = field(default_factory=list)
+
+    def half(self, number: int) -> Moments:
+        """The sums of a batch by its number. All have one origin, so that they can be added."""
+        if number >= len(self.halves):
+            self.halves.append(Moments(like=self.halves[0] if self.halves else None))
+        return self.halves[number % 2]
+
+    def covariances(self, centred: bool) -> list[Covariance]:
+        """Of each half; of the same data twice where there was one batch only."""
+        return [half.covariance(centred) for half in (self.halves * 2)[:2]]
+
+    def total(self) -> Moments:
+        return self.halves[0] if len(self.halves) == 1 else self.halves[0] + self.halves[1]
 
 
 @torch.no_grad()
-def sample_site(model: nn.Module, name: str, layer: AAConv2d, batches: Iterable[Tensor], share: float) -> Sample:
-    """Run a model up to a convolution.
+def observe(
+    model: nn.Module,
+    layers: Mapping[str, AAConv2d],
+    batches: Iterable[Tensor],
+    images: int,
+    advance: Callable[[int], None] = lambda count: None,
+) -> dict[str, Seen]:
+    """Run a model with weights on images and sum up, at each named convolution, what its replacement is fitted to.
 
     Args:
-        layer: what the convolution becomes: it says what its attention sees.
-        share: of what a sample may hold, for these batches. Images beyond that are left out.
+        layers: the replacements by the convolutions' names. Their queries, keys and tables say what the heads see.
+        batches: (n, C, H, W), `images` of them in all.
+        advance: told how many images are done after each batch.
 
     Raises:
-        AugmentError: activations that are not finite.
+        AugmentError: activations are not finite.
     """
-    conv = model.get_submodule(name)
-    seen, computed = [], []
+    seen = {name: Seen() for name in layers}
+    generator = torch.Generator().manual_seed(0)
+    done = 0
+    for number, batch in enumerate(batches):
+        with inputs_of(model, layers) as inputs:
+            model(batch)
+        for name, layer in layers.items():
+            x, computed = inputs.pop(name)
+            _check_finite(name, x, computed)
+            features, targets = _drawn(layer, x, computed, images, generator)
+            seen[name].half(number).add(features, targets)
+        done += len(batch)
+        advance(done)
+    return seen
 
-    def stop(module: nn.Module, args: tuple[Tensor]) -> None:
-        computed.append(conv.forward(args[0]))
-        seen.append(layer.pool_for_attention(layer.reduce_to_output(args[0])))
-        raise _Reached
 
-    memory, places = share * _BYTES, share * _POSITIONS
-    with conv.register_forward_pre_hook(stop):
-        for batch in batches:
-            with suppress(_Reached):
-                model(batch)
-            _check_finite(name, seen[-1], computed[-1])
-            memory -= sum(t.numel() * t.element_size() for t in (seen[-1], computed[-1]))
-            places -= computed[-1][:, 0].numel()
-            if memory <= 0 or places <= 0:
-                break
-    return Sample(torch.cat(seen), torch.cat(computed))
+def _drawn(
+    layer: AAConv2d, x: Tensor, computed: Tensor, images: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Features and targets at random positions, a batch's share of POSITIONS.
+
+    Shapes: x (N, in_channels, H, W), computed (N, out_channels, H', W'); result (positions, heads, in_channels) and
+    (positions, out_channels).
+    """
+    size = computed.shape[-2:]
+    most = max(1, round(POSITIONS * len(x) / images))
+    few = max(1, min(len(x), -(-4 * most // size.numel())))  # attention on more images than this is wasted
+    maps = head_maps(layer, layer.pool_for_attention(layer.reduce_to_output(x[:few])))
+    features, targets = positions(maps, size), positions(computed[:few].unsqueeze(1), size).squeeze(1)
+    drawn = torch.randperm(len(features), generator=generator)[:most]
+    return features[drawn], targets[drawn]
+
+
+@contextmanager
+def inputs_of(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+    """Input and output of convolutions while the context is open."""
+    inputs: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def recorder(name: str):
+        def record(module: nn.Module, args: tuple[Tensor], out: Tensor) -> Tensor:
+            inputs[name] = args[0].clone(), out  # an activation may change its input in place
+            return out.clone()
+
+        return record
+
+    handles = [model.get_submodule(name).register_forward_hook(recorder(name)) for name in names]
+    try:
+        yield inputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def outputs(model: nn.Module, channels: Mapping[str, Tensor], batches: Iterable[Tensor]) -> dict[str, Tensor]:
+    """Some output channels of some modules on images. Shape of each: (N, channels, H', W')."""
+    found: dict[str, list[Tensor]] = {name: [] for name in channels}
+    for batch in batches:
+        with inputs_of(model, channels) as inputs:
+            model(batch)
+        for name, chosen in channels.items():
+            found[name].append(inputs.pop(name)[1][:, chosen])
+    return {name: torch.cat(parts) for name, parts in found.items()}
 
 
 def _check_finite(name: str, *tensors: Tensor) -> None:
@@ -80,16 +128,12 @@ def _check_finite(name: str, *tensors: Tensor) -> None:
         )
 
 
-def window_maps(seen: Tensor, window: tuple[int, int], step: tuple[int, int]) -> Tensor:
-    """What heads on one tap each see: shifted copies; beyond an edge, the nearest position.
-
-    Shapes: (N, channels, h, w) to (N, taps, channels, h, w).
-    """
-    height, width = seen.shape[-2:]
-    reach = [(size // 2) * distance for size, distance in zip(window, step, strict=True)]
-    padded = F.pad(seen, (reach[1], reach[1], reach[0], reach[0]), mode="replicate")
-    tops, lefts = ([i * d for i in range(size)] for size, d in zip(window, step, strict=True))
-    return torch.stack([padded[..., y : y + height, x : x + width] for y in tops for x in lefts], dim=1)
+def head_maps(layer: AAConv2d, seen: Tensor) -> Tensor:
+    """A_h X of every head. Shapes: (N, in_channels, h, w) to (N, heads, in_channels, h, w)."""
+    query, key, _ = layer.qkv(seen).split([layer.key_channels, layer.key_channels, layer.value_channels], dim=1)
+    query, key = (t.unflatten(1, (layer.heads, -1)).movedim(2, -1) for t in (query, key))
+    value = seen.movedim(1, -1).unsqueeze(1).expand(-1, layer.heads, -1, -1, -1)
+    return attention(query, key, value, layer.rel_height, layer.rel_width).movedim(-1, 2)
 
 
 def positions(maps: Tensor, size: tuple[int, int]) -> Tensor:
@@ -98,12 +142,6 @@ def positions(maps: Tensor, size: tuple[int, int]) -> Tensor:
     Shapes: (N, slots, channels, h, w) to (N H W, slots, channels).
     """
     if maps.shape[-2:] != size:
-        maps = bring_to(maps.flatten(1, 2), size).unflatten(1, maps.shape[1:3])
+        brought = F.interpolate(maps.flatten(1, 2), size=size, mode="bilinear", align_corners=False)
+        maps = brought.unflatten(1, maps.shape[1:3])
     return maps.permute(0, 3, 4, 1, 2).flatten(0, 2)
-
-
-def bring_to(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """Shapes: (N, channels, h, w) to (N, channels, H, W)."""
-    if maps.shape[-2:] == size:
-        return maps
-    return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)

@@ -12,6 +12,7 @@ from torch import nn
 from augment_cli.errors import AugmentError, nearest
 from augment_cli.header import Header
 from augment_cli.layers import AAConv2d, AWConv2d
+from augment_cli.plan import Plan
 from augment_cli.training.models import FINETUNED, Opened
 from augment_cli.training.settings import Settings
 
@@ -29,6 +30,17 @@ def provenance(opened: Opened) -> dict[str, Provenance]:
             return dict.fromkeys(kinds, "new")
         kinds |= _of_sites(opened.model, opened.header)
     return kinds | dict.fromkeys(opened.fresh, "new")
+
+
+def added_parameters(model: nn.Module, plan: Plan) -> set[str]:
+    """Names of the parameters that the source did not have."""
+    return {
+        f"{site.name}.{name}"
+        for site in plan.sites
+        for module in [model.get_submodule(site.name)]
+        for name, _ in module.named_parameters()
+        if _added(module, name)
+    }
 
 
 def _of_sites(model: nn.Module, header: Header) -> dict[str, Provenance]:

@@ -1,0 +1,187 @@
+"""What a retrofit is worth: accuracy after fine-tuning, by the command line and its defaults, on three tasks.
+
+    python benchmarks/retrofit.py [--tasks recall odd digits] [--rows ...] [--seeds 0 1 2] [--epochs 6] [--jobs 2]
+
+Per task a source is trained until its curve is flat, converted in several ways within its own parameter count, and each
+conversion, like the source itself, is fine-tuned for the same number of epochs. tasks.py says what the tasks are.
+Results are kept in benchmarks/results/retrofit.json; chains of commands that are there already are not run again, so
+that the table grows with every call. Data and models are kept in out/retrofit/.
+"""
+
+import argparse
+import csv
+import json
+import os
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tasks
+from measure import RESULTS, machine, write_results
+
+ROOT = Path(__file__).parent.parent
+OUT = ROOT / "out" / "retrofit"
+SE = """block_args={"attn_layer": "se"}"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A way to convert the source; without a recipe, the source itself is trained on."""
+
+    recipe: str | None = None
+    fit: bool = False
+    finetune: tuple[str, ...] = ()
+
+
+ROWS = {
+    "source": Row(),
+    "AW": Row("aw"),
+    "AA, carried": Row("aa"),
+    "AA, fitted": Row("aa", fit=True),
+    "AA+AW, carried": Row("aa-aw"),
+    "AA+AW, fitted": Row("aa-aw", fit=True),
+}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all chains of a table have in common."""
+
+    model: str
+    source_epochs: int
+    epochs: int
+
+    @property
+    def key(self) -> str:
+        return f"{self.model}-{self.source_epochs}-{self.epochs}"
+
+
+def common(task: str) -> tuple[str, ...]:
+    size = str(tasks.SIDE)
+    return ("--data", str(OUT / "data" / task), "--img-size", size, "-j", "0", "--cpu")
+
+
+def run(*arguments: str) -> str:
+    """What a command of augment-cli prints on stdout, on one thread; ends the benchmark where the command fails."""
+    command = [sys.executable, "-m", "augment_cli", *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"augment {shlex.join(arguments)} failed:\n{done.stderr[-2000:]}")
+    return done.stdout
+
+
+def curve(folder: Path) -> list[float]:
+    """Top-1 on the validation images after every epoch, percent."""
+    with (folder / "summary.csv").open() as file:
+        return [round(float(row["val_top1"]), 2) for row in csv.DictReader(file)]
+
+
+def finetuned(folder: Path, model: str, *arguments: str) -> list[float]:
+    """Fine-tune, unless the folder holds the finished run; the validation curve."""
+    if not (folder / "done").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        run("finetune", model, *arguments, "-o", str(folder))
+        (folder / "done").touch()
+    return curve(folder)
+
+
+def source_of(task: str, setup: Setup) -> tuple[Path, list[float]]:
+    """The trained source's folder, and its curve."""
+    tasks.write(task, OUT / "data" / task)
+    folder = OUT / f"{task}-{setup.model}-{setup.source_epochs}"
+    options = ("--epochs", str(setup.source_epochs), "--lr", "2e-3", *common(task))
+    return folder / "last", finetuned(folder, setup.model, *options)
+
+
+def chain(task: str, name: str, seed: int, setup: Setup) -> dict[str, Any]:
+    """Convert by a row, compare with the source, fine-tune."""
+    row, (source, _) = ROWS[name], source_of(task, setup)
+    folder = OUT / f"{task}-{setup.key}-{name.replace(', ', '-')}-{seed}"
+    model, found, started = source, {}, time.monotonic()
+    if row.recipe:
+        model = folder.with_name(folder.name + ".safetensors")
+        found = converted(task, row, seed, source, model)
+    tuning = ("--epochs", str(setup.epochs), "--seed", str(seed), *row.finetune, *common(task))
+    found["curve"] = finetuned(folder, str(model), *tuning)
+    found["seconds"] = round(time.monotonic() - started)
+    return {"task": task, "setup": setup.key, "row": name, "seed": seed, **found}
+
+
+def converted(task: str, row: Row, seed: int, source: Path, model: Path) -> dict[str, Any]:
+    config = json.loads((source / "config.json").read_text())
+    classes = ("-a", f"num_classes={config['num_classes']}")
+    options = ("--recipe", row.recipe, "--img-size", str(tasks.SIDE), "--seed", str(seed), *classes)
+    if row.fit:
+        options += ("--init", "fit", "--calibrate", str(OUT / "data" / task / "calibration"))
+    weights = ("--checkpoint", str(source / "model.safetensors"), "--overwrite", "-o", str(model))
+    run("convert", config["architecture"], *options, *weights)
+    against = ("--against", str(source), "--json", "--data", str(OUT / "data" / task), "-j", "0", "--cpu")
+    scores = json.loads(run("evaluate", str(model), *against))
+    totals = json.loads(run("report", str(model), "--format", "json"))["totals"]["params"]
+    return {"agreement": round(scores["agreement"], 2), "before": round(scores["top1"], 2), "params": totals["after"]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", default=tasks.TASKS, choices=tasks.TASKS)
+    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--model", default="test_resnet")
+    parser.add_argument("--source-epochs", type=int, default=12)
+    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--jobs", type=int, default=2)
+    asked = parser.parse_args()
+    setup = Setup(asked.model, asked.source_epochs, asked.epochs)
+    results = known()
+    with ThreadPoolExecutor(asked.jobs) as pool:
+        for task, made in zip(asked.tasks, pool.map(lambda t: source_of(t, setup), asked.tasks), strict=True):
+            results["sources"][f"{task} {setup.model} {setup.source_epochs}"] = made[1]
+        chains = [(t, r, s) for s in asked.seeds for t in asked.tasks for r in asked.rows]
+        missing = [c for c in chains if not has(results, setup, *c)]
+        for done in as_completed([pool.submit(chain, *c, setup) for c in missing]):
+            results["chains"].append(done.result())
+            results["chains"].sort(key=lambda c: (c["setup"], tasks.TASKS.index(c["task"]), c["row"], c["seed"]))
+            write_results("retrofit", results)
+            print(describe(done.result()), flush=True)
+    show(results, setup)
+
+
+def known() -> dict[str, Any]:
+    file = RESULTS / "retrofit.json"
+    empty = {"machine": machine(), "sources": {}, "chains": []}
+    return json.loads(file.read_text()) if file.exists() else empty
+
+
+def has(results: dict[str, Any], setup: Setup, task: str, row: str, seed: int) -> bool:
+    place = {"task": task, "setup": setup.key, "row": row, "seed": seed}
+    return any(place.items() <= found.items() for found in results["chains"])
+
+
+def describe(found: dict[str, Any]) -> str:
+    return f"{found['task']:8s} {found['row']:16s} seed {found['seed']}: {found['curve']}"
+
+
+def show(results: dict[str, Any], setup: Setup) -> None:
+    """A Markdown table: agreement with the source before, accuracy after, by seed."""
+    print("| task | row | parameters | agreement before | accuracy after, by seed | mean |\n|---|---|--:|--:|---|--:|")
+    for task in tasks.TASKS:
+        for row in ROWS:
+            found = [c for c in results["chains"] if (c["setup"], c["task"], c["row"]) == (setup.key, task, row)]
+            if found:
+                after = [c["curve"][-1] for c in found]
+                before = ", ".join(f"{c['agreement']:.1f}" for c in found if "agreement" in c) or "100"
+                params = f"{found[0]['params']:,}" if "params" in found[0] else "the source's"
+                shown = ", ".join(f"{value:.1f}" for value in after)
+                print(f"| {task} | {row} | {params} | {before} | {shown} | {statistics.mean(after):.1f} |")
+
+
+if __name__ == "__main__":
+    main()
