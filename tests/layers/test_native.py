@@ -381,9 +381,10 @@ def test_operators_are_what_torch_wants_of_them(layer, operator):
         maps = (t.movedim(-1, 2).flatten(3).contiguous().detach().requires_grad_() for t in (q, k, v))
         torch.library.opcheck(torch.ops.augment_cli.attention.default, (*maps, *tables))
     else:
-        shapes = (2, 32, 5, 6), (32, 32, 3, 3), (2, 32), (2, 2, 3, 3)
+        shapes = (2, 32, 5, 6), (32, 2, 16, 9), (32, 2, 1, 1), (2, 2, 1, 9)
         tensors = (normal(*shape, seed=i, dtype=torch.float32).requires_grad_() for i, shape in enumerate(shapes))
-        torch.library.opcheck(torch.ops.augment_cli.attended.default, (*tensors, [2, 1], [1, 0], [1, 1]))
+        arguments = *tensors, [3, 3], [2, 1], [1, 0], [1, 1], "native"
+        torch.library.opcheck(torch.ops.augment_cli.attended.default, arguments)
 
 
 @layers
