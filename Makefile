@@ -3,7 +3,7 @@ VENV := .venv
 READY := $(VENV)/.ready
 NATIVE := $(wildcard augment_cli/layers/native/*.cpp augment_cli/layers/native/*.h)
 
-.PHONY: demo test lint format benchmark sweep story clean
+.PHONY: demo test sanitize lint format benchmark sweep story clean
 
 demo: $(READY)
 	mkdir -p out
@@ -13,6 +13,25 @@ demo: $(READY)
 
 test: $(READY)
 	$(VENV)/bin/python -m pytest -n auto
+
+# The layers' tests on kernels that were built with sanitizers, in a copy of the tree: for each set of instructions that
+# the processor has.
+SANITIZED := out/sanitize
+SANITIZERS := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
+sanitize: $(READY)
+	rm -rf $(SANITIZED)
+	mkdir -p $(SANITIZED)
+	cp -r augment_cli tests recipes docs pyproject.toml $(SANITIZED)
+	rm -f $(SANITIZED)/$(dir $(firstword $(NATIVE)))kernels-*
+	CXXFLAGS="$(SANITIZERS)" $(VENV)/bin/python augment_cli/layers/native/compiling.py \
+		$(SANITIZED)/$(dir $(firstword $(NATIVE)))
+	cd $(SANITIZED); for instructions in $$(grep -qw avx512f /proc/cpuinfo && echo avx512) avx2; do \
+		echo "sanitized kernels, $$instructions:"; \
+		LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		ATEN_CPU_CAPABILITY=$$instructions AUGMENT_NATIVE=1 \
+			$(abspath $(VENV))/bin/python -m pytest -n auto tests/layers || exit 1; \
+	done
 
 lint: $(READY)
 	$(VENV)/bin/ruff format --check .

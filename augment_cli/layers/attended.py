@@ -204,36 +204,35 @@ WAYS: dict[str, type[Way]] = {way.name: way for way in (Chunked, Unfolded, Stati
 # The operator, on tensors as the way named arranges them.
 
 
-def _run(x, kernel, mixing, scales, size, stride, padding, dilation, way) -> Tensor:
-    out = _result(x, kernel, mixing, scales, size, stride, padding, dilation, way)
-    _way(size, stride, padding, dilation, way).run(x, kernel, mixing, scales, out)
+def _run(x, kernel, mixing, scales, *options) -> Tensor:
+    out = _result(x, kernel, mixing, scales, *options)
+    _way(*options).run(x, kernel, mixing, scales, out)
     return out
 
 
-def _result(x, kernel, mixing, scales, size, stride, padding, dilation, way) -> Tensor:
-    shape = x.shape[0], kernel.shape[0], *_way(size, stride, padding, dilation, way).geometry.out_size(x)
+def _result(x, kernel, mixing, scales, *options) -> Tensor:
+    shape = x.shape[0], kernel.shape[0], *_way(*options).geometry.out_size(x)
     last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     layout = torch.channels_last if last else torch.contiguous_format
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
 
 
-def _run_backward(d_out, x, kernel, mixing, scales, size, stride, padding, dilation, way, of_x, of_rest):
+def _run_backward(d_out, x, kernel, mixing, scales, *options) -> list[Tensor]:
     """Allocate gradients (sums over the batch in float32 or wider), run the way, cast to the inputs' dtypes."""
-    others = kernel, mixing, scales
+    others, (*options, of_x, of_rest) = (kernel, mixing, scales), options
     dx = torch.empty_like(x) if of_x else None
     sums = [torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32)) for t in others if of_rest]
-    _way(size, stride, padding, dilation, way).gradients(d_out, x, *others, dx, sums)
-    # none of the gradients of an operator may be an argument of it, as d_out and a kernel's may be in a way
+    _way(*options).gradients(d_out, x, *others, dx, sums)
     return [*([dx] if of_x else []), *(total.to(t.dtype) for total, t in zip(sums, others, strict=False))]
 
 
-def _gradient_results(d_out, x, kernel, mixing, scales, size, stride, padding, dilation, way, of_x, of_rest):
-    wanted = [x] * of_x + [kernel, mixing, scales] * of_rest
-    return [torch.empty_like(t) for t in wanted]
+def _gradient_results(d_out, x, kernel, mixing, scales, *options) -> list[Tensor]:
+    *_, of_x, of_rest = options
+    return [torch.empty_like(t) for t in [x] * of_x + [kernel, mixing, scales] * of_rest]
 
 
-def _way(size, stride, padding, dilation, way: str) -> Way:
-    return WAYS[way](Geometry(*map(tuple, (size, stride, padding, dilation))))
+def _way(size: list[int], stride: list[int], padding: list[int], dilation: list[int], name: str) -> Way:
+    return WAYS[name](Geometry(tuple(size), tuple(stride), tuple(padding), tuple(dilation)))
 
 
 def _flops(x_shape, kernel_shape, mixing_shape, scales_shape, *_, out_shape, **__) -> int:

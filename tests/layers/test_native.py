@@ -5,6 +5,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ pytestmark = pytest.mark.skipif(
     native.instructions is None and os.environ.get("AUGMENT_NATIVE") != "1",
     reason="no kernels were compiled; AUGMENT_NATIVE=1 makes that an error",
 )
+TESTS = "test_native.py", "test_native_calls.py", "test_large_logits.py"
 drawn = settings(derandomize=True, deadline=None, max_examples=80)
 
 
@@ -32,8 +34,9 @@ def test_they_were_compiled():
 
 @pytest.mark.skipif(native.instructions != "AVX512", reason="these are AVX2's already")
 def test_with_avx2_too():
-    """All of this file again, for the instructions that a processor with AVX-512 does not choose."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", __file__]
+    """All of this again, for the instructions that a processor with AVX-512 does not choose."""
+    files = (str(Path(__file__).with_name(name)) for name in TESTS)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", *files]
     done = subprocess.run(command, env={**os.environ, "ATEN_CPU_CAPABILITY": "avx2"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 

@@ -97,21 +97,21 @@ class Kernel:
         """
         if _library is None:
             raise RuntimeError(f"there is no compiled {self.name} in this installation")
+        addresses = [None if t is None else self._address(*t) for t in tensors]
         threads = 1 if _forked else torch.get_num_threads()
         scratch = torch.empty(self._scratch(numbers, threads), dtype=torch.float32, device="cpu")
-        addresses = [None if t is None else self._address(*t) for t in tensors]
         self._run(numbers, *addresses, scratch.data_ptr(), threads)
 
     def _address(self, tensor: Tensor, shape: Sequence[int], step: int | None = None) -> int:
         """Where a tensor's numbers start; with a `step` from sample to sample only the samples need be dense."""
-        plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided and not tensor.is_neg()
-        known = plain and tensor.dtype == torch.float32 and tensor.device.type == "cpu" and tensor.shape == (*shape,)
-        if known and (tensor.is_contiguous() if step is None else tensor.stride(0) == step and dense_samples(tensor)):
+        plain = type(tensor) in (Tensor, nn.Parameter) and tensor.is_cpu and tensor.dtype is torch.float32
+        if plain and tensor.layout is torch.strided and tensor.shape == shape and not tensor.is_neg():
+            dense = tensor.is_contiguous() if step is None else tensor.stride(0) == step and dense_samples(tensor)
             address = tensor.data_ptr()
-            if address or not tensor.numel():  # storage may have been freed, by FSDP for one
+            if dense and (address or not tensor.numel()):  # storage may have been freed, by FSDP for one
                 return address
         found = f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}" if isinstance(tensor, Tensor) else tensor
-        raise RuntimeError(f"{self.name} takes a dense float32 tensor {(*shape,)} on the CPU, and was given {found}")
+        raise RuntimeError(f"{self.name} takes a dense float32 tensor {tuple(shape)} on the CPU, and was given {found}")
 
 
 Argument = tuple[Tensor, Sequence[int]] | tuple[Tensor, Sequence[int], int]
@@ -120,6 +120,8 @@ Argument = tuple[Tensor, Sequence[int]] | tuple[Tensor, Sequence[int], int]
 
 def dense_samples(maps: Tensor) -> bool:
     """Whether every sample is contiguous, however far it is from one to the next."""
+    if maps.is_contiguous():
+        return True
     expected = 1
     for size, stride in zip(maps.shape[:0:-1], maps.stride()[:0:-1], strict=True):
         if size != 1 and stride != expected:

@@ -258,9 +258,9 @@ void block_forward(const Maps &maps, const Tables &tables, Work &w, int task, in
     for (int i = 0; i < present; ++i) {
         float inverse = 1 / totals[i];
         for (int c = 0; c < s.e; ++c) out[(long)c * positions + i] = w.sums[c * PAIR + i] * inverse;
-        int exponent = 0;
-        sums[i] = safe ? std::frexp(totals[i], &exponent) : totals[i];
-        shifts[i] = safe ? exponent : peaks[i];
+        Split split = split_power(totals[i]);
+        shifts[i] = safe ? split.exponent : peaks[i];
+        sums[i] = safe ? split.significand : totals[i];
     }
 }
 
