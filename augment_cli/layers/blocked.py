@@ -87,7 +87,7 @@ class _Attention(FirstOrder):
     @staticmethod
     def setup_context(ctx, inputs, output):
         *tensors, ctx.size, ctx.scale, ctx.block_bytes = inputs
-        ctx.save_for_backward(*tensors, *output)
+        ctx.save_for_backward(*tensors, *output[1:])
         ctx.mark_non_differentiable(*output[1:])
 
     @staticmethod
@@ -126,7 +126,8 @@ def _run(q, k, v, rel_height, rel_width, size, scale, block_bytes) -> tuple[Tens
     return out / total, peaks, total.contiguous()
 
 
-def _run_backward(d_out, q, k, v, rel_height, rel_width, out, shifts, sums, size, scale, block_bytes):
+def _run_backward(d_out, q, k, v, rel_height, rel_width, shifts, sums, size, scale, block_bytes) -> tuple[Tensor, ...]:
+    """Gradients of the five inputs. Shapes: as for `_Attention`."""
     grads = torch.empty_like(q), *(torch.zeros_like(t) for t in (k, v, rel_height, rel_width))
     d_out = d_out / sums
     blocks = _Blocks(q, size, scale, block_bytes)
@@ -159,7 +160,7 @@ _SETTINGS = "int[] size, float scale, int block_bytes"
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor rel_height, Tensor rel_width"
 _attention = operator(f"blocked_attention({_INPUTS}, {_SETTINGS}) -> (Tensor, Tensor, Tensor)", _run, _results, _flops)
 _attention_backward = operator(
-    f"blocked_attention_backward(Tensor d_out, {_INPUTS}, Tensor out, Tensor shifts, Tensor sums, {_SETTINGS}) -> "
+    f"blocked_attention_backward(Tensor d_out, {_INPUTS}, Tensor shifts, Tensor sums, {_SETTINGS}) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor)",
     _run_backward,
     _gradient_results,

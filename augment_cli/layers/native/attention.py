@@ -123,11 +123,14 @@ _attention_backward = operator(
     _backward_flops,
     "CPU",
 )
-differentiate(
-    "attention",
-    lambda ctx, d_out, *_: _attention_backward(d_out, *ctx.saved_tensors),
-    lambda ctx, inputs, output: ctx.save_for_backward(*inputs, *output),
-)
+
+
+def _save(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs, *output)
+    ctx.set_materialize_grads(False)  # of shifts and sums, which nobody sees
+
+
+differentiate("attention", lambda ctx, d_out, *_: _attention_backward(d_out, *ctx.saved_tensors), _save)
 differentiate("attention_backward", refuse_second_derivatives)
 
 
