@@ -201,7 +201,7 @@ def _dense(*tensors: Tensor | None) -> Iterator[list[Tensor | None]]:
 WAYS: dict[str, type[Way]] = {way.name: way for way in (Chunked, Unfolded, Static, Native)}
 
 
-# The operator, on tensors as the way named arranges them.
+# The operator: its tensors are as the named backend's `arranged` gives them.
 
 
 def _run(x, kernel, mixing, scales, *options) -> Tensor:
@@ -249,11 +249,11 @@ def _backward_flops(d_out_shape, x_shape, kernel_shape, mixing_shape, scales_sha
     return 2 * (of_x * convolution + of_rest * (convolution + 2 * maps))
 
 
-_OPTIONS = "int[] size, int[] stride, int[] padding, int[] dilation, str way"
+_OPTIONS = "int[] size, int[] stride, int[] padding, int[] dilation, str backend"
 _TENSORS = "Tensor x, Tensor kernel, Tensor mixing, Tensor scales"
-_conv = operator(f"attended({_TENSORS}, {_OPTIONS}) -> Tensor", _run, _result, _flops)
+_conv = operator(f"attended_conv({_TENSORS}, {_OPTIONS}) -> Tensor", _run, _result, _flops)
 _conv_backward = operator(
-    f"attended_backward(Tensor d_out, {_TENSORS}, {_OPTIONS}, bool of_x, bool of_rest) -> Tensor[]",
+    f"attended_conv_backward(Tensor d_out, {_TENSORS}, {_OPTIONS}, bool of_x, bool of_rest) -> Tensor[]",
     _run_backward,
     _gradient_results,
     _backward_flops,
@@ -270,7 +270,7 @@ def _differentiated(ctx, d_out: Tensor) -> tuple[Tensor | None, ...]:
     return *_gradients(d_out, ctx.saved_tensors, way, needed), *[None] * 5
 
 
-differentiate("attended", _differentiated, _save)
+differentiate("attended_conv", _differentiated, _save)
 
 
 def fastest_way(x: Tensor, kernel: Tensor, geometry: Geometry, groups: int) -> str:

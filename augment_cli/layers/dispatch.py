@@ -18,7 +18,8 @@ def operator(
     """Define an operator.
 
     Args:
-        schema: its name, arguments and results, as torch writes them.
+        schema: its name, arguments and results, as torch writes them. Other arguments want another name: Inductor's
+            cache on disk knows an operator by its name alone.
         run: computes it, for the dispatcher's `key`.
         result: makes empty tensors like its results, from tensors without data.
         flops: FLOPs, from the arguments with shapes in the place of tensors, and `out_shape`.

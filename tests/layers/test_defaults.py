@@ -147,5 +147,5 @@ def test_what_kernels_are_handed(default):
     if native.instructions is None:
         pytest.skip("no kernels")
     with change(value):
-        for t in torch.ops.augment_cli.attention(*maps, *tables):
+        for t in torch.ops.augment_cli.relative_attention(*maps, *tables):
             assert (t.dtype, t.device.type) == (torch.float32, "cpu")

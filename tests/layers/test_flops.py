@@ -1,4 +1,4 @@
-"""What torch.utils.flop_counter counts on a processor is what it counts on the meta device, where plans count."""
+"""torch.utils.flop_counter counts the same on a processor as on the meta device, where plans count."""
 
 import pytest
 import torch

@@ -348,10 +348,10 @@ def test_convolution_holds_a_bounded_amount():
 layers = pytest.mark.parametrize(
     ("layer", "operator"),
     [
-        (partial(AWConv2d, 32, 64, 3, stride=(2, 1), padding=1), "augment_cli.attended"),
+        (partial(AWConv2d, 32, 64, 3, stride=(2, 1), padding=1), "augment_cli.attended_conv"),
         (
             partial(AAConv2d, 32, 32, 3, heads=2, key_channels=16, value_channels=8, resolution=7),
-            "augment_cli.attention",
+            "augment_cli.relative_attention",
         ),
     ],
     ids=["aw", "aa"],
@@ -382,12 +382,12 @@ def test_operators_are_what_torch_wants_of_them(layer, operator):
     q, k, v, *tables = (t.detach().clone().requires_grad_() for t in make_inputs(n=1, heads=1, dtype=torch.float32))
     if "attention" in operator:
         maps = (t.movedim(-1, 2).flatten(3).contiguous().detach().requires_grad_() for t in (q, k, v))
-        torch.library.opcheck(torch.ops.augment_cli.attention.default, (*maps, *tables))
+        torch.library.opcheck(torch.ops.augment_cli.relative_attention.default, (*maps, *tables))
     else:
         shapes = (2, 32, 5, 6), (32, 2, 16, 9), (32, 2, 1, 1), (2, 2, 1, 9)
         tensors = (normal(*shape, seed=i, dtype=torch.float32).requires_grad_() for i, shape in enumerate(shapes))
         arguments = *tensors, [3, 3], [2, 1], [1, 0], [1, 1], "native"
-        torch.library.opcheck(torch.ops.augment_cli.attended.default, arguments)
+        torch.library.opcheck(torch.ops.augment_cli.attended_conv.default, arguments)
 
 
 @layers

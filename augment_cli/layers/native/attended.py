@@ -62,7 +62,7 @@ def backward(
 
 
 def _arguments(inputs: tuple[Tensor, ...], geometry: Geometry) -> tuple[_Numbers, list, tuple[int, ...]]:
-    """What both kernels begin with, and the shape of the result."""
+    """Numbers and inputs of a call of either kernel, and the shape of the result."""
     x, kernel, mixing, _ = inputs
     (batch, c1, height, width), c2, groups, taps = (
         x.shape,

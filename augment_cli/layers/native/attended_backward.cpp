@@ -202,7 +202,7 @@ EXPORT void attended_backward(const Conv *conv, const float *x, const float *ker
     const int panels = pass.panels, taps = s.taps(), of_tap = s.groups() * s.c2;
     if (d_kernel) {
         std::memset(pass.d_packed, 0, sizeof(float) * (pass.of_kernel + pass.of_mixing));  // and d_mixed behind it
-        std::memset(d_scales, 0, sizeof(float) * s.batch * s.groups() * taps);
+        std::fill_n(d_scales, (long)s.batch * s.groups() * taps, 0.f);  // null where there are no samples
     }
 #pragma omp parallel num_threads(threads)
     {

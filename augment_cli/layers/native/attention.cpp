@@ -264,10 +264,9 @@ void block_forward(const Maps &maps, const Tables &tables, Work &w, int task, in
     }
 }
 
-// What the backward pass needs of a block's queries: shifts, d_out / sum, and delta = (d_out / sum) . out, added up in
-// the order in which weights_backward adds up (d_out / sum) . v. Where one key has all the weight, out is its v, and
-// the gradient of its logit, the difference of the two, is zero as it should be, and not a rounding error times the
-// query.
+// Fills w.shifts, w.d_out = d_out / sum and w.deltas = w.d_out . out of a block's queries. Deltas are added up in the
+// order in which weights_backward adds up w.d_out . v: where one key has all the weight, out is its v, and the gradient
+// of its logit, the difference of the two, is zero, not a rounding error that is multiplied by the query.
 void take_queries_backward(const Maps &maps, Work &w, int task, int query, const float *out, const float *shifts,
                            const float *sums, const float *d_out) {
     const Shape &s = maps.s;

@@ -78,7 +78,7 @@ def _backward(d_out, q, k, v, rel_height, rel_width, out, shifts, sums) -> tuple
 
 
 def _arguments(q: Tensor, k: Tensor, v: Tensor, rel_height: Tensor, rel_width: Tensor) -> tuple[_Numbers, tuple]:
-    """What both kernels begin with."""
+    """Numbers and inputs of a call of either kernel."""
     q, k, v, tables = _dense(q), _dense(k), _dense(v), (rel_height.contiguous(), rel_width.contiguous())
     (batch, heads, d, _), e = q.shape, v.shape[2]
     height, width = ((len(table) + 1) // 2 for table in tables)
@@ -109,14 +109,14 @@ def _backward_flops(d_out_shape, *inputs, **_) -> int:
 
 
 _attention = operator(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor rel_height, Tensor rel_width) -> (Tensor, Tensor, Tensor)",
+    "relative_attention(Tensor q, Tensor k, Tensor v, Tensor rel_height, Tensor rel_width) -> (Tensor, Tensor, Tensor)",
     _forward,
     _results,
     _flops,
     "CPU",
 )
 _attention_backward = operator(
-    "attention_backward(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor rel_height, Tensor rel_width, Tensor out, "
+    "relative_attention_backward(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor rel_height, Tensor rel_width, Tensor out, "
     "Tensor shifts, Tensor sums) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _gradients,
@@ -130,8 +130,8 @@ def _save(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)  # of shifts and sums, which nobody sees
 
 
-differentiate("attention", lambda ctx, d_out, *_: _attention_backward(d_out, *ctx.saved_tensors), _save)
-differentiate("attention_backward", refuse_second_derivatives)
+differentiate("relative_attention", lambda ctx, d_out, *_: _attention_backward(d_out, *ctx.saved_tensors), _save)
+differentiate("relative_attention_backward", refuse_second_derivatives)
 
 
 def _channels_first(maps: Tensor) -> Tensor:
