@@ -108,16 +108,11 @@ def _backward_flops(d_out_shape, *inputs, **_) -> int:
     return 2 * _flops(*inputs)
 
 
-_attention = operator(
-    "relative_attention(Tensor q, Tensor k, Tensor v, Tensor rel_height, Tensor rel_width) -> (Tensor, Tensor, Tensor)",
-    _forward,
-    _results,
-    _flops,
-    "CPU",
-)
+_TENSORS = "Tensor q, Tensor k, Tensor v, Tensor rel_height, Tensor rel_width"
+_attention = operator(f"relative_attention({_TENSORS}) -> (Tensor, Tensor, Tensor)", _forward, _results, _flops, "CPU")
 _attention_backward = operator(
-    "relative_attention_backward(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor rel_height, Tensor rel_width, Tensor out, "
-    "Tensor shifts, Tensor sums) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"relative_attention_backward(Tensor d_out, {_TENSORS}, Tensor out, Tensor shifts, Tensor sums) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _gradients,
     _backward_flops,
