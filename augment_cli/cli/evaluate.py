@@ -79,7 +79,7 @@ def evaluate(
 def _show(model: str, data: str, result, as_json: bool) -> None:
     scores = result.scores.to_dict()
     if as_json:
-        typer.echo(json.dumps({"model": model, "data": data, **scores, "corrupt": result.corrupt}, indent=2))
+        common.echo(json.dumps({"model": model, "data": data, **scores, "corrupt": result.corrupt}, indent=2))
         return
     from rich.table import Table
 

@@ -118,10 +118,13 @@ def write_confusion(result: Result, path: Path) -> None:
 def _write_csv(path: Path, result: Result) -> None:
     import csv
 
+    from augment_cli.report.text import cell
+
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["true \\ predicted", *result.classes])
-        for name, row in zip(result.classes, result.scores.confusion.tolist(), strict=True):
+        names = [cell(name) for name in result.classes]
+        writer.writerow(["true \\ predicted", *names])
+        for name, row in zip(names, result.scores.confusion.tolist(), strict=True):
             writer.writerow([name, *row])
 
 

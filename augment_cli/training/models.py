@@ -15,7 +15,7 @@ from augment_cli.errors import AugmentError
 from augment_cli.files import write_folder
 from augment_cli.graph import analyze
 from augment_cli.header import WEIGHTS, Header, read_header
-from augment_cli.output import write_model
+from augment_cli.output import write_config, write_model
 from augment_cli.plan import Plan, fit_plan
 from augment_cli.seeds import seed_all
 
@@ -169,11 +169,10 @@ def write_trained(model: nn.Module, opened: Opened, folder: Path) -> None:
 
 def _fill_plain(folder: Path, model: nn.Module, opened: Opened) -> None:
     from safetensors.torch import save_file
-    from timm.models._hub import save_config_for_hf
 
     tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    save_config_for_hf(model, str(folder / "config.json"), data_config={"input_size": opened.input_size})
+    write_config(model, opened.input_size, folder)
 
 
 def logits_of(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
