@@ -28,6 +28,8 @@ def first_line(error: BaseException) -> str:
     """The first line of an exception's message, at most 300 characters long; its type's name where it has none."""
     if isinstance(error, RecursionError):
         return "nested too deeply"
+    if "int_max_str_digits" in str(error):  # Python's advice is none for users
+        return "a number of thousands of digits"
     lines = str(error).strip().splitlines()
     text = lines[0].rstrip(".") if lines else type(error).__name__
     return text if len(text) <= 300 else f"{text[:300]}..."

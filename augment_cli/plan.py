@@ -110,9 +110,10 @@ def freeze_arguments(value: Any) -> tuple[tuple[str, Any], ...]:
         ValueError: no object, a number, text, list or nesting beyond the bounds, or an argument that no plan may set.
     """
     try:
-        arguments = _freeze(dict(value))
-    except TypeError as error:
+        value = dict(value)
+    except (TypeError, ValueError) as error:
         raise ValueError("no object of arguments by name") from error
+    arguments = _freeze(value)
     if refused := sorted(FORBIDDEN_ARGUMENTS & arguments.keys()):
         raise ValueError(f"{refused[0]} cannot be set")
     return tuple(arguments.items())

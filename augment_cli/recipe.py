@@ -3,6 +3,7 @@
 import hashlib
 import re
 import tomllib
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -36,6 +37,20 @@ Places = Annotated[
     BeforeValidator(_as_tuple),
     Field(max_length=MOST_LISTED),
 ]
+
+
+# An escape, a class of characters, the start of a group; then what repeats a group, and what repeats at all.
+_REPEATS = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\(\?|(?P<group>\)[*+{])|(?P<open>[*+{])|(?P<maybe>\?)", re.S)
+_MOST_REPEATS, _MOST_OPTIONAL = 5, 10
+
+
+def _check_quick(pattern: str) -> None:
+    """Refuse regular expressions that may try more ways than there is time for: matching cannot be interrupted."""
+    kinds = Counter(match.lastgroup for match in _REPEATS.finditer(pattern))
+    if kinds["group"]:
+        raise ValueError("a group is repeated: write it without *, + or { after a parenthesis")
+    if kinds["open"] > _MOST_REPEATS or kinds["maybe"] > _MOST_OPTIONAL:
+        raise ValueError(f"more than {_MOST_REPEATS} of *, + and {{, or more than {_MOST_OPTIONAL} of ?")
 
 
 class _Section(BaseModel):
@@ -92,6 +107,7 @@ class Sites(_Section):
     @field_validator("regex")
     @classmethod
     def _compiles(cls, value: str) -> str:
+        _check_quick(value)
         try:
             re.compile(value)
         except (re.error, RecursionError, OverflowError) as error:

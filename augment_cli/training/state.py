@@ -51,9 +51,13 @@ def read_state(path: Path) -> dict[str, Any]:
         with safe_open(path, "pt") as opened:
             data = json.loads((opened.metadata() or {})[KEY])
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        if data["schema"] != SCHEMA:
-            raise AugmentError(f"{path} has schema {data['schema']}, and this version reads {SCHEMA}")
-        return dict(_unpack(data["tree"], tensors))
+        schema, tree = data.get("schema"), data.get("tree")
+        if schema != SCHEMA:
+            raise AugmentError(f"{path} has schema {schema}, and this version reads {SCHEMA}")
+        try:
+            return dict(_unpack(tree, tensors))
+        except Exception as error:  # another shape than `_pack` gives
+            raise ValueError("its contents are not whole") from error
 
 
 def _pack(value: Any, tensors: dict[str, Tensor]) -> Any:

@@ -7,6 +7,7 @@ import json
 import random
 import struct
 import tempfile
+import tomllib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from augment_cli.report.table import plain_table
 from augment_cli.training.run import read_saved
 from augment_cli.training.settings import Settings, read_settings
 from augment_cli.training.state import write_state
-from tests.fuzz.mutate import HOSTILE, dump, mutate_bytes, mutate_text, mutate_tree, toml
+from tests.fuzz.mutate import ARGUMENTS, HOSTILE, MODELS, dump, mutate_bytes, mutate_text, mutate_tree, toml
 
 MODEL = "test_resnet"
 
@@ -76,7 +77,10 @@ def _mutated_header(rng: random.Random, header: dict) -> dict:
         mutated = mutate_tree(rng, header)
         return mutated if isinstance(mutated, dict) else {}
     metadata = json.loads(header["__metadata__"]["augment"])
-    if rng.random() < 0.6:
+    if rng.random() < 0.2:
+        arguments = {rng.choice(ARGUMENTS): rng.choice([*HOSTILE, *_LIKELY]) for _ in range(rng.randrange(1, 3))}
+        metadata["plan"] |= {"model_args": arguments}
+    elif rng.random() < 0.7:
         metadata["plan"] = mutate_tree(rng, metadata["plan"])
     else:
         metadata = mutate_tree(rng, metadata)
@@ -104,7 +108,12 @@ def _make_plan(rng: random.Random) -> bytes:
     plan, _ = make_plan(MODEL, graph, load_recipe(rng.choice(["aa", "aw", "aa-aw"])))
     if rng.random() < 0.1:
         return mutate_bytes(rng, plan.to_json().encode())
-    return dump(mutate_tree(rng, json.loads(plan.to_json()))).encode()
+    data = json.loads(plan.to_json())
+    if rng.random() < 0.3:
+        data["model_args"] = {rng.choice(ARGUMENTS): rng.choice([*HOSTILE, *_LIKELY]) for _ in range(rng.randrange(3))}
+    if rng.random() < 0.1:
+        data["model"] = rng.choice(MODELS)
+    return dump(mutate_tree(rng, data) if rng.random() < 0.7 else data).encode()
 
 
 def _read_plan(path: Path) -> None:
@@ -121,9 +130,29 @@ def _make_recipe(rng: random.Random) -> bytes:
     text = rng.choice(list(builtin_recipes().values())).read_text(encoding="utf-8")
     if rng.random() < 0.2:
         return mutate_bytes(rng, text.encode())
-    if rng.random() < 0.5:
+    if rng.random() < 0.3:
         return mutate_text(rng, text).encode("utf-8", "surrogatepass")
-    return text.encode() + f"\n{rng.choice(_KEYS)} = {toml(rng.choice(HOSTILE))}\n".encode("utf-8", "surrogatepass")
+    data = mutate_tree(rng, tomllib.loads(text))
+    if isinstance(data, dict) and isinstance(data.get("sites"), dict):
+        data["sites"][rng.choice(_KEYS).partition(".")[2]] = rng.choice([*HOSTILE, *_LIKELY])
+    return _toml_file(data).encode("utf-8", "surrogatepass")
+
+
+def _toml_file(data: Any) -> str:
+    if not isinstance(data, dict):
+        return toml(data)
+    lines = [f"{key} = {toml(value)}" for key, value in data.items() if not isinstance(value, dict)]
+    for key, value in data.items():
+        if isinstance(value, dict):
+            lines += [f"[{key}]", *(f"{name} = {toml(item)}" for name, item in value.items())]
+    return "\n".join(lines)
+
+
+_LIKELY = [
+    *("keep", "free", "+1%", "aa", "aw", "aa+aw", "layer*", "*.conv1", "auto", "dense", "depthwise", "more-keys"),
+    *(1, 2, 4, 5, 16, 64, 500, 0.01, 0.1, 0.25, 0.9, True, ["dense", "grouped"], [3, 5], [0, -1]),
+    *("(a+)+$", "(.*)*x", ".*.*.*.*.*.*.*.*.*.*.*.*x", "(conv1|conv1)*z", "a?" * 40, "[", "(" * 400),
+]
 
 
 _KEYS = [f"sites.{key}" for key in ("kernel", "groups", "names", "regex", "stages", "positions", "exclude", "heads")]
@@ -140,7 +169,7 @@ def _read_recipe(path: Path) -> None:
 
 
 def _make_override(rng: random.Random) -> bytes:
-    value = rng.choice([*HOSTILE, "keep", "free", "+1%", "aa+aw", "layer*", 8, 0.1, "[" * 500, "0x" + "f" * 5000])
+    value = rng.choice([*HOSTILE, *_LIKELY, *_LIKELY, "[" * 500, "0x" + "f" * 5000])
     text = f"{rng.choice(_KEYS)}={value if isinstance(value, str) else toml(value)}"
     text = mutate_text(rng, text) if rng.random() < 0.4 else text
     return text.encode("utf-8", "surrogatepass")
