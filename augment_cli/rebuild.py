@@ -10,7 +10,7 @@ import torch
 from timm.models import build_model_with_cfg, get_pretrained_cfg
 from torch import nn
 
-from augment_cli.errors import AugmentError, boundary
+from augment_cli.errors import AugmentError, boundary, first_line
 from augment_cli.guard import Limit, limited
 from augment_cli.header import KEY, WEIGHTS, parse_header, read_metadata
 from augment_cli.plan import Plan, validate_plan
@@ -30,7 +30,8 @@ def build(plan: Plan) -> nn.Module:
     Raises:
         AugmentError: the base is not a model of timm's registry, or the plan does not fit it.
     """
-    return timm.create_model(NAME, **_arguments(plan))
+    with boundary(f"{plan.model} cannot be built by its plan"):
+        return timm.create_model(NAME, **_arguments(plan))
 
 
 def _arguments(plan: Plan) -> dict[str, Any]:
@@ -48,13 +49,13 @@ def check_fit(file: Path, arguments: dict[str, Any]) -> None:
     """
     from safetensors import safe_open
 
-    with boundary(f"{file}"), safe_open(file, "numpy") as opened:
+    with boundary(f"{file} cannot be read"), safe_open(file, "numpy") as opened:
         found = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
     try:
         with limited(Limit.of(found.values())), seeded("shapes"), torch.device("meta"):
             expected = {name: tuple(t.shape) for name, t in timm.create_model(NAME, **arguments).state_dict().items()}
-    except AugmentError as error:
-        raise AugmentError(f"{file}: {error}") from error
+    except Exception as error:  # timm's, of its constructors and of a configuration that it cannot read
+        raise AugmentError(f"{file}: {first_line(error)}") from error
     wrong = [name for name in sorted(expected.keys() | found) if expected.get(name) != found.get(name)]
     if wrong:
         name = wrong[0]
@@ -78,7 +79,7 @@ def adopt(model: nn.Module, plan: Plan) -> None:
 def create(pretrained: bool, plan: dict[str, Any] | None, **kwargs: Any) -> nn.Module:
     """What timm's entry point `augmented` returns: `plan` is a plan's JSON object, `kwargs` as for any timm model."""
     plan = _checked(plan)
-    with boundary(f"{plan.model} cannot be built by its plan"), limited():
+    with limited():
         kwargs["pretrained_cfg"] = kwargs.get("pretrained_cfg") or _own_cfg(plan)
         _check_folder(plan, kwargs["pretrained_cfg"], kwargs.get("pretrained_model_args"))
         if kwargs.pop("features_only", False):
@@ -113,14 +114,16 @@ def _checked(plan: dict[str, Any] | None) -> Plan:
 
 def _own_cfg(plan: Plan) -> dict[str, Any]:
     """The base's configuration without the places that its weights come from."""
-    base = get_pretrained_cfg(plan.model)
+    with boundary(f"the plan's base {plan.model}"):
+        base = get_pretrained_cfg(plan.model)
     cfg = base.to_dict() if base else {}
     return {k: v for k, v in cfg.items() if k not in _SOURCES} | {"architecture": NAME}
 
 
 def _construct(plan: Plan, **kwargs: Any) -> nn.Module:
     arguments = {**dict(plan.model_args), **kwargs}
-    model = timm.create_model(plan.model, **arguments)
+    with boundary(f"{plan.model} cannot be created with {arguments}"):
+        model = timm.create_model(plan.model, **arguments)
     apply_plan(model, plan)
     return model
 

@@ -3,6 +3,7 @@
 import argparse
 import pickle
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,10 +36,12 @@ def read_checkpoint(path: Path) -> Any:
     from safetensors.torch import load_file
 
     # timm's train.py puts its arguments, a Namespace, beside the weights.
-    with boundary(f"checkpoint {path} cannot be read"), torch.serialization.safe_globals([argparse.Namespace]):
+    allowed = torch.serialization.safe_globals([argparse.Namespace])
+    with boundary(f"checkpoint {path} cannot be read"), allowed, warnings.catch_warnings():
         if path.suffix == ".safetensors":
             return load_file(path)
         try:
+            warnings.simplefilter("ignore")  # torch's advice again
             return torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
             # torch's message advises to load the file all the same: it is not passed on.
