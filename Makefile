@@ -3,7 +3,7 @@ VENV := .venv
 READY := $(VENV)/.ready
 NATIVE := $(wildcard augment_cli/layers/native/*.cpp augment_cli/layers/native/*.h)
 
-.PHONY: demo test lint format benchmark sweep story clean
+.PHONY: demo test fuzz lint format benchmark sweep story clean
 
 demo: $(READY)
 	mkdir -p out
@@ -13,6 +13,9 @@ demo: $(READY)
 
 test: $(READY)
 	$(VENV)/bin/python -m pytest -n auto
+
+fuzz: $(READY)
+	$(VENV)/bin/python -m tests.fuzz
 
 lint: $(READY)
 	$(VENV)/bin/ruff format --check .

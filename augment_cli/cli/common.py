@@ -46,7 +46,9 @@ __all__ = ["echo", "say"]
 @contextmanager
 def working(what: str):
     """A spinner while something takes long; nothing where stderr is not a terminal."""
-    with Terminal(stderr=True).status(what):
+    from rich.text import Text
+
+    with Terminal(stderr=True).status(Text(what)):
         yield
 
 
