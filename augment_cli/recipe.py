@@ -254,7 +254,7 @@ def describe_errors(error: ValidationError, model: type[BaseModel]) -> str:
 
 
 def _describe(item: dict[str, Any], model: type[BaseModel]) -> str:
-    where = ".".join(str(part) for part in item["loc"])
+    where = ".".join(str(part)[:100] for part in item["loc"])
     if item["type"] != "extra_forbidden":
         message = item["msg"].removeprefix("Value error, ")
         return f"{where}: {message}" if where else message
@@ -262,7 +262,7 @@ def _describe(item: dict[str, Any], model: type[BaseModel]) -> str:
         if part in model.model_fields:
             model = _model_within(model.model_fields[part].annotation) or model
     known = [field.alias or name for name, field in model.model_fields.items()]
-    return f"unknown key {where}{nearest(str(item['loc'][-1]), known)}"
+    return f"unknown key {where}{nearest(str(item['loc'][-1])[:100], known)}"
 
 
 def _model_within(annotation: Any) -> type[BaseModel] | None:

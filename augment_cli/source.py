@@ -15,8 +15,9 @@ from torch import nn
 from augment_cli.bounds import MOST_SIDE
 from augment_cli.errors import AugmentError, boundary, first_line, nearest
 from augment_cli.guard import limited
+from augment_cli.header import KEY, read_metadata
 from augment_cli.plan import freeze_arguments
-from augment_cli.seeds import seeded
+from augment_cli.seeds import restored, seeded
 from augment_cli.timm_plugin import NAME
 from augment_cli.weights import find_weights, misfit, read_checkpoint
 
@@ -69,7 +70,8 @@ def create(source: Source, seed: int = 0, origin: str | None = None) -> nn.Modul
     Raises:
         AugmentError: pretrained weights that do not exist or cannot be fetched.
     """
-    with seeded(seed, "source"):
+    with restored():
+        torch.default_generator.manual_seed(seed)
         if origin is None:
             return _create(source.name, source.args)
         try:
@@ -96,6 +98,8 @@ def load_checkpoint(model: nn.Module, path: Path, ema: bool | None = None) -> st
     """
     if not path.is_file():
         raise AugmentError(f"checkpoint {path}: no such file")
+    if path.suffix == ".safetensors" and KEY in read_metadata(path):
+        raise AugmentError(f"checkpoint {path} is a converted model already: give its source's weights")
     found = find_weights(read_checkpoint(path), model, path, ema)
     try:
         model.load_state_dict(found.state_dict)

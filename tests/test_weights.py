@@ -11,7 +11,9 @@ from timm.utils import CheckpointSaver, ModelEmaV3
 
 from augment_cli import source
 from augment_cli.errors import AugmentError
+from augment_cli.header import read_header
 from augment_cli.source import load_checkpoint
+from tests.cli.helpers import ok, run
 
 NAME = "test_resnet"
 
@@ -172,3 +174,24 @@ def test_tensors_that_are_none_of_the_models_are_refused(tmp_path, value):
 @pytest.mark.parametrize("name", ["starnet_s050.untrained", "resnet18", "resnet18.a1_in1k"])
 def test_names_with_and_without_weights_are_taken(name):
     assert source.describe(name)[0].name == name
+
+
+def test_a_converted_model_is_no_source(in_tmp):
+    ok("convert", NAME, "-o", "a.safetensors")
+    with pytest.raises(AugmentError, match="converted model already"):
+        load_checkpoint(model(), in_tmp / "a.safetensors")
+
+
+@pytest.mark.parametrize(("flag", "note"), [((), "the moving average"), (("--no-ema",), "not the moving average")])
+def test_which_weights_were_taken_is_said_and_written_into_file_and_card(trained_by_timm, in_tmp, flag, note):
+    result = ok("convert", NAME, "--checkpoint", "last.pth.tar", *flag, "-o", "out")
+    assert f"source weights: checkpoint last.pth.tar, {note} of its weights" in result.stderr
+    assert f"checkpoint last.pth.tar, {note} of its weights" in (in_tmp / "out" / "README.md").read_text()
+    assert read_header(in_tmp / "out").weights == f"checkpoint last.pth.tar, {note} of its weights"
+
+
+def test_ema_without_a_checkpoint_is_refused(in_tmp):
+    for flag in ("--ema", "--no-ema"):
+        result = run("convert", NAME, flag)
+        assert result.exit_code == 2
+        assert f"{flag} is for --checkpoint" in result.stderr

@@ -12,7 +12,7 @@ from torch import nn
 
 from augment_cli import checkpoint, rebuild, source
 from augment_cli.errors import AugmentError
-from augment_cli.files import write_folder
+from augment_cli.files import read_text, write_folder
 from augment_cli.graph import analyze
 from augment_cli.header import WEIGHTS, Header, read_header
 from augment_cli.output import write_config, write_model
@@ -82,8 +82,8 @@ def open_companion(spec: str, weights: str | Path | None) -> Opened:
 def _architecture(folder: Path) -> str | None:
     """What timm's config.json in a folder says that its model is."""
     try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8"))["architecture"]
-    except (OSError, ValueError, KeyError, TypeError):
+        return json.loads(read_text(folder / "config.json", "config", 2**25))["architecture"]
+    except Exception:  # no file, no JSON, or none of timm's: what opens the model says so
         return None
 
 
@@ -148,11 +148,12 @@ def set_label_names(model: nn.Module, classes: dict[str, int] | None) -> None:
 def label_names(spec: str | Path) -> dict[str, int] | None:
     """Class names to labels, where a model's folder says them."""
     try:
-        config = json.loads((Path(spec) / "config.json").read_text(encoding="utf-8"))
+        config = json.loads(read_text(Path(spec) / "config.json", "config", 2**25))
         names = config["pretrained_cfg"]["label_names"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except Exception:  # no file, no JSON, or none of timm's
         return None
-    return {name: index for index, name in enumerate(names)} if isinstance(names, list) else None
+    known = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    return {name: index for index, name in enumerate(names)} if known else None
 
 
 def write_trained(model: nn.Module, opened: Opened, folder: Path) -> None:

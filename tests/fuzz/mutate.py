@@ -45,6 +45,11 @@ ARGUMENTS = [
 MODELS = ["resnet18", "test_resnet.r160_in1k", "test_vit", "test_convnext", "test_nfnet.none", "vgg11", "resnet18."]
 
 
+def hostile(rng: random.Random, *others: Any) -> Any:
+    """A hostile value, or one of `others`; a copy, since what it is put into is changed further."""
+    return copy.deepcopy(rng.choice([*HOSTILE, *others]))
+
+
 def mutate_bytes(rng: random.Random, data: bytes) -> bytes:
     """Some bytes flipped, cut out, doubled, or put in."""
     out = bytearray(data)
@@ -70,7 +75,7 @@ def mutate_tree(rng: random.Random, tree: Any) -> Any:
     for _ in range(rng.choice([1, 1, 1, 2, 3])):
         path = _random_path(rng, tree)
         if not path:
-            return rng.choice(HOSTILE)
+            return hostile(rng)
         holder = tree
         for key in path[:-1]:
             holder = holder[key]
@@ -97,16 +102,16 @@ def _change(rng: random.Random, holder: Any, key: Any) -> None:
         case 2 if isinstance(value, list) and value:
             holder[key] = value * rng.choice([2, 50])
         case 3 if isinstance(value, dict):
-            value[rng.choice([*ARGUMENTS, "\x1b[1m", "x" * 2000])] = rng.choice(HOSTILE)
+            value[rng.choice([*ARGUMENTS, "\x1b[1m", "x" * 2000])] = hostile(rng)
         case 4 if isinstance(value, str) and value:
             at = rng.randrange(len(value))
             holder[key] = value[:at] + rng.choice(["\0", "\x1b", "[/]", ".", "9", "é"]) + value[at:]
         case 5 if key == "model":
             holder[key] = rng.choice(MODELS)
         case 6 if key == "model_args":
-            holder[key] = {rng.choice(ARGUMENTS): rng.choice(HOSTILE) for _ in range(rng.randrange(1, 4))}
+            holder[key] = {rng.choice(ARGUMENTS): hostile(rng) for _ in range(rng.randrange(1, 4))}
         case _:
-            holder[key] = rng.choice(HOSTILE)
+            holder[key] = hostile(rng)
 
 
 def dump(tree: Any) -> str:
@@ -122,7 +127,7 @@ def mutate_text(rng: random.Random, text: str) -> str:
         at = rng.randrange(len(tokens))
         match rng.randrange(4):
             case 0:
-                tokens[at] = toml(rng.choice(HOSTILE))
+                tokens[at] = toml(hostile(rng))
             case 1:
                 del tokens[at]
                 tokens = tokens or [""]

@@ -27,7 +27,7 @@ from augment_cli.report.table import plain_table
 from augment_cli.training.run import read_saved
 from augment_cli.training.settings import Settings, read_settings
 from augment_cli.training.state import write_state
-from tests.fuzz.mutate import ARGUMENTS, HOSTILE, MODELS, dump, mutate_bytes, mutate_text, mutate_tree, toml
+from tests.fuzz.mutate import ARGUMENTS, MODELS, dump, hostile, mutate_bytes, mutate_text, mutate_tree, toml
 
 MODEL = "test_resnet"
 
@@ -78,7 +78,7 @@ def _mutated_header(rng: random.Random, header: dict) -> dict:
         return mutated if isinstance(mutated, dict) else {}
     metadata = json.loads(header["__metadata__"]["augment"])
     if rng.random() < 0.2:
-        arguments = {rng.choice(ARGUMENTS): rng.choice([*HOSTILE, *_LIKELY]) for _ in range(rng.randrange(1, 3))}
+        arguments = {rng.choice(ARGUMENTS): hostile(rng, *_LIKELY) for _ in range(rng.randrange(1, 3))}
         metadata["plan"] |= {"model_args": arguments}
     elif rng.random() < 0.7:
         metadata["plan"] = mutate_tree(rng, metadata["plan"])
@@ -110,7 +110,7 @@ def _make_plan(rng: random.Random) -> bytes:
         return mutate_bytes(rng, plan.to_json().encode())
     data = json.loads(plan.to_json())
     if rng.random() < 0.3:
-        data["model_args"] = {rng.choice(ARGUMENTS): rng.choice([*HOSTILE, *_LIKELY]) for _ in range(rng.randrange(3))}
+        data["model_args"] = {rng.choice(ARGUMENTS): hostile(rng, *_LIKELY) for _ in range(rng.randrange(3))}
     if rng.random() < 0.1:
         data["model"] = rng.choice(MODELS)
     return dump(mutate_tree(rng, data) if rng.random() < 0.7 else data).encode()
@@ -134,7 +134,7 @@ def _make_recipe(rng: random.Random) -> bytes:
         return mutate_text(rng, text).encode("utf-8", "surrogatepass")
     data = mutate_tree(rng, tomllib.loads(text))
     if isinstance(data, dict) and isinstance(data.get("sites"), dict):
-        data["sites"][rng.choice(_KEYS).partition(".")[2]] = rng.choice([*HOSTILE, *_LIKELY])
+        data["sites"][rng.choice(_KEYS).partition(".")[2]] = hostile(rng, *_LIKELY)
     return _toml_file(data).encode("utf-8", "surrogatepass")
 
 
@@ -169,7 +169,7 @@ def _read_recipe(path: Path) -> None:
 
 
 def _make_override(rng: random.Random) -> bytes:
-    value = rng.choice([*HOSTILE, *_LIKELY, *_LIKELY, "[" * 500, "0x" + "f" * 5000])
+    value = hostile(rng, *_LIKELY, *_LIKELY, "[" * 500, "0x" + "f" * 5000)
     text = f"{rng.choice(_KEYS)}={value if isinstance(value, str) else toml(value)}"
     text = mutate_text(rng, text) if rng.random() < 0.4 else text
     return text.encode("utf-8", "surrogatepass")
@@ -189,7 +189,7 @@ def _make_settings(rng: random.Random) -> bytes:
 
 @functools.cache
 def _state_file() -> bytes:
-    weight = torch.nn.Parameter(torch.randn(4, 4))
+    weight = torch.nn.Parameter(torch.arange(16.0).view(4, 4))
     optimizer = torch.optim.AdamW([weight])
     weight.grad = torch.ones(4, 4)
     optimizer.step()
@@ -230,8 +230,9 @@ def _make_checkpoint(rng: random.Random) -> bytes:
     if isinstance(wrapped, dict) and rng.random() < 0.3:
         wrapped["args"] = argparse.Namespace(model=MODEL, lr=0.1)
     file = io.BytesIO()
-    torch.save(wrapped, file, _use_new_zipfile_serialization=rng.random() < 0.8)
-    return mutate_bytes(rng, file.getvalue()) if rng.random() < 0.5 else file.getvalue()
+    new = rng.random() < 0.8
+    torch.save(wrapped, file, _use_new_zipfile_serialization=new)
+    return mutate_bytes(rng, file.getvalue()) if rng.random() < 0.5 and new else file.getvalue()
 
 
 _VALUES: list[Callable[[Any], Any]] = [
