@@ -68,6 +68,8 @@ def evaluate(
     result = assess(asked)
     if result is None:  # another process of several shows it
         return
+    if result.weights:
+        common.say(f"weights: {result.weights}")
     if result.corrupt:
         common.say(f"{len(result.corrupt)} corrupt images skipped: {', '.join(result.corrupt[:5])}")
     if confusion is not None:

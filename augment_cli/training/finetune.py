@@ -126,6 +126,8 @@ def _describe(run: Run, reporter: Reporter, resume: bool) -> None:
         f"{len(splits.val):,} to validate; {images} an update, {run.accelerator.device.type}"
         f"{f', {processes} processes' if processes > 1 else ''}"
     )
+    if run.opened.weights:
+        reporter.say(f"source weights: {run.opened.weights}")
     reporter.say("learning rates: " + "; ".join(_rates(run)))
     if resume:
         done = run.epoch >= settings.epochs

@@ -27,7 +27,7 @@ class Opened:
     """A model and what is known of it.
 
     header: None for a plain timm model. input_size: (channels, height, width). fresh: parameters without weights of
-    their own so far, such as those of a new classifier.
+    their own so far, such as those of a new classifier. weights: which of a checkpoint's were taken; else None.
     """
 
     model: nn.Module
@@ -35,6 +35,7 @@ class Opened:
     header: Header | None
     input_size: tuple[int, int, int]
     fresh: frozenset[str] = frozenset()
+    weights: str | None = None
 
     @property
     def num_classes(self) -> int:
@@ -92,10 +93,9 @@ def _by_name(name: str, pretrained: bool, weights: str | Path | None, args: dict
         raise AugmentError("--pretrained and --checkpoint both name weights: give one of them")
     described, _ = source.describe(name, args)
     model = source.create(described, seed, origin=name if pretrained else None)
-    if weights:
-        source.load_checkpoint(model, Path(weights))
+    taken = source.load_checkpoint(model, Path(weights)) if weights else None
     fresh = frozenset() if pretrained or weights else frozenset(n for n, _ in model.named_parameters())
-    return Opened(model, described.name, None, described.input_size, fresh)
+    return Opened(model, described.name, None, described.input_size, fresh, taken)
 
 
 def with_classes(opened: Opened, num_classes: int, seed: int) -> Opened:
@@ -115,7 +115,7 @@ def with_classes(opened: Opened, num_classes: int, seed: int) -> Opened:
         other = timm.create_model(opened.name, **args)
         other.pretrained_cfg = other.default_cfg = opened.model.pretrained_cfg
     fresh = opened.fresh | transfer(opened.model, other)
-    return Opened(other, opened.name, header, opened.input_size, fresh)
+    return Opened(other, opened.name, header, opened.input_size, fresh, opened.weights)
 
 
 def plan_for_classes(plan: Plan, num_classes: int) -> Plan:
