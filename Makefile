@@ -3,7 +3,7 @@ VENV := .venv
 READY := $(VENV)/.ready
 NATIVE := $(wildcard augment_cli/layers/native/*.cpp augment_cli/layers/native/*.h)
 
-.PHONY: demo test sanitize lint format benchmark sweep story clean
+.PHONY: demo test sanitize fuzz lint format benchmark sweep story clean
 
 demo: $(READY)
 	mkdir -p out
@@ -32,6 +32,9 @@ sanitize: $(READY)
 		ATEN_CPU_CAPABILITY=$$instructions AUGMENT_NATIVE=1 \
 			$(abspath $(VENV))/bin/python -m pytest -n auto tests/layers || exit 1; \
 	done
+
+fuzz: $(READY)
+	$(VENV)/bin/python -m tests.fuzz
 
 lint: $(READY)
 	$(VENV)/bin/ruff format --check .

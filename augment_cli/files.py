@@ -10,6 +10,25 @@ from pathlib import Path
 from augment_cli.errors import AugmentError
 
 
+def read_text(path: Path, what: str, most: int = 2**20) -> str:
+    """The text of a file of at most `most` bytes; `what` names its kind in messages.
+
+    Raises:
+        AugmentError: no such file, not readable, too long, or not UTF-8.
+    """
+    try:
+        with path.open("rb") as file:
+            content = file.read(most + 1)
+    except (OSError, ValueError) as error:
+        raise AugmentError(f"{what} {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    if len(content) > most:
+        raise AugmentError(f"{what} {path} is longer than {most:,} bytes: that is no {what}")
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise AugmentError(f"{what} {path} is not a text file: {error}") from error
+
+
 def check_output(path: Path, overwrite: bool) -> None:
     """Refuse an output before any work is done for it.
 

@@ -26,11 +26,18 @@ def seed_all(*parts: object) -> None:
 @contextmanager
 def seeded(*parts: object) -> Iterator[None]:
     """Within, the CPU's generators are seeded for a place; afterwards they are what they were."""
+    with restored():
+        seed = derive(*parts)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def restored() -> Iterator[None]:
+    """Afterwards the CPU's generators are what they were."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    seed = derive(*parts)
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.default_generator.manual_seed(seed)
     try:
         yield
     finally:

@@ -10,6 +10,7 @@ from augment_cli.graph import ModelGraph
 from augment_cli.inherit import fit
 from augment_cli.inherit.fitted import Progress, filter_scales
 from augment_cli.plan import Plan, Sensitivity
+from augment_cli.seeds import seeded
 
 
 def measure_sensitivity(
@@ -32,7 +33,8 @@ def measure_sensitivity(
         if progress:
             progress(site.name, i, len(plan.sites))
         alone, trial = plan.model_copy(update={"sites": (site,)}), copy.deepcopy(model)
-        fit(trial, alone, graph, calibration, scales=scales)
+        with seeded("sensitivity", site.name):
+            fit(trial, alone, graph, calibration, scales=scales)
         compared = compare(before, predictions(trial, calibration), calibration)
         found[site.name] = Sensitivity(agreement=compared.agreement, divergence=compared.divergence)
     return found

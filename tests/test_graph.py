@@ -78,6 +78,35 @@ def test_tensorflow_padding_is_recognised_and_static_padding_kept():
     assert site("inception_v3", "Conv2d_2a_3x3.conv").padding == (0, 0)
 
 
+def following(*between: nn.Module) -> str | None:
+    """The normalisation that `analyze` finds behind a convolution with some modules between the two."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), *between, nn.BatchNorm2d(8))
+    return analyze(model, (3, 8, 8)).sites[0].norm
+
+
+def test_a_normalisation_is_found_through_what_changes_nothing_and_through_nothing_else():
+    """Filters are weighed by the normalisation that reads them: one behind other arithmetic reads something else."""
+    assert following() == "1"
+    assert following(nn.Identity(), nn.Dropout(0.1), nn.Dropout2d(0.1)) == "4"
+    for module in (nn.ReLU(), nn.Sigmoid(), nn.AvgPool2d(2), nn.Conv2d(8, 8, 1), nn.ChannelShuffle(2)):
+        assert following(module) is None
+        assert following(nn.Identity(), module) is None
+
+
+class Forked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        x = self.conv(x)
+        return self.norm(x) + x
+
+
+def test_a_normalisation_that_is_not_the_only_reader_is_not_taken():
+    assert analyze(Forked(), (3, 8, 8)).sites[0].norm is None
+
+
 class Twice(nn.Module):
     def __init__(self):
         super().__init__()

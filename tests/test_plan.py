@@ -79,7 +79,7 @@ def edited(change) -> str:
         (lambda p: p["sites"][0].update(value_channels=66), "value_channels=66 is more than 64"),
         (lambda p: p["sites"][0].update(reduction=16), "variant aa does not go with"),
         (lambda p: p["sites"].append(p["sites"][0]), "named more than once: layer1.0.conv1"),
-        (lambda p: p.update(model_args={"checkpoint_path": "/x"}), "sets checkpoint_path, which no plan may"),
+        (lambda p: p.update(model_args={"checkpoint_path": "/x"}), "checkpoint_path cannot be set"),
         (lambda p: p.pop("model"), "model: Field required"),
     ],
 )

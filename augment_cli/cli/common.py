@@ -3,11 +3,13 @@
 import json
 import re
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from augment_cli.errors import AugmentError
+from augment_cli.errors import AugmentError, boundary
+from augment_cli.terminal import Terminal, echo, say
 
 if TYPE_CHECKING:
     from augment_cli.budget import Solution
@@ -30,30 +32,34 @@ ModelArguments = Annotated[
     list[str] | None,
     typer.Option("--model-arg", "-a", metavar="KEY=VALUE", help="For timm.create_model: num_classes=10. Repeatable."),
 ]
+Ema = Annotated[
+    bool | None,
+    typer.Option(
+        "--ema/--no-ema",
+        help="Which weights of --checkpoint: their moving average, or themselves. [the average, where there is one]",
+    ),
+]
 
-
-def say(message: str) -> None:
-    """A message for the person at the terminal."""
-    typer.echo(message, err=True)
+__all__ = ["echo", "say"]
 
 
 @contextmanager
 def working(what: str):
     """A spinner while something takes long; nothing where stderr is not a terminal."""
-    from rich.console import Console
+    from rich.text import Text
 
-    with Console(stderr=True).status(what):
+    with Terminal(stderr=True).status(Text(what)):
         yield
 
 
 @contextmanager
 def bar(what: str):
     """A bar over things done one after the other, on a terminal; yields what moves it: name, how many done, of all."""
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    console = Console(stderr=True)
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
+    console = Terminal(stderr=True)
+    name = TextColumn("{task.description}", markup=False)
+    columns = (TextColumn(what, markup=False), BarColumn(), MofNCompleteColumn(), name)
     with Progress(*columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=None)
         yield lambda name, done, total: progress.update(task, description=name, completed=done, total=total)
@@ -61,9 +67,12 @@ def bar(what: str):
 
 def show(renderable: Any) -> None:
     """A table or other rich object as data: colours only on a terminal."""
-    from rich.console import Console
+    Terminal().print(renderable)
 
-    Console().print(renderable)
+
+def check_ema(ema: bool | None, checkpoint: Path | None) -> None:
+    if ema is not None and checkpoint is None:
+        raise AugmentError(f"--{'' if ema else 'no-'}ema is for --checkpoint: add it, or leave it out")
 
 
 def parse_image_size(text: str | None) -> tuple[int, int] | None:
@@ -82,10 +91,11 @@ def parse_arguments(pairs: list[str] | None) -> dict[str, Any]:
         key, separator, text = pair.partition("=")
         if not separator or not key.isidentifier():
             raise AugmentError(f"--model-arg {pair}: write it as KEY=VALUE, such as num_classes=10")
-        try:
-            arguments[key] = json.loads(text)
-        except json.JSONDecodeError:
-            arguments[key] = text
+        with boundary(f"--model-arg {key}"):
+            try:
+                arguments[key] = json.loads(text)
+            except json.JSONDecodeError:
+                arguments[key] = text
     return arguments
 
 

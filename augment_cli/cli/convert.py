@@ -30,7 +30,10 @@ def convert(
     checkpoint: Annotated[
         Path | None, typer.Option("--checkpoint", metavar="FILE", help="Start from a safetensors or torch file.")
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="For random weights and what attention adds.")] = 0,
+    ema: common.Ema = None,
+    seed: Annotated[
+        int, typer.Option("--seed", min=0, max=2**63 - 1, help="For random weights and what attention adds.")
+    ] = 0,
     init: Annotated[
         Init,
         typer.Option(
@@ -73,6 +76,7 @@ def convert(
     """
     if pretrained and checkpoint:
         raise AugmentError("--pretrained and --checkpoint both name weights: give one of them")
+    common.check_ema(ema, checkpoint)
     _check_calibration(init, calibrate, calibrate_images)
     with common.working("importing torch and timm"):
         from augment_cli import conversion, source, surgery
@@ -115,12 +119,14 @@ def convert(
             )
     with common.bar("fitting") if calibration else common.working(f"converting {model}") as progress:
         weights = source.create(described, seed, origin=model if pretrained else None)
+        origin = source.weights_origin(pretrained, seed)
         if checkpoint:
-            source.load_checkpoint(weights, checkpoint)
-        origin = source.weights_origin(pretrained, checkpoint, seed)
-        header = conversion.operate(weights, plan, graph, origin, calibration, progress)
+            origin = source.load_checkpoint(weights, checkpoint, ema)
+        header = conversion.operate(weights, plan, graph, origin, calibration, progress, seed)
         write_model(weights, header, target)
     common.show(table(Report.of(plan, header), full=full))
+    if checkpoint:
+        common.say(f"source weights: {origin}")
     common.say(f"wrote {target}")
 
 

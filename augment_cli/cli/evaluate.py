@@ -68,6 +68,8 @@ def evaluate(
     result = assess(asked)
     if result is None:  # another process of several shows it
         return
+    if result.weights:
+        common.say(f"weights: {result.weights}")
     if result.corrupt:
         common.say(f"{len(result.corrupt)} corrupt images skipped: {', '.join(result.corrupt[:5])}")
     if confusion is not None:
@@ -79,7 +81,7 @@ def evaluate(
 def _show(model: str, data: str, result, as_json: bool) -> None:
     scores = result.scores.to_dict()
     if as_json:
-        typer.echo(json.dumps({"model": model, "data": data, **scores, "corrupt": result.corrupt}, indent=2))
+        common.echo(json.dumps({"model": model, "data": data, **scores, "corrupt": result.corrupt}, indent=2))
         return
     from rich.table import Table
 

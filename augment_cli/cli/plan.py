@@ -30,7 +30,8 @@ def plan(
     calibrate_images: Annotated[int, _measured(metavar="N", help="How many at most.")] = 512,
     pretrained: Annotated[bool, _measured("--pretrained", help="timm's pretrained weights.")] = False,
     checkpoint: Annotated[Path | None, _measured(metavar="FILE", help="Weights from a file.")] = None,
-    seed: Annotated[int, _measured(min=0, help="Of the images drawn.")] = 0,
+    ema: common.Ema = None,
+    seed: Annotated[int, _measured(min=0, max=2**63 - 1, help="Of the images drawn.")] = 0,
     plot: Annotated[Path | None, _measured(metavar="FILE.png|.svg|.pdf", help="Draw what was measured.")] = None,
 ) -> None:
     """Show what each convolution of MODEL would become, and what it costs.
@@ -39,6 +40,7 @@ def plan(
 
     augment plan resnet50 --sensitivity --pretrained --calibrate photos --json > plan.json
     """
+    common.check_ema(ema, checkpoint)
     _check_measured(sensitivity, calibrate, pretrained, checkpoint, plot)
     settings = common.load_named_recipe(recipe, overrides)
     arguments, size = common.parse_arguments(model_args), common.parse_image_size(image_size)
@@ -55,7 +57,7 @@ def plan(
     if sensitivity:
         origin = model if pretrained else None
         images = calibrate, calibrate_images, seed
-        found = _measure(described, meta_model, graph, settings, images, origin, checkpoint)
+        found = _measure(described, meta_model, graph, settings, images, origin, checkpoint, ema)
         made, solution = make_plan(described.name, graph, settings, described.args, found)
         if plot:
             from augment_cli.report.sensitivity import draw
@@ -64,7 +66,7 @@ def plan(
             common.say(f"wrote {plot}")
     common.announce(graph, made, solution, settings)
     if as_json:
-        typer.echo(made.to_json())
+        common.echo(made.to_json())
     else:
         common.show(table(Report.of(made), full=full))
 
@@ -89,7 +91,7 @@ def _check_measured(sensitivity, calibrate, pretrained, checkpoint, plot) -> Non
         check_output(plot, overwrite=True)
 
 
-def _measure(described, meta_model, graph, settings, images, origin, checkpoint):
+def _measure(described, meta_model, graph, settings, images, origin, checkpoint, ema):
     """Sensitivities under the splits that the recipe writes."""
     from augment_cli import source
     from augment_cli.calibration import load_images
@@ -105,6 +107,8 @@ def _measure(described, meta_model, graph, settings, images, origin, checkpoint)
         calibration = load_images(spec, meta_model, described.input_size, count, seed)
         weights = source.create(described, seed, origin=origin)
         if checkpoint:
-            source.load_checkpoint(weights, checkpoint)
+            origin = source.load_checkpoint(weights, checkpoint, ema)
+    if checkpoint:
+        common.say(f"source weights: {origin}")
     with common.bar("measuring") as progress:
         return measure_sensitivity(weights, written, graph, calibration, progress)

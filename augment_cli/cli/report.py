@@ -49,4 +49,4 @@ def report(
         write_file(output, lambda temporary: temporary.write_text(text, encoding="utf-8"))
         common.say(f"wrote {output}")
     else:
-        typer.echo(text, nl=not text.endswith("\n"))
+        common.echo(text)

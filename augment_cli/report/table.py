@@ -20,12 +20,12 @@ from augment_cli.report.units import (
     error,
     kernel,
     percent,
-    plain,
     share,
     signed_amount,
     size,
     span,
 )
+from augment_cli.terminal import Terminal, plain
 
 _NAMES_SHOWN = 4
 
@@ -47,7 +47,7 @@ def table(report: Report, full: bool = False) -> RenderableType:
 def plain_table(report: Report, full: bool = False, width: int = 120) -> str:
     """The same as text, for a file."""
     stream = io.StringIO()
-    Console(file=stream, width=width, color_system=None).print(table(report, full))
+    Terminal(file=stream, width=width, color_system=None).print(table(report, full))
     return "".join(f"{line.rstrip()}\n" for line in stream.getvalue().splitlines())
 
 

@@ -39,11 +39,12 @@ class Assessment:
 
 @dataclass(frozen=True)
 class Result:
-    """Scores, the names of the classes, and the images that could not be read."""
+    """Scores, the names of the classes, the images that could not be read, and which weights of a checkpoint."""
 
     scores: Scores
     classes: list[str]
     corrupt: list[str]
+    weights: str | None = None
 
 
 def assess(asked: Assessment) -> Result | None:
@@ -66,7 +67,8 @@ def assess(asked: Assessment) -> Result | None:
         num_classes=opened.num_classes if asked.confusion else None,
     )
     corrupt = sorted(set(gather_object(data.corrupt_names())))
-    return Result(scores, _names(data, opened), corrupt) if accelerator.is_main_process else None
+    result = Result(scores, _names(data, opened), corrupt, opened.weights)
+    return result if accelerator.is_main_process else None
 
 
 def _data(asked: Assessment, opened: Opened) -> Data:
@@ -118,10 +120,13 @@ def write_confusion(result: Result, path: Path) -> None:
 def _write_csv(path: Path, result: Result) -> None:
     import csv
 
+    from augment_cli.report.text import cell
+
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["true \\ predicted", *result.classes])
-        for name, row in zip(result.classes, result.scores.confusion.tolist(), strict=True):
+        names = [cell(name) for name in result.classes]
+        writer.writerow(["true \\ predicted", *names])
+        for name, row in zip(names, result.scores.confusion.tolist(), strict=True):
             writer.writerow([name, *row])
 
 

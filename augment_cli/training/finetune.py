@@ -14,7 +14,7 @@ from augment_cli.training.engine import describe_saved, save_state, train
 from augment_cli.training.history import best_row
 from augment_cli.training.models import write_trained
 from augment_cli.training.progress import Reporter
-from augment_cli.training.run import Run, prepare
+from augment_cli.training.run import Run, prepare, read_saved
 from augment_cli.training.settings import Settings
 
 SETTINGS = "settings.json"
@@ -36,7 +36,7 @@ def finetune(settings: Settings, *, resume: bool = False, overwrite: bool = Fals
         AugmentError: anything that the user can put right; what was written before stays.
     """
     folder = Path(settings.output)
-    saved = state.read_state(folder / state.FILE) if resume else None
+    saved = read_saved(folder / state.FILE) if resume else None
     if not resume:
         _check_free(folder, overwrite)
     accelerator = make_accelerator(settings)
@@ -126,6 +126,8 @@ def _describe(run: Run, reporter: Reporter, resume: bool) -> None:
         f"{len(splits.val):,} to validate; {images} an update, {run.accelerator.device.type}"
         f"{f', {processes} processes' if processes > 1 else ''}"
     )
+    if run.opened.weights:
+        reporter.say(f"source weights: {run.opened.weights}")
     reporter.say("learning rates: " + "; ".join(_rates(run)))
     if resume:
         done = run.epoch >= settings.epochs

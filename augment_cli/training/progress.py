@@ -3,9 +3,9 @@
 import time
 from types import TracebackType
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from augment_cli.terminal import Terminal
 from augment_cli.training.history import Row
 from augment_cli.training.meter import Meter
 
@@ -17,7 +17,7 @@ class Reporter:
     """Shows a run's progress; a silent one shows nothing."""
 
     def __init__(self, silent: bool = False) -> None:
-        self.console = Console(stderr=True, quiet=silent)
+        self.console = Terminal(stderr=True, quiet=silent)
         columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(elapsed_when_finished=True))
         self.bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
         self.task = self.bar.add_task("", total=None)

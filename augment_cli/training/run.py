@@ -6,18 +6,20 @@ No random state is kept: every draw is seeded by the run's seed and its place, (
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from accelerate import Accelerator
+from pydantic import BaseModel, Field, ValidationError
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.utils.data import DataLoader
 
-from augment_cli.errors import AugmentError
+from augment_cli.errors import AugmentError, boundary
+from augment_cli.recipe import describe_errors
 from augment_cli.training import state
 from augment_cli.training.data import Splits, data_config, evaluation_loader, open_splits, training_loader
-from augment_cli.training.history import Row
+from augment_cli.training.history import COLUMNS, Row
 from augment_cli.training.loss import Distillation, make_criterion, make_mixup
 from augment_cli.training.meter import Meter
 from augment_cli.training.models import FINETUNED, Opened, open_companion, open_model, set_label_names, with_classes
@@ -67,14 +69,19 @@ def prepare(settings: Settings, accelerator: Accelerator, saved: dict[str, Any] 
         AugmentError: model, data or settings that do not go together, or a checkpoint that does not fit.
     """
     opened, splits = _open_both(settings, resumed=saved is not None)
-    kinds = provenance(opened) if saved is None else saved["kinds"]
+    kinds = provenance(opened)
+    if saved is not None:
+        if saved["kinds"].keys() != kinds.keys():
+            raise AugmentError(f"{Path(settings.output) / state.FILE} is of another model than the run's")
+        kinds = saved["kinds"]
     opened = _mark(opened, settings)
     set_label_names(opened.model, splits.classes)
     model = _configured(opened.model, settings, accelerator)
     train, val = _loaders(opened, splits, settings, accelerator)
     if saved is not None:
         _check_saved(saved, settings, accelerator, splits)
-        model.load_state_dict(saved["model"])
+        with boundary(f"{Path(settings.output) / state.FILE} does not fit the run"):
+            model.load_state_dict(saved["model"])
     optimizer = make_optimizer(model, kinds, settings)
     scheduler = make_scheduler(optimizer, settings, -(-len(train) // settings.accumulate))
     ema = ModelEmaV3(model, decay=settings.ema_decay, use_warmup=True) if settings.ema_decay else None
@@ -84,7 +91,8 @@ def prepare(settings: Settings, accelerator: Accelerator, saved: dict[str, Any] 
     parts = (settings, accelerator, opened, kinds, splits, train, val, model, optimizer, scheduler, ema, criterion)
     run = Run(*parts, mixup, Meter(accelerator))
     if saved is not None:
-        _restore(run, saved)
+        with boundary(f"{run.folder / state.FILE} does not fit the run"):
+            _restore(run, saved)
     return run
 
 
@@ -183,6 +191,40 @@ def contents(run: Run) -> dict[str, Any]:
         "optimizer": run.optimizer.state_dict(),
         "scaler": state.pack_scaler(run.accelerator),
     }
+
+
+_Number = Annotated[int, Field(ge=0, le=2**53)]
+
+
+class _Saved(BaseModel):
+    """The shape of a checkpoint's contents; what optimisers and models make of theirs, they say themselves."""
+
+    settings: str
+    processes: _Number
+    images: _Number
+    kinds: dict[str, Provenance]
+    position: tuple[_Number, _Number, _Number]
+    seconds: Annotated[float, Field(ge=0, le=2**53)]
+    sums: Annotated[list[float], Field(min_length=3, max_length=3)]
+    history: list[dict[Literal[*COLUMNS], float]]
+    model: dict[str, Any]
+    ema: dict[str, Any] | None
+    optimizer: dict[str, Any]
+    scaler: dict[str, Any] | None
+
+
+def read_saved(path: Path) -> dict[str, Any]:
+    """A checkpoint's contents, as `contents` gave them.
+
+    Raises:
+        AugmentError: no checkpoint, or not a whole one.
+    """
+    saved = state.read_state(path)
+    try:
+        _Saved.model_validate(saved)
+    except ValidationError as error:
+        raise AugmentError(f"{path} is no checkpoint of a run: {describe_errors(error, _Saved)}") from error
+    return saved
 
 
 def _check_saved(saved: dict[str, Any], settings: Settings, accelerator: Accelerator, splits: Splits) -> None:

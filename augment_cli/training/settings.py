@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from augment_cli.errors import AugmentError
+from augment_cli.errors import AugmentError, boundary
+from augment_cli.files import read_text
 
 SCHEDULES = ("cosine", "tanh", "poly", "step", "wsd", "rsqrt", "constant")
 
@@ -128,6 +129,15 @@ _RANGES = (
     ("lr_fitted", 0, 1000),
     ("lr_new", 0, 1000),
     ("clip_grad", 0, _MANY),
+    ("weight_decay", 0, 1000),
+    ("momentum", 0, 1),
+    ("warmup_epochs", 0, _MANY),
+    ("min_lr", 0, 1000),
+    ("color_jitter", 0, 100),
+    ("mixup", 0, 1000),
+    ("cutmix", 0, 1000),
+    ("new_first", 0, _MANY),
+    ("seed", 0, 2**63 - 1),
 )
 
 
@@ -157,14 +167,19 @@ def read_settings(path: Path) -> Settings:
     Raises:
         AugmentError: no such file, or not of this version.
     """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise AugmentError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    from pydantic import TypeAdapter, ValidationError
+
+    text = read_text(path, "settings")
+    with boundary(f"{path} cannot be read"):
+        data = json.loads(text)
     known = {entry.name for entry in fields(Settings)}
     if not isinstance(data, dict) or (wrong := sorted(data.keys() ^ known)):
         difference = wrong[0] if isinstance(data, dict) else "no object"
         raise AugmentError(f"{path} is not of this version of augment-cli: {difference}")
-    if data["img_size"] is not None:
-        data["img_size"] = tuple(data["img_size"])
-    return Settings(**data)
+    with boundary(f"{path} is not valid"):
+        try:
+            return TypeAdapter(Settings).validate_json(text, strict=True)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"]))
+            raise AugmentError(f"{path} is not valid: {place}: {first['msg']}") from error
