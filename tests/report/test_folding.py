@@ -75,5 +75,5 @@ def test_modules_hold_every_site_once(many: Report):
 
 
 def test_modules_of_names_without_any():
-    report = Report.of(plan(*(site(f"conv{i}", params_after=1000 + i) for i in range(5))))
+    report = Report.of(plan(*(site(f"conv{i}", key_channels=8 + 8 * i) for i in range(5))))
     assert len(by_module(report.sites, 3)) == 5
