@@ -38,8 +38,8 @@ from augment_cli.budget import Counts, Solution, solve
 from augment_cli.cost import Choice, Variant
 from augment_cli.errors import AugmentError, boundary, nearest
 from augment_cli.files import read_text
-from augment_cli.recipe import Budget, Recipe, describe_errors
-from augment_cli.selection import select, structural_obstacle
+from augment_cli.recipe import UNITS, Budget, Recipe, describe_errors, resolve_amount
+from augment_cli.selection import one_position, select, structural_obstacle
 from augment_cli.site import ConvSite, reduction_fits
 
 if TYPE_CHECKING:
@@ -71,6 +71,8 @@ _LARGEST_FILE = 32 * 2**20
 # A constructor may loop or allocate by a number among its arguments. timm's largest are 21,843 classes.
 _LARGEST_ARGUMENT = 2**20
 _DEEPEST_ARGUMENT = 4
+
+SIDES = ("before", "after")
 
 
 class FrozenDict(dict):
@@ -146,7 +148,8 @@ class Sensitivity(_Frozen):
 class SitePlan(_Frozen):
     """What one convolution becomes. Sizes are (height, width); resolution is that of the output map.
 
-    An AW site has no heads, key or value channels (0); an AA site without AW has no reduction (0).
+    An AW site has no heads, key or value channels (0); an AA site without AW has no reduction (0). `params_after` and
+    `macs_after` are always counted from the split: a number given for them is not believed.
     """
 
     name: Name
@@ -162,15 +165,33 @@ class SitePlan(_Frozen):
     value_channels: CountOfChannels = 0
     attention_pool: Side = 1
     reduction: CountOfChannels = 0
-    params_before: Total = 0
+    params_before: Total
     params_after: Total = 0
-    macs_before: Total = 0
+    macs_before: Total
     macs_after: Total = 0
     sensitivity: Sensitivity | None = None
 
     @property
     def choice(self) -> Choice:
         return Choice(self.heads, self.key_channels, self.value_channels, self.attention_pool, self.reduction)
+
+    @property
+    def params(self) -> int:
+        """Parameters of the convolution, as cost.py knows them."""
+        return self.params_before
+
+    @property
+    def positions(self) -> int:
+        return math.prod(self.resolution)
+
+    @property
+    def calls(self) -> int:
+        """How often a forward pass calls the convolution."""
+        return self.macs_before // (self.positions * self._weights)
+
+    @property
+    def _weights(self) -> int:
+        return math.prod(self.kernel_size) * (self.in_channels // self.groups) * self.out_channels
 
     @model_validator(mode="after")
     def _fits(self) -> "SitePlan":
@@ -209,6 +230,22 @@ class SitePlan(_Frozen):
                 f"{self.name}: value_channels={self.value_channels} does not leave {self.groups} groups whole"
             )
 
+    @model_validator(mode="after")
+    def _count(self) -> "SitePlan":
+        """Hold the source's counts against the shape, and count the split."""
+        possible = [self._weights + extra * self.out_channels for extra in range(3)]  # without and with bias and gain
+        if not self._weights or self.params_before not in possible:
+            known = " or ".join(f"{count:,}" for count in possible)
+            raise ValueError(
+                f"{self.name}: params_before={self.params_before:,}, and a convolution of this shape has {known}"
+            )
+        once = self.positions * self._weights
+        if not once or not self.macs_before or self.macs_before % once:
+            raise ValueError(f"{self.name}: macs_before={self.macs_before:,} is not a multiple of one call's {once:,}")
+        object.__setattr__(self, "params_after", cost.params(self, self.choice))
+        object.__setattr__(self, "macs_after", cost.macs(self, self.choice))
+        return self
+
 
 class Skipped(_Frozen):
     """A convolution that stays as it is, and why."""
@@ -218,7 +255,10 @@ class Skipped(_Frozen):
 
 
 class Plan(_Frozen):
-    """What a model becomes. `macs` are multiply-adds of one image of `input_size`; FLOPs are twice as many."""
+    """What a model becomes. `macs` are multiply-adds of one image of `input_size`; FLOPs are twice as many.
+
+    `params_after` and `macs_after` are always summed from the sites: a number given for them is not believed.
+    """
 
     schema_number: Annotated[Literal[1], Field(alias="schema")] = SCHEMA
     model: Name
@@ -228,9 +268,9 @@ class Plan(_Frozen):
     recipe_sha256: Sha256 = ""
     budget: Budget = Budget()
     params_before: Total
-    params_after: Total
+    params_after: Total = 0
     macs_before: Total
-    macs_after: Total
+    macs_after: Total = 0
     sites: Annotated[tuple[SitePlan, ...], Field(min_length=1, max_length=MOST_CONVOLUTIONS)]
     skipped: Annotated[tuple[Skipped, ...], Field(max_length=MOST_CONVOLUTIONS)] = ()
 
@@ -243,6 +283,16 @@ class Plan(_Frozen):
             raise ValueError(f"named more than once: {', '.join(twice[:3])}{more}")
         for key in ("sites", "skipped"):
             object.__setattr__(self, key, tuple(sorted(getattr(self, key), key=lambda site: natural(site.name))))
+        return self
+
+    @model_validator(mode="after")
+    def _sum(self) -> "Plan":
+        for count in ("params", "macs"):
+            before = getattr(self, f"{count}_before")
+            replaced, added = (sum(getattr(site, f"{count}_{side}") for site in self.sites) for side in SIDES)
+            if replaced > before:
+                raise ValueError(f"{count}_before={before:,} is less than the {replaced:,} of its sites")
+            object.__setattr__(self, f"{count}_after", before - replaced + added)
         return self
 
     def to_json(self, indent: int | None = 2) -> str:
@@ -297,7 +347,8 @@ def make_plan(
         recipe=recipe.name,
         recipe_sha256=recipe.digest(),
         budget=recipe.budget,
-        **_totals(graph, sites),
+        params_before=graph.params,
+        macs_before=graph.macs,
         sites=sites,
         skipped=tuple(Skipped(name=name, reason=reason) for name, reason in selection.skipped),
     )
@@ -320,20 +371,9 @@ def _site_plan(site: ConvSite, choice: Choice, variant: Variant, sensitivity: Se
         attention_pool=choice.attention_pool,
         reduction=choice.reduction,
         params_before=cost.params(site, cost.PLAIN),
-        params_after=cost.params(site, choice),
         macs_before=cost.macs(site, cost.PLAIN),
-        macs_after=cost.macs(site, choice),
         sensitivity=sensitivity,
     )
-
-
-def _totals(graph: "ModelGraph", sites: tuple[SitePlan, ...]) -> dict[str, int]:
-    return {
-        "params_before": graph.params,
-        "params_after": graph.params + sum(site.params_after - site.params_before for site in sites),
-        "macs_before": graph.macs,
-        "macs_after": graph.macs + sum(site.macs_after - site.macs_before for site in sites),
-    }
 
 
 def read_plan(path: Path) -> Plan:
@@ -383,20 +423,27 @@ def fit_plan(plan: Plan, graph: "ModelGraph", origin: str) -> Plan:
     fitted = tuple(_fit_site(entry, sites_of, origin) for entry in plan.sites)
     taken = {entry.name for entry in fitted}
     reasons = {entry.name: entry.reason for entry in plan.skipped}
-    skipped = (name for name in sites_of if name not in taken)
-    return plan.model_copy(
-        update={
-            "input_size": graph.input_size,
-            **_totals(graph, fitted),
-            "sites": fitted,
-            "skipped": tuple(
-                sorted(
-                    (Skipped(name=name, reason=reasons.get(name, "not in the plan")) for name in skipped),
-                    key=lambda entry: natural(entry.name),
-                )
-            ),
-        }
+    skipped = tuple(
+        Skipped(name=name, reason=reasons.get(name, "not in the plan")) for name in sites_of if name not in taken
     )
+    found = {"input_size": graph.input_size, "params_before": graph.params, "macs_before": graph.macs}
+    return Plan(**dict(plan) | found | {"sites": fitted, "skipped": skipped})
+
+
+def check_budget(plan: Plan, origin: str) -> None:
+    """Refuse a plan that is over its own budget.
+
+    Raises:
+        AugmentError: says by how much.
+    """
+    for name, unit in UNITS.items():
+        asked, after = getattr(plan.budget, name), getattr(plan, f"{name}_after")
+        most = resolve_amount(asked, getattr(plan, f"{name}_before"))
+        if most is not None and after > most:
+            raise AugmentError(
+                f"{origin} has {after:,} {unit}, {after - most:,} more than its budget.{name}={asked} allows. Edit its "
+                f"sites or its budget, or set another one, such as --set budget.{name}=free"
+            )
 
 
 def _fit_site(entry: SitePlan, sites_of: dict[str, ConvSite], origin: str) -> SitePlan:
@@ -407,6 +454,6 @@ def _fit_site(entry: SitePlan, sites_of: dict[str, ConvSite], origin: str) -> Si
         planned, actual = getattr(entry, key), getattr(site, key)
         if planned != actual:
             raise AugmentError(f"{origin}: {entry.name} has {key} {actual} in the model, and {planned} in the plan")
-    if reason := site.obstacle or structural_obstacle(site, entry.variant):
+    if reason := structural_obstacle(site, entry.variant) or one_position(site, entry.choice):
         raise AugmentError(f"{origin}: {entry.name} cannot be replaced: {reason}")
     return _site_plan(site, entry.choice, entry.variant, entry.sensitivity)

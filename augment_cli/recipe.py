@@ -125,7 +125,7 @@ class Sites(_Section):
 _NUMBER = r"[0-9]{1,15}(?:\.[0-9]{1,15})?"
 _AMOUNT = re.compile(rf"(?P<number>{_NUMBER}) ?(?P<unit>[kKMGT]?)")
 _PERCENT = re.compile(rf"(?P<number>[+-]{_NUMBER}) ?%")
-_UNITS = {"": 1, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
+_FACTORS = {"": 1, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 
 
 def _check_amount(value: Any) -> Any:
@@ -147,6 +147,10 @@ class Budget(_Section):
     macs: Annotated[Amount, Field(description="the same, for multiply-adds")] = "free"
 
 
+UNITS = {"params": "parameters", "macs": "multiply-adds"}
+"""What budgets count."""
+
+
 def resolve_amount(amount: str, source: int) -> int | None:
     """The number that a budget stands for, given the source model's count; None where it is free."""
     if amount == "free":
@@ -156,7 +160,7 @@ def resolve_amount(amount: str, source: int) -> int | None:
     if match := _PERCENT.fullmatch(amount):
         return int(source * (1 + float(match["number"]) / 100) + 1e-6)
     match = _AMOUNT.fullmatch(amount)
-    return round(float(match["number"]) * _UNITS[match["unit"]])
+    return round(float(match["number"]) * _FACTORS[match["unit"]])
 
 
 class Provenance(_Section):
@@ -218,6 +222,23 @@ def load_recipe(name: str, overrides: tuple[str, ...] = ()) -> Recipe:
         raise AugmentError(f"recipe {name}: {describe_errors(error, Recipe)}") from error
 
 
+def override_budget(budget: Budget, overrides: tuple[str, ...]) -> Budget:
+    """A budget with `budget.key=value` overrides.
+
+    Raises:
+        AugmentError: an override of something else, or a value that is no budget.
+    """
+    data = {"budget": budget.model_dump()}
+    for override in overrides:
+        _override(data, override)
+        if len(data) > 1:
+            raise AugmentError(f"--set {override}: only the budget of a plan can be set; edit its sites instead")
+    try:
+        return Budget.model_validate(data["budget"])
+    except ValidationError as error:
+        raise AugmentError(f"budget: {describe_errors(error, Budget)}") from error
+
+
 def _find(name: str) -> Path:
     known = builtin_recipes()
     if name in known:
@@ -248,9 +269,15 @@ def _parse(text: str) -> Any:
         return text
 
 
+# An incomplete plan can have a problem for every key of every site.
+_TOLD = 3
+
+
 def describe_errors(error: ValidationError, model: type[BaseModel]) -> str:
-    """Every error of a validation on a line of its own: where, what, and for unknown keys the nearest names."""
-    return "; ".join(_describe(item, model) for item in error.errors())
+    """The first errors of a validation and how many more there are: where, what, for unknown keys the nearest names."""
+    items = error.errors()
+    more = [f"and {len(items) - _TOLD} more"] if len(items) > _TOLD else []
+    return "; ".join([_describe(item, model) for item in items[:_TOLD]] + more)
 
 
 def _describe(item: dict[str, Any], model: type[BaseModel]) -> str:

@@ -157,4 +157,5 @@ def _as_plan(site: ConvSite, choice: cost.Choice):
     variant = "+".join(v for v, there in (("aa", choice.value_channels), ("aw", choice.reduction)) if there)
     fields = {key: getattr(site, key) for key in ("in_channels", "out_channels", "kernel_size", "stride", "resolution")}
     choices = {key: getattr(choice, key) for key in choice.__slots__}
-    return SitePlan(name=site.name, variant=variant, **fields, **choices)
+    counts = {"params_before": site.params, "macs_before": cost.macs(site, cost.PLAIN)}
+    return SitePlan(name=site.name, variant=variant, **fields, **choices, **counts)

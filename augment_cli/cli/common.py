@@ -17,8 +17,13 @@ if TYPE_CHECKING:
     from augment_cli.plan import Plan
     from augment_cli.recipe import Recipe
 
+ModelName = Annotated[str | None, typer.Argument(metavar="[MODEL]", help="A timm model's name.")]
 RecipeName = Annotated[
-    str, typer.Option("--recipe", "-r", help="A built-in recipe (`augment recipes`) or a TOML file.", show_default=True)
+    str | None, typer.Option("--recipe", "-r", help="A built-in recipe (`augment recipes`) or a TOML file. [aa]")
+]
+PlanFile = Annotated[
+    Path | None,
+    typer.Option("--plan", metavar="FILE", help="A plan (`augment plan --json`), edited or not, instead of a recipe."),
 ]
 Overrides = Annotated[
     list[str] | None,
@@ -111,6 +116,30 @@ def announce(graph: "ModelGraph", plan: "Plan", solution: "Solution | None", rec
     bare = [site.name for site in graph.sites if site.norm is None and site.name in {s.name for s in plan.sites}]
     if bare and any(site.value_channels for site in plan.sites):
         say(f"note: no normalisation directly follows {len(bare)} of them, such as {bare[0]}; the AA paper has one")
+
+
+def read_given_plan(
+    file: Path, model: str | None, recipe: str | None, overrides: list[str] | None, *others: list[str] | str | None
+) -> "Plan":
+    """The plan of --plan, its budget as --set has it; `others` are --img-size and --model-arg."""
+    from augment_cli.plan import read_plan
+    from augment_cli.recipe import override_budget
+
+    given = zip((model, recipe, *others), ("MODEL", "--recipe", "--img-size", "--model-arg"), strict=True)
+    for value, option in given:
+        if value:
+            raise AugmentError(f"--plan says which model and what becomes of it: leave out {option}, or edit the plan")
+    plan = read_plan(file)
+    return plan.model_copy(update={"budget": override_budget(plan.budget, tuple(overrides or ()))})
+
+
+def fit_given_plan(plan: "Plan", graph: "ModelGraph", file: Path) -> "Plan":
+    """The plan of --plan held against its model and its budget."""
+    from augment_cli.plan import check_budget, fit_plan
+
+    fitted = fit_plan(plan, graph, f"plan {file}")
+    check_budget(fitted, f"plan {file}")
+    return fitted
 
 
 def load_named_recipe(name: str, overrides: list[str] | None) -> "Recipe":

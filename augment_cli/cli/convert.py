@@ -18,14 +18,10 @@ class Init(StrEnum):
 
 
 def convert(
-    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="A timm model's name.")] = None,
-    recipe: Annotated[
-        str | None, typer.Option("--recipe", "-r", help="A built-in recipe (`augment recipes`) or a TOML file. [aa]")
-    ] = None,
+    model: common.ModelName = None,
+    recipe: common.RecipeName = None,
     overrides: common.Overrides = None,
-    plan_file: Annotated[
-        Path | None, typer.Option("--plan", metavar="FILE", help="A plan (`augment plan --json`) instead of a recipe.")
-    ] = None,
+    plan_file: common.PlanFile = None,
     pretrained: Annotated[bool, typer.Option("--pretrained", help="Start from timm's pretrained weights.")] = False,
     checkpoint: Annotated[
         Path | None, typer.Option("--checkpoint", metavar="FILE", help="Start from a safetensors or torch file.")
@@ -84,13 +80,13 @@ def convert(
         from augment_cli.files import check_output
         from augment_cli.graph import analyze
         from augment_cli.output import write_model
-        from augment_cli.plan import fit_plan, make_plan, read_plan
+        from augment_cli.plan import make_plan
         from augment_cli.report import Report
         from augment_cli.report.table import table
 
-    given = read_plan(plan_file) if plan_file else None
-    if given:
-        _refuse_beside_plan(model, recipe, overrides, image_size, model_args)
+    given = None
+    if plan_file:
+        given = common.read_given_plan(plan_file, model, recipe, overrides, image_size, model_args)
         model, arguments, size = given.model, dict(given.model_args), given.input_size[1:]
     elif model:
         settings = common.load_named_recipe(recipe or "aa", overrides)
@@ -102,7 +98,7 @@ def convert(
         described, meta_model = source.describe(model, arguments, size)
         graph = analyze(meta_model, described.input_size)
         if given:
-            plan, solution = fit_plan(given, graph, f"plan {plan_file}"), None
+            plan, solution = common.fit_given_plan(given, graph, plan_file), None
         else:
             plan, solution = make_plan(described.name, graph, settings, described.args)
         surgery.verify(meta_model, plan, graph)
@@ -135,9 +131,3 @@ def _check_calibration(init: Init, calibrate: str | None, images: int | None) ->
         raise AugmentError("--init fit needs images to fit on: give a folder of some hundred with --calibrate")
     if init is not Init.fit and (calibrate is not None or images is not None):
         raise AugmentError("--calibrate and --calibrate-images are for --init fit: add it, or leave them out")
-
-
-def _refuse_beside_plan(*others) -> None:
-    for value, option in zip(others, ("MODEL", "--recipe", "--set", "--img-size", "--model-arg"), strict=True):
-        if value:
-            raise AugmentError(f"--plan says which model and what becomes of it: leave out {option}, or edit the plan")

@@ -191,7 +191,7 @@ def test_check_says_when_a_file_is_not_what_its_plan_says(in_tmp):
     with safe_open("m.safetensors", "pt") as opened:
         metadata = opened.metadata()
     data = json.loads(metadata["augment"])
-    data["plan"]["params_after"] += 1
+    data["plan"]["params_before"] += 1
     save_file(load_file("m.safetensors"), "wrong.safetensors", metadata | {"augment": json.dumps(data)})
     result = CliRunner().invoke(app, ["check", "wrong.safetensors"])
     assert result.exit_code == 2
