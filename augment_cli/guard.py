@@ -31,8 +31,11 @@ class Limit:
 
 
 @contextmanager
-def limited(limit: Limit = Limit()) -> Iterator[None]:
+def limited(model: str, limit: Limit = Limit()) -> Iterator[None]:
     """Stop constructors that this thread runs within once they have registered more than the limit.
+
+    Args:
+        model: what is built, for the message.
 
     Raises:
         AugmentError: as soon as they have.
@@ -47,9 +50,9 @@ def limited(limit: Limit = Limit()) -> Iterator[None]:
         if isinstance(value, Tensor):
             elements += value.numel()
         if parts > limit.parts:
-            raise AugmentError(f"its arguments build a model of more than {limit.parts:,} modules and tensors")
+            raise AugmentError(f"{model} would have more than {limit.parts:,} modules and tensors by its arguments")
         if elements > limit.elements:
-            raise AugmentError(f"its arguments build a model of more than {limit.elements:,} numbers")
+            raise AugmentError(f"{model} would have tensors of more than {limit.elements:,} numbers by its arguments")
 
     handles = [
         registration.register_module_module_registration_hook(count),

@@ -52,7 +52,7 @@ def check_fit(file: Path, arguments: dict[str, Any]) -> None:
     with boundary(f"{file} cannot be read"), safe_open(file, "numpy") as opened:
         found = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
     try:
-        with limited(Limit.of(found.values())), seeded("shapes"), torch.device("meta"):
+        with limited("the model", Limit.of(found.values())), seeded("shapes"), torch.device("meta"):
             expected = {name: tuple(t.shape) for name, t in timm.create_model(NAME, **arguments).state_dict().items()}
     except Exception as error:  # timm's, of its constructors and of a configuration that it cannot read
         raise AugmentError(f"{file}: {first_line(error)}") from error
@@ -79,7 +79,7 @@ def adopt(model: nn.Module, plan: Plan) -> None:
 def create(pretrained: bool, plan: dict[str, Any] | None, **kwargs: Any) -> nn.Module:
     """What timm's entry point `augmented` returns: `plan` is a plan's JSON object, `kwargs` as for any timm model."""
     plan = _checked(plan)
-    with limited():
+    with limited(plan.model):
         kwargs["pretrained_cfg"] = kwargs.get("pretrained_cfg") or _own_cfg(plan)
         _check_folder(plan, kwargs["pretrained_cfg"], kwargs.get("pretrained_model_args"))
         if kwargs.pop("features_only", False):
@@ -122,7 +122,7 @@ def _own_cfg(plan: Plan) -> dict[str, Any]:
 
 def _construct(plan: Plan, **kwargs: Any) -> nn.Module:
     arguments = {**dict(plan.model_args), **kwargs}
-    with boundary(f"{plan.model} cannot be created with {arguments}"):
+    with boundary(f"{plan.model} cannot be created with {str(arguments)[:300]}"):
         model = timm.create_model(plan.model, **arguments)
     apply_plan(model, plan)
     return model

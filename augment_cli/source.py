@@ -150,8 +150,8 @@ def quiet_timm() -> Iterator[None]:
 
 def _create(name: str, args: dict[str, Any]) -> nn.Module:
     _check(name, args)
-    given = f" with {args}" if args else ""
-    with boundary(f"{name} cannot be created{given}"), limited(), quiet_timm():
+    given = f" with {str(args)[:300]}" if args else ""
+    with boundary(f"{name} cannot be created{given}"), limited(name), quiet_timm():
         return timm.create_model(name, **args)
 
 

@@ -16,27 +16,27 @@ def stack(depth: int, width: int = 1) -> nn.Module:
 
 def test_a_constructor_is_stopped_at_the_limit_and_not_before():
     """A linear layer is three parts, two of them parameters; a sequence registers each of its layers."""
-    with limited(Limit(parts=9)):
+    with limited("m", Limit(parts=9)):
         stack(3)
-    with pytest.raises(AugmentError, match="more than 8 modules and tensors"), limited(Limit(parts=8)):
+    with pytest.raises(AugmentError, match="more than 8 modules and tensors"), limited("m", Limit(parts=8)):
         stack(3)
-    with limited(Limit(elements=3 * 20)):
+    with limited("m", Limit(elements=3 * 20)):
         stack(3, width=4)
-    with pytest.raises(AugmentError, match="more than 59 numbers"), limited(Limit(elements=59)):
+    with pytest.raises(AugmentError, match="more than 59 numbers"), limited("m", Limit(elements=59)):
         stack(3, width=4)
 
 
 def test_the_limit_ends_with_its_context_and_counts_buffers():
-    with pytest.raises(AugmentError), limited(Limit(parts=0)):
+    with pytest.raises(AugmentError), limited("m", Limit(parts=0)):
         stack(1)
     stack(100)
-    with pytest.raises(AugmentError), limited(Limit(parts=2)):
+    with pytest.raises(AugmentError), limited("m", Limit(parts=2)):
         nn.BatchNorm2d(1, affine=False)
 
 
 def test_other_threads_are_not_counted():
     built = []
-    with limited(Limit(parts=0)):
+    with limited("m", Limit(parts=0)):
         thread = threading.Thread(target=lambda: built.append(stack(3)))
         thread.start()
         thread.join()
@@ -58,5 +58,5 @@ def test_a_hundred_thousand_blocks_are_refused_before_they_are_built():
 def test_models_of_most_parts_for_their_tensors_are_within_the_limit_of_their_own_file(name):
     with torch.device("meta"):
         shapes = [tuple(tensor.shape) for tensor in timm.create_model(name).state_dict().values()]
-        with limited(Limit.of(shapes)), limited():
+        with limited("m", Limit.of(shapes)), limited("m"):
             timm.create_model(name)
