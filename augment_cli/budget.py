@@ -170,8 +170,9 @@ class _Program:
     def least(self, name: str, ceilings: Mapping[str, int]) -> int:
         """The least change of a count within the ceilings, each of which can be met alone."""
         rows = [Row(self.changes[other], most=most) for other, most in ceilings.items()]
-        found = minimise(self.changes[name].astype(float), self.group_of, self.sizes, [*rows, *self.rows])
-        return int(self.changes[name] @ found.counts)
+        change = self.changes[name]
+        found = minimise(change / np.abs(change).max(), self.group_of, self.sizes, [*rows, *self.rows])
+        return int(change @ found.counts)
 
 
 def _filled(

@@ -125,7 +125,7 @@ class _Program:
             integrality=np.ones(len(core)),
             bounds=Bounds(0, self.sizes[self.group_of[core]]),
             constraints=[LinearConstraint(self.members(core), self.sizes, self.sizes), *constraints],
-            # Presolved solutions may have to be repaired, and HiGHS prints that it does so.
+            # HiGHS prints when it has to repair a presolved solution: without presolving it hardly ever does.
             options={"mip_rel_gap": gap, "node_limit": _NODES, "presolve": False},
         )
 
