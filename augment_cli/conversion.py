@@ -90,7 +90,7 @@ def operate(
         inheritance = fit(model, plan, graph, calibration, progress)
         fidelity = compare(before, predictions(model, calibration), calibration)
     rebuild.adopt(model, plan)
-    return Header(
+    model.augment_metadata = Header(
         plan=plan,
         weights=weights,
         source_sha256=digest,
@@ -98,3 +98,4 @@ def operate(
         fidelity=fidelity,
         versions=checkpoint.versions(),
     )
+    return model.augment_metadata

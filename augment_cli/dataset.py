@@ -6,7 +6,9 @@ streamed), `wds/` (webdataset: a folder with `_info.json`, or shards such as `wd
 """
 
 import copy
+import itertools
 import struct
+import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -17,9 +19,7 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from augment_cli.errors import AugmentError, nearest
 from augment_cli.seeds import derive, seeded
-
-KINDS = ("hfds", "hfids", "wds", "tfds", "torch")
-STREAMS = ("hfids", "wds", "tfds")
+from augment_cli.specs import COLUMNS, STREAMS, check_data, kind_of
 
 _SPLITS = {
     "train": ("train", "training"),
@@ -133,6 +133,14 @@ class Images(Dataset):
         return _checked(int(label) if self.relabel is None else self.relabel[int(label)], self.num_classes)
 
 
+def _named(reader: Any) -> Iterator[tuple[Any, int]]:
+    """A stream's samples; a column that it does not have is an error without a traceback."""
+    try:
+        yield from reader
+    except (KeyError, ValueError, TypeError) as error:
+        raise BadImage(f"the stream cannot be read: {type(error).__name__}, {error}") from error
+
+
 class ImageStream(IterableDataset):
     """Images and labels in the order of a stream: (transformed image, int).
 
@@ -154,7 +162,7 @@ class ImageStream(IterableDataset):
         place = (self.seed, "stream", self.epoch, _rank(), worker.id if worker else 0)
         reader = copy.copy(self.source.reader)  # what it draws from goes on from epoch to epoch: begin anew
         reader.worker_seed = derive(*place)
-        for number, (image, label) in enumerate(reader):
+        for number, (image, label) in enumerate(_named(reader)):
             if self.transform is not None:
                 with seeded(*place, number):
                     image = self.transform(image)
@@ -185,6 +193,8 @@ def open_dataset(
     download: bool = False,
     batch_size: int = 1,
     seed: int = 0,
+    input_key: str | None = None,
+    target_key: str | None = None,
 ) -> Images | ImageStream:
     """The data set that a spec names; timm's create_loader gives it a transform, and `transform` can be set by hand.
 
@@ -200,18 +210,25 @@ def open_dataset(
         download: `torch/` and `tfds/` data may be fetched.
         batch_size: what streams round their length to.
         seed: of augmentation and of streams' shuffling.
+        input_key, target_key: columns of `hfds/`, `hfids/` and `tfds/` data, or entries of `wds/` samples, that hold
+            images and labels; None takes timm's defaults.
 
     Raises:
-        AugmentError: nothing there, no images, class folders without images, or classes that are not in `classes`.
+        AugmentError: nothing there, no images, class folders without images, classes that are not in `classes`, or
+            columns that the data do not have.
     """
     spec = str(spec)
-    kind = spec.partition("/")[0].lower()
+    kind = kind_of(spec)
     options = {"split": split, "is_training": is_training, "batch_size": batch_size, "seed": seed, "download": download}
+    keys = {k: v for k, v in (("input_key", input_key), ("target_key", target_key)) if v is not None}
+    if keys and kind not in COLUMNS:
+        raise AugmentError(f"data {spec} have no columns: leave out --{next(iter(keys)).replace('_', '-')}")
+    options |= keys
     if kind in STREAMS:
         return ImageStream(
             _create(spec, root=root, **options, input_img_mode="L" if channels == 1 else "RGB"), seed=seed
         )
-    if kind in KINDS:
+    if kind is not None:
         source = _create(spec, root=root, **options)
     else:
         source = _open_path(Path(spec), split, labels)
@@ -233,15 +250,42 @@ def _create(spec: str, *, root: str | Path | None, split: str, **options: Any) -
         options = {"download": options["download"]}
     elif kind == "wds":
         root, split = _shards(Path(name), split)
+        if "input_key" in options:  # timm's reader hands a decoded image on as jpg
+            options["input_key"] += ";jpg"
     elif kind == "hfds":
-        options = {}
+        options = {key: options[key] for key in ("input_key", "target_key") if key in options}
     try:
-        return create_dataset(spec, root=None if root is None else str(root), split=split, **options)
+        source = create_dataset(spec, root=None if root is None else str(root), split=split, **options)
     except ImportError as error:
         raise AugmentError(f"{spec}: a package for {kind}/ data is missing: {error}") from error
     except Exception as error:  # readers of five libraries fail in as many ways
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise AugmentError(f"{spec} cannot be opened, split {split}: {lines[0].rstrip('.')}") from error
+    if kind == "hfds":
+        _check_column(spec, source.reader)
+    elif kind == "wds" and "input_key" in options:
+        _check_entry(spec, source.reader, options["input_key"].split(";"))
+    return source
+
+
+def _check_column(spec: str, reader: Any) -> None:
+    """The column of labels must be there; timm's reader itself asks for that of images."""
+    columns = reader.dataset.column_names
+    for key in reader.target_keys or (reader.label_key,):
+        if key.partition("/")[0] not in columns:
+            raise AugmentError(f"{spec} has no column {key}: give one of {', '.join(columns)} as --target-key")
+
+
+def _check_entry(spec: str, reader: Any, keys: list[str]) -> None:
+    """The first sample must have one of the entries: a stream leaves out samples without, and would not end."""
+    shard = Path(reader.root or "", reader.split_info.filenames[0])
+    if not shard.is_file():
+        return
+    with tarfile.open(shard) as tar:
+        names = [Path(member.name).name.partition(".") for member in itertools.islice(tar, 20)]
+    entries = {rest: None for first, _, rest in names if first == names[0][0]} if names else {}
+    if entries and not entries.keys() & set(keys):
+        raise AugmentError(f"{spec} has no entry {keys[0]}: give one of {', '.join(entries)} as --input-key")
 
 
 def _shards(path: Path, split: str) -> tuple[Path, str]:
@@ -252,9 +296,7 @@ def _shards(path: Path, split: str) -> tuple[Path, str]:
 def _open_path(path: Path, split: str, labels: bool) -> Any:
     from timm.data import create_dataset
 
-    if not path.exists():
-        near = nearest(path.name, [p.name for p in path.absolute().parent.glob("*")]) if path.parent.is_dir() else ""
-        raise AugmentError(f"data {path}: no such folder or file{near}")
+    check_data(str(path))
     folder = _split_folder(path, split) if path.is_dir() else path
     if not path.is_dir() and path.suffix != ".tar":
         raise AugmentError(f"data {path} is neither a folder nor a tar file")

@@ -56,7 +56,10 @@ class Fidelity(BaseModel):
 
 
 class Header(BaseModel):
-    """Everything but the tensors."""
+    """Everything but the tensors.
+
+    fresh: parameters that began at random in fine-tuning, such as those of a classifier for other classes.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
@@ -66,6 +69,7 @@ class Header(BaseModel):
     source_sha256: str
     inheritance: tuple[Inheritance, ...] = ()
     fidelity: Fidelity | None = None
+    fresh: tuple[str, ...] = ()
     versions: dict[str, str] = {}
 
     def to_metadata(self) -> dict[str, str]:

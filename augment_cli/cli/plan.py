@@ -39,9 +39,15 @@ def plan(
 
     augment plan resnet50 --sensitivity --pretrained --calibrate photos --json > plan.json
     """
+    from augment_cli import specs
+
     _check_measured(sensitivity, calibrate, pretrained, checkpoint, plot)
     settings = common.load_named_recipe(recipe, overrides)
     arguments, size = common.parse_arguments(model_args), common.parse_image_size(image_size)
+    specs.check_name(model)
+    specs.check_file("checkpoint", checkpoint)
+    if calibrate:
+        specs.check_data(calibrate)
     with common.working("importing torch and timm"):
         from augment_cli import source
         from augment_cli.graph import analyze

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import timm
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
 from safetensors.torch import save_file
 from typer.testing import CliRunner
@@ -50,13 +49,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     arguments = ["convert", "test_resnet", "--checkpoint", str(source), "--img-size", "32", "-o", str(path)]
     assert CliRunner().invoke(app, arguments).exit_code == 0
     return path
-
-
-@pytest.fixture(autouse=True)
-def _one_accelerator() -> None:
-    """Each test is a process of its own to accelerate."""
-    for state in (AcceleratorState, PartialState, GradientState):
-        state._reset_state()
 
 
 def short(model: Path | str, images: Path | str, output: Path | str, **changes) -> Settings:

@@ -54,10 +54,12 @@ def test_weights_that_were_random_are_all_new():
     assert set(provenance(opened).values()) == {"new"}
 
 
-def test_a_model_that_was_tuned_before_is_carried_but_for_its_new_classifier():
-    opened = converted("resnet10t", "aw", weights="random, seed 0, fine-tuned on flowers")
-    assert set(provenance(opened).values()) == {"carried"}
-    assert of_kind(with_classes(opened, 7, 0), "new") == {"fc.weight", "fc.bias"}
+def test_fine_tuning_changes_no_provenance_and_a_new_classifier_stays_new():
+    first = converted("resnet10t", "aa", weights="pretrained, fine-tuned on flowers", kind="fitted")
+    assert provenance(first) == provenance(converted("resnet10t", "aa", kind="fitted"))
+    other = with_classes(first, 7, 0)
+    assert of_kind(other, "new") == set(other.header.fresh) == {"fc.weight", "fc.bias"}
+    assert of_kind(other, "fitted") == of_kind(first, "fitted")
 
 
 @pytest.mark.parametrize("name", ["resnet10t", "test_efficientnet", "test_vit", "levit_128s"])
