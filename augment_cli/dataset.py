@@ -18,7 +18,7 @@ from PIL import Image
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from augment_cli.errors import AugmentError, nearest
-from augment_cli.seeds import derive, seeded
+from augment_cli.seeds import derive, seed_cpu
 from augment_cli.specs import COLUMNS, STREAMS, check_data, kind_of
 
 _SPLITS = {
@@ -42,7 +42,8 @@ class Images(Dataset):
     """Images and labels by index: (transformed image, int), or the PIL image where there is no transform.
 
     What an augmentation draws for an image depends on seed, epoch and index alone: not on worker processes, nor on
-    where a run was resumed. `corrupt` (N,) is 1 where an image could not be read; worker processes write to it too.
+    where a run was resumed. The generators are left seeded: see `seeds.preserved`. `corrupt` (N,) is 1 where an image
+    could not be read; worker processes write to it too.
     """
 
     def __init__(
@@ -70,8 +71,8 @@ class Images(Dataset):
     def __getitem__(self, index: int) -> tuple[Any, int]:
         image, label = self._readable(index)
         if self.transform is not None:
-            with seeded(self.seed, "image", self.epoch, index):
-                image = self.transform(image)
+            seed_cpu(self.seed, "image", self.epoch, index)
+            image = self.transform(image)
         return image, label
 
     def set_epoch(self, epoch: int) -> None:
@@ -164,8 +165,8 @@ class ImageStream(IterableDataset):
         reader.worker_seed = derive(*place)
         for number, (image, label) in enumerate(_named(reader)):
             if self.transform is not None:
-                with seeded(*place, number):
-                    image = self.transform(image)
+                seed_cpu(*place, number)
+                image = self.transform(image)
             yield image, _checked(int(label), self.num_classes)
 
     def set_epoch(self, epoch: int) -> None:

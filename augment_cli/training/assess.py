@@ -10,6 +10,7 @@ from accelerate.utils import gather_object
 from augment_cli.dataset import open_dataset
 from augment_cli.errors import AugmentError
 from augment_cli.files import write_file
+from augment_cli.seeds import preserved
 from augment_cli.training.accelerators import one_accelerator
 from augment_cli.training.data import Data, data_config, evaluation_loader
 from augment_cli.training.evaluate import Scores, evaluate
@@ -55,7 +56,7 @@ def assess(asked: Assessment) -> Result | None:
     Raises:
         AugmentError: as of opening model and data; or models and data of different numbers of classes.
     """
-    with one_accelerator(cpu=asked.cpu) as accelerator:
+    with preserved(), one_accelerator(cpu=asked.cpu) as accelerator:
         return _assess(asked, accelerator)
 
 

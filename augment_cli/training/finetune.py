@@ -9,6 +9,7 @@ from accelerate import Accelerator
 
 from augment_cli.errors import AugmentError
 from augment_cli.files import write_file
+from augment_cli.seeds import preserved
 from augment_cli.signals import held
 from augment_cli.training import state
 from augment_cli.training.accelerators import one_accelerator
@@ -42,7 +43,7 @@ def finetune(settings: Settings, *, resume: bool = False, overwrite: bool = Fals
     for name in settings.log_with:
         if not find_spec(name):
             raise AugmentError(f"--log-with {name}: the package is not installed; pip install {name}")
-    with one_accelerator(**_options(settings)) as made:
+    with preserved(), one_accelerator(**_options(settings)) as made:
         _finetune(settings, made, saved)
 
 

@@ -4,9 +4,11 @@ import csv
 import errno
 import json
 import math
+import random
 import shutil
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -233,6 +235,18 @@ def test_a_compiled_model_learns_the_same(model, images, tmp_path, monkeypatch):
     plain, other = (load_file(tmp_path / name / "last/model.safetensors") for name in ("plain", "compiled"))
     for name in plain:
         torch.testing.assert_close(plain[name], other[name], rtol=1e-3, atol=1e-4)
+
+
+def test_random_states_are_the_callers_afterwards(model, images, tmp_path):
+    def drawn() -> list[float]:
+        return [random.random(), float(np.random.randn()), float(torch.rand(()))]
+
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    expected = drawn()
+    random.setstate(states[0]), np.random.set_state(states[1]), torch.set_rng_state(states[2])
+    finetune(short(model, images, tmp_path / "run", epochs=1))
+    assess(Assessment(str(tmp_path / "run/best"), str(images), workers=0, cpu=True))
+    assert drawn() == expected
 
 
 def test_precisions_do_not_meet_in_one_process(model, images, tmp_path):
