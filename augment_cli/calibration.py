@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from augment_cli.dataset import ImageStream, open_dataset
 from augment_cli.errors import AugmentError
 from augment_cli.header import Fidelity
-from augment_cli.seeds import preserved
 
 FEWEST = 20
 _BATCH = 32
@@ -69,8 +68,7 @@ def load_images(
     config = resolve_data_config({"input_size": input_size}, model=model)
     data = open_dataset(spec, labels=False, on_corrupt="skip", channels=input_size[0], seed=seed)
     data.transform = create_transform(**{**config, "input_size": input_size}, is_training=False, normalize=False)
-    with preserved():
-        images = list(_drawn(data, count, seed))
+    images = list(_drawn(data, count, seed))
     if len(images) < FEWEST:
         raise AugmentError(f"{spec} has {len(images)} images: a fit needs {FEWEST} at least, a few hundred to be good")
     channels = input_size[0]

@@ -10,6 +10,7 @@ import itertools
 import struct
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ from PIL import Image
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from augment_cli.errors import AugmentError, nearest
-from augment_cli.seeds import derive, seed_cpu
+from augment_cli.seeds import derive, preserved, seed_cpu
 from augment_cli.specs import COLUMNS, STREAMS, check_data, kind_of
 
 _SPLITS = {
@@ -42,8 +43,7 @@ class Images(Dataset):
     """Images and labels by index: (transformed image, int), or the PIL image where there is no transform.
 
     What an augmentation draws for an image depends on seed, epoch and index alone: not on worker processes, nor on
-    where a run was resumed. The generators are left seeded: see `seeds.preserved`. `corrupt` (N,) is 1 where an image
-    could not be read; worker processes write to it too.
+    where a run was resumed. `corrupt` (N,) is 1 where an image could not be read; worker processes write to it too.
     """
 
     def __init__(
@@ -69,6 +69,14 @@ class Images(Dataset):
         return len(self.indices)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Any, int]]:
+        """A batch at once, as torch's loaders ask for it: the generators are put back once, and not for every image."""
+        with preserved():
+            return [self._item(index) for index in indices]
+
+    def _item(self, index: int) -> tuple[Any, int]:
         image, label = self._readable(index)
         if self.transform is not None:
             seed_cpu(self.seed, "image", self.epoch, index)
@@ -165,8 +173,9 @@ class ImageStream(IterableDataset):
         reader.worker_seed = derive(*place)
         for number, (image, label) in enumerate(_named(reader)):
             if self.transform is not None:
-                seed_cpu(*place, number)
-                image = self.transform(image)
+                with preserved() if worker is None else nullcontext():
+                    seed_cpu(*place, number)
+                    image = self.transform(image)
             yield image, _checked(int(label), self.num_classes)
 
     def set_epoch(self, epoch: int) -> None:
@@ -263,18 +272,20 @@ def _create(spec: str, *, root: str | Path | None, split: str, **options: Any) -
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise AugmentError(f"{spec} cannot be opened, split {split}: {lines[0].rstrip('.')}") from error
     if kind == "hfds":
-        _check_column(spec, source.reader)
+        _check_columns(spec, source.reader)
     elif kind == "wds" and "input_key" in options:
         _check_entry(spec, source.reader, options["input_key"].split(";"))
     return source
 
 
-def _check_column(spec: str, reader: Any) -> None:
-    """The column of labels must be there; timm's reader itself asks for that of images."""
+def _check_columns(spec: str, reader: Any) -> None:
+    """The columns of images and labels must be there."""
     columns = reader.dataset.column_names
-    for key in reader.target_keys or (reader.label_key,):
+    wanted = [("--input-key", reader.image_key)]
+    wanted += [("--target-key", key) for key in reader.target_keys or (reader.label_key,)]
+    for option, key in wanted:
         if key.partition("/")[0] not in columns:
-            raise AugmentError(f"{spec} has no column {key}: give one of {', '.join(columns)} as --target-key")
+            raise AugmentError(f"{spec} has no column {key}: give one of {', '.join(columns)} as {option}")
 
 
 def _check_entry(spec: str, reader: Any, keys: list[str]) -> None:

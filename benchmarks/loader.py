@@ -4,7 +4,7 @@
 
 Both loaders are timm's create_loader with the same transform, without worker processes and with one; data sets differ:
 ours seeds every image for itself, so that its augmentation depends on seed, epoch and index alone. Rounds interleave,
-so that a busy machine slows both. Quote the ratios of the medians.
+so that a busy machine slows both. Quote the median of the rounds' ratios.
 """
 
 import argparse
@@ -52,11 +52,12 @@ def main() -> None:
             seconds = interleaved(functions, rounds, lambda: None)
             for name, values in seconds.items():
                 rows[f"{name}, {workers} workers"] = quartiles([1000 * value / IMAGES for value in values])
-            own, timms = (rows[f"{name}, {workers} workers"]["median"] for name in ("ours", "timm"))
-            ratios[f"{workers} workers"] = round(own / timms, 3)
+            pairs = zip(seconds["ours"], seconds["timm"], strict=True)
+            ratios[f"{workers} workers"] = quartiles([own / timms for own, timms in pairs])
     for name, row in rows.items():
         print(f"{name:16s} {row['median']:.3f} ms an image")
-    print("ratios:", ratios)
+    for name, row in ratios.items():
+        print(f"{name:16s} {row['median']:.3f} x")
     results = {"machine": machine(), "rounds": rounds, "milliseconds_per_image": rows, "ratios": ratios}
     write_results("loader", results)
 
