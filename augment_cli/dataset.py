@@ -279,12 +279,12 @@ def _create(spec: str, *, root: str | Path | None, split: str, **options: Any) -
 
 
 def _check_columns(spec: str, reader: Any) -> None:
-    """The columns of images and labels must be there."""
-    columns = reader.dataset.column_names
+    """The columns of images and labels must be there; that of images is made up, without values, where it is not."""
+    columns = [name for name, value in next(iter(reader.dataset), {}).items() if value is not None]
     wanted = [("--input-key", reader.image_key)]
     wanted += [("--target-key", key) for key in reader.target_keys or (reader.label_key,)]
     for option, key in wanted:
-        if key.partition("/")[0] not in columns:
+        if columns and key.partition("/")[0] not in columns:
             raise AugmentError(f"{spec} has no column {key}: give one of {', '.join(columns)} as {option}")
 
 
