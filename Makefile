@@ -3,7 +3,11 @@ VENV := .venv
 READY := $(VENV)/.ready
 NATIVE := $(wildcard augment_cli/layers/native/*.cpp augment_cli/layers/native/*.h)
 
-.PHONY: demo test sanitize fuzz lint format benchmark sweep story clean
+LOWEST := out/lowest
+QUICK := tests/cli tests/report tests/training tests/test_files.py tests/test_signals.py tests/test_dataset.py \
+	tests/test_budget.py tests/test_checkpoint.py tests/test_recipe.py tests/layers/test_aa_conv.py tests/layers/test_aw_conv.py
+
+.PHONY: demo test sanitize fuzz lowest lint format benchmark sweep story clean
 
 demo: $(READY)
 	mkdir -p out
@@ -35,6 +39,13 @@ sanitize: $(READY)
 
 fuzz: $(READY)
 	$(VENV)/bin/python -m tests.fuzz
+
+# Fast tests with the lowest versions that pyproject.toml allows, in an environment of their own.
+lowest:
+	$(PYTHON) -m venv --clear $(LOWEST)
+	grep -oE '"[a-z-]+>=[0-9.]+"' pyproject.toml | tr -d '"' | sed 's/>=/==/' > $(LOWEST)/constraints.txt
+	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' -c $(LOWEST)/constraints.txt
+	$(LOWEST)/bin/python -m pytest -n auto $(QUICK)
 
 lint: $(READY)
 	$(VENV)/bin/ruff format --check .

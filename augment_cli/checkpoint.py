@@ -13,7 +13,7 @@ from pathlib import Path
 from torch import nn
 
 from augment_cli import rebuild
-from augment_cli.errors import AugmentError, boundary
+from augment_cli.errors import boundary
 from augment_cli.header import Header, read_header, weights_file
 from augment_cli.seeds import seeded
 
@@ -25,14 +25,10 @@ def versions() -> dict[str, str]:
 
 def save_weights(model: nn.Module, header: Header, path: Path) -> None:
     """Write the state dict and the header; the same model and header give the same bytes."""
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
-    try:
-        save_file(tensors, path, metadata=header.to_metadata())
-    except SafetensorError as error:  # wraps what the disk said
-        raise AugmentError(f"{path.name} cannot be written: {error}") from error
+    save_file(tensors, path, metadata=header.to_metadata())
     _sort_metadata(path)
 
 
@@ -62,4 +58,5 @@ def load(path: str | Path) -> nn.Module:
     with boundary(f"{file} cannot be loaded"), seeded("load"):
         model = rebuild.build(header.plan)
         model.load_state_dict(load_file(file))
+    model.augment_metadata = header
     return model

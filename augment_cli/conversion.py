@@ -112,7 +112,7 @@ def _operate(
         inheritance = fit(model, plan, graph, calibration, progress)
         fidelity = compare(before, predictions(model, calibration), calibration)
     rebuild.adopt(model, plan)
-    return Header(
+    model.augment_metadata = Header(
         plan=plan,
         weights=weights,
         source_sha256=digest,
@@ -120,3 +120,4 @@ def _operate(
         fidelity=fidelity,
         versions=checkpoint.versions(),
     )
+    return model.augment_metadata

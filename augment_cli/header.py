@@ -57,7 +57,10 @@ class Fidelity(BaseModel):
 
 
 class Header(BaseModel):
-    """Everything but the tensors."""
+    """Everything but the tensors.
+
+    fresh: parameters that began at random in fine-tuning, such as those of a classifier for other classes.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False)
 
@@ -67,6 +70,7 @@ class Header(BaseModel):
     source_sha256: Sha256
     inheritance: Annotated[tuple[Inheritance, ...], Field(max_length=MOST_CONVOLUTIONS)] = ()
     fidelity: Fidelity | None = None
+    fresh: Annotated[tuple[Name, ...], Field(max_length=MOST_CONVOLUTIONS)] = ()
     versions: Annotated[dict[Name, Name], Field(max_length=100)] = {}
 
     def to_metadata(self) -> dict[str, str]:

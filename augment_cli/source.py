@@ -17,7 +17,7 @@ from augment_cli.errors import AugmentError, boundary, first_line, nearest
 from augment_cli.guard import limited
 from augment_cli.header import KEY, read_metadata
 from augment_cli.plan import freeze_arguments
-from augment_cli.seeds import restored, seeded
+from augment_cli.seeds import preserved, seeded
 from augment_cli.timm_plugin import NAME
 from augment_cli.weights import find_weights, misfit, read_checkpoint
 
@@ -70,7 +70,7 @@ def create(source: Source, seed: int = 0, origin: str | None = None) -> nn.Modul
     Raises:
         AugmentError: pretrained weights that do not exist or cannot be fetched.
     """
-    with restored():
+    with preserved():
         torch.default_generator.manual_seed(seed)
         if origin is None:
             return _create(source.name, source.args)

@@ -1,13 +1,13 @@
 """The `augment` program: its commands, and how every one of them fails."""
 
 import os
-import signal
 import sys
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+from augment_cli import signals
 from augment_cli.cli import check, convert, evaluate, finetune, models, plan, recipes, report, timm
 from augment_cli.errors import AugmentError
 from augment_cli.terminal import echo, say
@@ -68,6 +68,10 @@ app.command("models")(models.models)
 
 def main() -> None:
     try:
+        signals.install()
         app()
+    except signals.Stopped as stop:
+        typer.echo("interrupted", err=True)
+        sys.exit(stop.exit_code)
     finally:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is done or undone: a late Ctrl-C only spoils the way out
+        signals.ignore()  # all is done or undone: a late signal only spoils the way out

@@ -70,20 +70,13 @@ def convert(
 
     augment convert resnet50 --recipe aa-resnet --set budget.params=keep --pretrained -o resnet50-aa
     """
+    from augment_cli import specs
+    from augment_cli.output import check_target, write_model
+
     if pretrained and checkpoint:
         raise AugmentError("--pretrained and --checkpoint both name weights: give one of them")
     common.check_ema(ema, checkpoint)
     _check_calibration(init, calibrate, calibrate_images)
-    with common.working("importing torch and timm"):
-        from augment_cli import conversion, source, surgery
-        from augment_cli.calibration import load_images
-        from augment_cli.files import check_output
-        from augment_cli.graph import analyze
-        from augment_cli.output import write_model
-        from augment_cli.plan import make_plan
-        from augment_cli.report import Report
-        from augment_cli.report.table import table
-
     given = None
     if plan_file:
         given = common.read_given_plan(plan_file, model, recipe, overrides, image_size, model_args)
@@ -93,6 +86,21 @@ def convert(
         arguments, size = common.parse_arguments(model_args), common.parse_image_size(image_size)
     else:
         raise AugmentError("which model? Give a timm model's name, or a plan with --plan")
+    specs.check_name(model)
+    specs.check_file("checkpoint", checkpoint)
+    if calibrate:
+        specs.check_data(calibrate)
+    named = given.recipe if given else settings.name
+    if output or ":" not in model:  # timm says what a model on a hub or in a folder is called
+        check_target(output or Path(f"{model}-{named}.safetensors"), overwrite, (plan_file, checkpoint))
+
+    with common.working("importing torch and timm"):
+        from augment_cli import conversion, source, surgery
+        from augment_cli.calibration import load_images
+        from augment_cli.graph import analyze
+        from augment_cli.plan import make_plan
+        from augment_cli.report import Report
+        from augment_cli.report.table import table
 
     with common.working(f"planning {model}"):
         described, meta_model = source.describe(model, arguments, size)
@@ -104,7 +112,7 @@ def convert(
         surgery.verify(meta_model, plan, graph)
     common.announce(graph, plan, solution, None if given else settings)
     target = output or Path(f"{plan.model}-{plan.recipe}.safetensors")
-    check_output(target, overwrite)
+    check_target(target, overwrite, (plan_file, checkpoint))
 
     calibration = None
     if calibrate is not None:

@@ -46,6 +46,8 @@ def plan(
 
     augment plan resnet50 --sensitivity --pretrained --calibrate photos --json > plan.json
     """
+    from augment_cli import specs
+
     common.check_ema(ema, checkpoint)
     _check_measured(sensitivity, calibrate, pretrained, checkpoint, plot)
     if plan_file:
@@ -58,6 +60,10 @@ def plan(
         raise AugmentError("which model? Give a timm model's name, or a plan with --plan")
     settings = common.load_named_recipe(recipe or "aa", overrides)
     arguments, size = common.parse_arguments(model_args), common.parse_image_size(image_size)
+    specs.check_name(model)
+    specs.check_file("checkpoint", checkpoint)
+    if calibrate:
+        specs.check_data(calibrate)
     with common.working("importing torch and timm"):
         from augment_cli import source
         from augment_cli.graph import analyze

@@ -1,12 +1,13 @@
 """The model of a run: a converted model's file or folder, or a timm model, with a classifier for the data."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from timm.layers import DropPath
 from timm.models import get_model_args
 from torch import nn
 
@@ -26,8 +27,8 @@ FINETUNED = "fine-tuned on"
 class Opened:
     """A model and what is known of it.
 
-    header: None for a plain timm model. input_size: (channels, height, width). fresh: parameters without weights of
-    their own so far, such as those of a new classifier. weights: which of a checkpoint's were taken; else None.
+    header: None for a plain timm model. input_size: (channels, height, width). fresh: parameters that began at random,
+    in this run or one before, such as those of a new classifier. weights: which of a checkpoint's were taken, or None.
     """
 
     model: nn.Module
@@ -72,7 +73,8 @@ def open_model(
     if path.is_dir() and _architecture(path) not in (None, rebuild.NAME):
         return _by_name(f"local-dir:{spec}", True, None, {}, seed)
     header = read_header(path)
-    return Opened(checkpoint.load(path), header.plan.model, header, header.plan.input_size)
+    fresh = frozenset(header.fresh)
+    return Opened(checkpoint.load(path), header.plan.model, header, header.plan.input_size, fresh)
 
 
 def open_companion(spec: str, weights: str | Path | None) -> Opened:
@@ -115,7 +117,28 @@ def with_classes(opened: Opened, num_classes: int, seed: int) -> Opened:
         other = timm.create_model(opened.name, **args)
         other.pretrained_cfg = other.default_cfg = opened.model.pretrained_cfg
     fresh = opened.fresh | transfer(opened.model, other)
+    if header is not None:
+        header = header.model_copy(update={"fresh": tuple(sorted(fresh))})
     return Opened(other, opened.name, header, opened.input_size, fresh, opened.weights)
+
+
+def with_drop_path(opened: Opened, rate: float) -> Opened:
+    """The model with stochastic depth in training, which rises over the blocks to `rate`.
+
+    Raises:
+        AugmentError: the architecture has none.
+    """
+    args = {**get_model_args(opened.model), "drop_path_rate": rate}
+    name = rebuild.NAME if opened.header is not None else opened.name
+    try:
+        other = timm.create_model(name, **args)
+    except (TypeError, AugmentError) as error:
+        raise AugmentError(f"--drop-path: {opened.name} has no stochastic depth: {error}") from error
+    if not any(isinstance(module, DropPath) for module in other.modules()):
+        raise AugmentError(f"--drop-path: {opened.name} has no stochastic depth")
+    other.load_state_dict(opened.model.state_dict())
+    other.pretrained_cfg = other.default_cfg = opened.model.pretrained_cfg
+    return replace(opened, model=other)
 
 
 def plan_for_classes(plan: Plan, num_classes: int) -> Plan:

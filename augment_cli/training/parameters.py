@@ -12,7 +12,7 @@ from torch import nn
 from augment_cli.errors import AugmentError, nearest
 from augment_cli.header import Header
 from augment_cli.layers import AAConv2d, AWConv2d
-from augment_cli.training.models import FINETUNED, Opened
+from augment_cli.training.models import Opened
 from augment_cli.training.settings import Settings
 
 Provenance = Literal["carried", "fitted", "new"]
@@ -22,9 +22,9 @@ _UNDECAYED = ("*.rel_height", "*.rel_width")
 
 
 def provenance(opened: Opened) -> dict[str, Provenance]:
-    """Where each parameter's value comes from, by the parameter's name."""
+    """Where each parameter's value comes from, by the parameter's name; fine-tuning does not change it."""
     kinds: dict[str, Provenance] = {name: "carried" for name, _ in opened.model.named_parameters()}
-    if opened.header is not None and FINETUNED not in opened.header.weights:
+    if opened.header is not None:
         if opened.header.weights.startswith("random"):
             return dict.fromkeys(kinds, "new")
         kinds |= _of_sites(opened.model, opened.header)

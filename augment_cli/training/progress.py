@@ -26,11 +26,13 @@ class Reporter:
         self.images = 0
 
     def __enter__(self) -> "Reporter":
-        self.bar.start()
+        if not self.bar.disable:
+            self.bar.start()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        self.bar.stop()
+        if not self.bar.disable:  # early versions of rich end even a disabled bar with an empty line
+            self.bar.stop()
 
     def say(self, message: str) -> None:
         self.console.print(message, highlight=False, markup=False, soft_wrap=True)

@@ -13,9 +13,8 @@ from torch import Tensor
 from augment_cli.errors import AugmentError, boundary
 from augment_cli.files import write_file
 
-SCHEMA = 1
+SCHEMA = 2
 KEY = "run"
-FILE = "state.safetensors"
 
 
 def write_state(path: Path, tree: dict[str, Any]) -> None:
@@ -24,19 +23,11 @@ def write_state(path: Path, tree: dict[str, Any]) -> None:
     Raises:
         AugmentError: the disk is full or refuses; the checkpoint before stays.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     tensors: dict[str, Tensor] = {}
     text = json.dumps({"schema": SCHEMA, "tree": _pack(tree, tensors)})
-
-    def write(temporary: Path) -> None:
-        try:
-            save_file(tensors, temporary, metadata={KEY: text})
-        except SafetensorError as error:  # wraps what the disk said
-            raise AugmentError(f"{path} cannot be written: {error}") from error
-
-    write_file(path, write)
+    write_file(path, lambda temporary: save_file(tensors, temporary, metadata={KEY: text}))
 
 
 def read_state(path: Path) -> dict[str, Any]:

@@ -154,7 +154,7 @@ def test_ctrl_c_while_the_file_is_written_leaves_the_old_one(in_tmp, monkeypatch
         save_weights(model, header, path)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("augment_cli.output.save_weights", interrupted)
+    monkeypatch.setattr("augment_cli.checkpoint.save_weights", interrupted)
     result = CliRunner().invoke(app, [*CONVERT, "--overwrite"])
     assert result.exit_code == 130
     assert result.stderr.splitlines()[-1] == "interrupted"

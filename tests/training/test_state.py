@@ -74,7 +74,7 @@ def test_bad_files_are_refused(tmp_path):
     for name in ("none", "other", "cut"):
         with pytest.raises(AugmentError, match=f"{name} is no checkpoint of a run"):
             read_state(tmp_path / name)
-    with pytest.raises(AugmentError, match="has schema 9, and this version reads 1"):
+    with pytest.raises(AugmentError, match="has schema 9, and this version reads"):
         read_state(tmp_path / "newer")
 
 
