@@ -19,7 +19,7 @@ test: $(READY)
 	$(VENV)/bin/python -m pytest -n auto
 
 # The layers' tests on kernels that were built with sanitizers, in a copy of the tree: for each set of instructions that
-# the processor has.
+# the processor has. Inductor's cache is not told which set was asked for, so each has its own.
 SANITIZED := out/sanitize
 SANITIZERS := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
 sanitize: $(READY)
@@ -33,7 +33,7 @@ sanitize: $(READY)
 		echo "sanitized kernels, $$instructions:"; \
 		LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-		ATEN_CPU_CAPABILITY=$$instructions AUGMENT_NATIVE=1 \
+		ATEN_CPU_CAPABILITY=$$instructions TORCHINDUCTOR_CACHE_DIR=$$PWD/inductor-$$instructions AUGMENT_NATIVE=1 \
 			$(abspath $(VENV))/bin/python -m pytest -n auto tests/layers || exit 1; \
 	done
 
