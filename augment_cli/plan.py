@@ -17,6 +17,7 @@ from pydantic import (
     Field,
     PlainSerializer,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
@@ -273,6 +274,13 @@ class Plan(_Frozen):
     macs_after: Total = 0
     sites: Annotated[tuple[SitePlan, ...], Field(min_length=1, max_length=MOST_CONVOLUTIONS)]
     skipped: Annotated[tuple[Skipped, ...], Field(max_length=MOST_CONVOLUTIONS)] = ()
+
+    @field_validator("model")
+    @classmethod
+    def _is_no_address(cls, value: str) -> str:
+        if ":" in value:  # hf-hub:... and local-dir:... make timm read other files, or the network
+            raise ValueError(f"{value!r} is not in timm's registry")
+        return value
 
     @model_validator(mode="after")
     def _names_are_unique_and_sorted(self) -> "Plan":

@@ -90,6 +90,8 @@ def test_every_number_of_a_site_is_bounded(key, value):
         {"params_before": 10**40},
         {"recipe_sha256": "\x1b[2J"},
         {"model": "m" * 501},
+        {"model": "hf-hub:someone/else"},
+        {"model": "local-dir:/tmp"},
         {"skipped": [{"name": "a", "reason": "r" * 501}]},
     ],
     ids=lambda change: next(iter(change)),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from augment_cli.errors import AugmentError, boundary
-from augment_cli.terminal import Terminal, echo, say
+from augment_cli.terminal import echo, say
 
 if TYPE_CHECKING:
     from augment_cli.budget import Solution
@@ -53,6 +53,8 @@ def working(what: str):
     """A spinner while something takes long; nothing where stderr is not a terminal."""
     from rich.text import Text
 
+    from augment_cli.console import Terminal
+
     with Terminal(stderr=True).status(Text(what)):
         yield
 
@@ -61,6 +63,8 @@ def working(what: str):
 def bar(what: str):
     """A bar over things done one after the other, on a terminal; yields what moves it: name, how many done, of all."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from augment_cli.console import Terminal
 
     console = Terminal(stderr=True)
     name = TextColumn("{task.description}", markup=False)
@@ -72,6 +76,8 @@ def bar(what: str):
 
 def show(renderable: Any) -> None:
     """A table or other rich object as data: colours only on a terminal."""
+    from augment_cli.console import Terminal
+
     Terminal().print(renderable)
 
 

@@ -10,6 +10,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from augment_cli.console import Terminal
 from augment_cli.report.folding import Line, fold, fold_names, unfolded
 from augment_cli.report.numbers import Change, Limit, Report
 from augment_cli.report.provenance import VARIANTS, fidelity
@@ -25,7 +26,7 @@ from augment_cli.report.units import (
     size,
     span,
 )
-from augment_cli.terminal import Terminal, plain
+from augment_cli.terminal import plain
 
 _NAMES_SHOWN = 4
 

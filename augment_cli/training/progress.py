@@ -5,7 +5,7 @@ from types import TracebackType
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from augment_cli.terminal import Terminal
+from augment_cli.console import Terminal
 from augment_cli.training.history import Row
 from augment_cli.training.meter import Meter
 
