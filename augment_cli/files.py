@@ -149,8 +149,8 @@ def errors_named(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise AugmentError(f"{path} cannot be written: {error.strerror or error}") from error
-    except SafetensorError as error:  # wraps what the disk said: "Error while serializing: I/O error: No space ..."
-        reason = str(error).rpartition("I/O error: ")[2]
+    except SafetensorError as error:  # wraps what the disk said: "... I/O error: No space left on device (os error 28)"
+        reason = str(error).rpartition("I/O error: ")[2].partition(" (os error")[0]
         raise AugmentError(f"{path} cannot be written: {reason}") from error
 
 

@@ -48,7 +48,7 @@ def check_target(path: Path, overwrite: bool, inputs: Iterable[Path | None] = ()
     if mode is None:
         return
     if not stat.S_ISDIR(mode):
-        raise AugmentError(f"{path} is a file, and an output that does not end in .safetensors is a folder")
+        raise AugmentError(f"{path} is no folder, which an output that does not end in .safetensors is")
     if Path.cwd().is_relative_to(path.resolve()):
         raise AugmentError(f"{path} is the folder that you are in, and would be replaced as a whole: name another")
     if foreign := sorted(file.name for file in path.iterdir() if not _is_own(file)):

@@ -36,6 +36,13 @@ def install() -> None:
             signal.signal(number, partial(_receive, os.getpid()))
 
 
+def restore() -> None:
+    """Have the signals do what they do in any Python program, for code that is not ours."""
+    for number in SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+
 def ignore() -> None:
     """Ignore the signals from now on: where all is done, and in worker processes, which their parent ends."""
     for number in SIGNALS:

@@ -170,7 +170,9 @@ def test_an_output_is_a_regular_file(in_tmp):
             check_output(in_tmp / name, overwrite=True)
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left"), SafetensorError("Error: I/O error: No space left")])
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left"), SafetensorError("Error: I/O error: No space left (os error 28)")]
+)
 def test_a_full_disk_is_told_of_the_users_file(in_tmp, error):
     def full(path: Path) -> None:
         raise error
