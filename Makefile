@@ -3,7 +3,11 @@ VENV := .venv
 READY := $(VENV)/.ready
 NATIVE := $(wildcard augment_cli/layers/native/*.cpp augment_cli/layers/native/*.h)
 
-.PHONY: demo test lint format benchmark sweep story clean
+LOWEST := out/lowest
+QUICK := tests/cli tests/report tests/training tests/test_files.py tests/test_signals.py tests/test_dataset.py \
+	tests/test_budget.py tests/test_checkpoint.py tests/test_recipe.py tests/layers/test_aa_conv.py tests/layers/test_aw_conv.py
+
+.PHONY: demo test sanitize fuzz lowest lint format benchmark sweep story clean
 
 demo: $(READY)
 	mkdir -p out
@@ -13,6 +17,35 @@ demo: $(READY)
 
 test: $(READY)
 	$(VENV)/bin/python -m pytest -n auto
+
+# The layers' tests on kernels that were built with sanitizers, in a copy of the tree: for each set of instructions that
+# the processor has. Inductor's cache is not told which set was asked for, so each has its own.
+SANITIZED := out/sanitize
+SANITIZERS := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
+sanitize: $(READY)
+	rm -rf $(SANITIZED)
+	mkdir -p $(SANITIZED)
+	cp -r augment_cli tests recipes docs pyproject.toml $(SANITIZED)
+	rm -f $(SANITIZED)/$(dir $(firstword $(NATIVE)))kernels-*
+	CXXFLAGS="$(SANITIZERS)" $(VENV)/bin/python augment_cli/layers/native/compiling.py \
+		$(SANITIZED)/$(dir $(firstword $(NATIVE)))
+	cd $(SANITIZED); for instructions in $$(grep -qw avx512f /proc/cpuinfo && echo avx512) avx2; do \
+		echo "sanitized kernels, $$instructions:"; \
+		LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		ATEN_CPU_CAPABILITY=$$instructions TORCHINDUCTOR_CACHE_DIR=$$PWD/inductor-$$instructions AUGMENT_NATIVE=1 \
+			$(abspath $(VENV))/bin/python -m pytest -n auto tests/layers || exit 1; \
+	done
+
+fuzz: $(READY)
+	$(VENV)/bin/python -m tests.fuzz
+
+# Fast tests with the lowest versions that pyproject.toml allows, in an environment of their own.
+lowest:
+	$(PYTHON) -m venv --clear $(LOWEST)
+	grep -oE '"[a-z-]+>=[0-9.]+"' pyproject.toml | tr -d '"' | sed 's/>=/==/' > $(LOWEST)/constraints.txt
+	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' -c $(LOWEST)/constraints.txt
+	$(LOWEST)/bin/python -m pytest -n auto $(QUICK)
 
 lint: $(READY)
 	$(VENV)/bin/ruff format --check .

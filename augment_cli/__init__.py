@@ -15,9 +15,15 @@ from wrapt import register_post_import_hook
 
 from augment_cli.errors import AugmentError
 
-_HOMES = {"load": "checkpoint", "convert": "conversion", "AAConv2d": "layers", "AWConv2d": "layers"}
+_HOMES = {
+    "load": "checkpoint",
+    "convert": "conversion",
+    "param_groups": "training.groups",
+    "AAConv2d": "layers",
+    "AWConv2d": "layers",
+}
 
-__all__ = ["AAConv2d", "AWConv2d", "AugmentError", "convert", "load"]
+__all__ = ["AAConv2d", "AWConv2d", "AugmentError", "convert", "load", "param_groups"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,3 +1,19 @@
-from augment_cli.cli import main
+"""The `augment` program; signals are seen to before anything that takes long is imported."""
 
-main()
+import sys
+
+from augment_cli import signals
+
+
+def main() -> None:
+    try:
+        signals.install()
+        from augment_cli.cli import main as program
+
+        program()
+    except signals.Stopped as stop:
+        sys.exit(stop.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,11 +1,15 @@
-"""Which split for which site: an integer program over the sites' admissible choices, solved by scipy's HiGHS.
+"""Which split for which site: an integer program over the sites' admissible choices (solver.py).
 
 Equal sites form a group, and the unknowns are how many sites of a group take each choice:
 
-    minimise    sum of count x distance from the written split, less a hair for every value channel
+    minimise    sum of count x distance from the written split
     subject to  the counts of a group add up to its sites, parameters and multiply-adds within their budgets
 
-The distance is squared, so convex in each site: many sites bend a little rather than one a lot.
+The distance is squared, so convex in each site: many sites bend a little rather than one a lot. A budget is a ceiling
+and the optimum is proved, so that a looser budget never gives a split that is farther from the written one.
+
+`keep`, where it is the only budget, also fills: what the nearest split leaves is spent, and where the written split
+fits, no site loses value channels to that.
 
 Where each site's loss is known (sensitivity.py), it takes the distance's place: it is taken to grow with the square of
 the value channels, since the filters that cost least are given up first, and the mean value ratio is at least the
@@ -23,17 +27,15 @@ from augment_cli import cost
 from augment_cli.choices import distance, options
 from augment_cli.cost import Choice
 from augment_cli.errors import AugmentError
-from augment_cli.recipe import Budget, Sites, resolve_amount
+from augment_cli.recipe import UNITS, Budget, Sites, resolve_amount
 from augment_cli.site import ConvSite
+from augment_cli.solver import Minimum, Row, minimise
 
-# How much of a budget may stay unused, as shares of the source's count, tried in turn: a mix of splits that leaves
-# little is preferred to one that is nearer to the recipe.
-_LEFTOVERS = (2e-4, 2e-3, 2e-2, np.inf)
+# How much `keep` may leave unused, as shares of the source's count, tried in turn.
+_LEFTOVERS = (2e-4, 2e-3, 2e-2)
 
-# The solver stops within this share of the optimal distance, or after this many nodes: counted, not timed, so that the
-# answer does not depend on the machine's speed.
-_GAP = 1e-3
-_NODES = 2_000
+# Losses are measured on some hundred images: a share of them that no measurement resolves.
+_LOSS_GAP = 5e-3
 
 # Among equal losses the written splits are preferred: what a distance counts beside a loss.
 _NEARNESS = 1e-2
@@ -51,17 +53,23 @@ class Counts:
 
 @dataclass(frozen=True)
 class Solution:
-    """A choice for every site, and how the solver came to it. `gap` is the relative optimality gap it proved."""
+    """A choice for every site, and how the solver came to it.
+
+    gap: the relative optimality gap that was proved. binding: for each budget that is not free, whether it keeps the
+    splits from being nearer to the recipe's.
+    """
 
     choices: Chosen
     solved: bool
     seconds: float = 0.0
     gap: float = 0.0
+    binding: tuple[tuple[str, bool], ...] = ()
 
     def describe(self) -> str:
         if not self.solved:
             return "budget free: the recipe's settings as written"
-        return f"budget solved in {self.seconds:.2f} s, gap {self.gap:.2%}"
+        verdicts = (f"budget.{name} {'binds' if binds else 'does not bind'}" for name, binds in self.binding)
+        return ", ".join((f"budget solved in {self.seconds:.2f} s", f"gap {self.gap:.2%}", *verdicts))
 
 
 @dataclass(frozen=True)
@@ -73,6 +81,11 @@ class _Group:
     macs: np.ndarray
     losses: np.ndarray
     ratios: np.ndarray  # change of the value ratio against the written split
+
+    def subset(self, indices: np.ndarray) -> "_Group":
+        """The same sites with some of the options."""
+        arrays = (self.distances, self.params, self.macs, self.losses, self.ratios)
+        return _Group(self.sites, tuple(self.options[i] for i in indices), *(array[indices] for array in arrays))
 
 
 def solve(
@@ -88,21 +101,21 @@ def solve(
     Raises:
         AugmentError: no admissible choices meet the budget; says what is attainable.
     """
-    limits = {name: resolve_amount(getattr(budget, name), getattr(source, name)) for name in ("params", "macs")}
+    limits = {name: resolve_amount(getattr(budget, name), getattr(source, name)) for name in UNITS}
     limits = {name: limit for name, limit in limits.items() if limit is not None}
     if not limits and not losses:
         return Solution(chosen, solved=False)
     start = time.perf_counter()
     groups = _groups(chosen, settings, _with_floor(losses or {}))
     _check_attainable(groups, limits, budget, source, settings)
-    program = _Program(groups, {name: limit - getattr(source, name) for name, limit in limits.items()})
-    # The first budget is to be used up; one beside it is only a ceiling.
-    name, limit = next(iter(limits.items()), ("params", np.inf))
-    for leftover in _LEFTOVERS:
-        counts, gap = program.nearest(name, limit * leftover)
-        if counts is not None:
-            return Solution(_assign(groups, counts, chosen), True, time.perf_counter() - start, gap)
-    raise AugmentError(f"{_asked(limits, budget)} cannot be met together. {_help(settings)}")
+    ceilings = {name: limit - getattr(source, name) for name, limit in limits.items()}
+    nearest = _Program(groups).nearest(ceilings)
+    if nearest is None:
+        raise AugmentError(_not_together(groups, ceilings, budget, source, settings))
+    binding = tuple(zip(limits, nearest.binding, strict=False))
+    if [getattr(budget, name) for name in limits] == ["keep"]:
+        groups, nearest = _filled(groups, nearest, *ceilings.items(), *limits.values())
+    return Solution(_assign(groups, nearest.counts, chosen), True, time.perf_counter() - start, nearest.gap, binding)
 
 
 def _with_floor(losses: Mapping[str, float]) -> dict[str, float]:
@@ -136,48 +149,57 @@ def _group(sites: tuple[ConvSite, ...], loss: float | None, target: Choice, sett
 
 
 class _Program:
-    """The integer program; `ceilings` are the changes against the source that the budgets allow."""
+    """The integer program of some groups; ceilings and floors are changes against the source."""
 
-    def __init__(self, groups: list[_Group], ceilings: dict[str, int]) -> None:
-        self.ceilings = ceilings
-        sizes = [len(group.options) for group in groups]
-        self.group_of = np.repeat(np.arange(len(groups)), sizes)
-        self.counts = np.array([len(group.sites) for group in groups])
-        self.changes = {name: np.concatenate([getattr(g, name) for g in groups]) for name in ("params", "macs")}
-        self.distances = np.concatenate([g.distances for g in groups])
-        values = np.concatenate([[c.value_channels for c in g.options] for g in groups])
-        self.objective = self.distances - 1e-7 * values / max(values.max(), 1)
+    def __init__(self, groups: list[_Group]) -> None:
+        self.group_of = np.repeat(np.arange(len(groups)), [len(group.options) for group in groups])
+        self.sizes = np.array([len(group.sites) for group in groups])
+        self.changes = {name: np.concatenate([getattr(g, name) for g in groups]) for name in UNITS}
+        self.objective, self.rows, self.gap = np.concatenate([g.distances for g in groups]), [], 0.0
         losses = np.concatenate([g.losses for g in groups])
-        self.ratios = np.concatenate([g.ratios for g in groups]) if losses.any() else None
         if losses.any():
-            self.objective = losses / losses[self.distances == 0].max() + _NEARNESS * self.distances
+            self.objective = losses / losses.max() + _NEARNESS * self.objective
+            self.rows, self.gap = [Row(np.concatenate([g.ratios for g in groups]), least=-1e-9)], _LOSS_GAP
 
-    def nearest(self, name: str, leftover: float) -> tuple[np.ndarray | None, float]:
-        """The counts of least distance that leave at most `leftover` of the budget `name` unused, and the gap proved.
+    def nearest(self, ceilings: Mapping[str, int], floors: Mapping[str, float] | None = None) -> Minimum | None:
+        """The counts of least distance or loss within the ceilings; its `binding` begins with theirs."""
+        floors = floors or {}
+        rows = [Row(self.changes[name], floors.get(name, -np.inf), most) for name, most in ceilings.items()]
+        return minimise(self.objective, self.group_of, self.sizes, [*rows, *self.rows], self.gap)
 
-        None where there are none.
-        """
-        from scipy.optimize import Bounds, LinearConstraint, milp
-        from scipy.sparse import csr_array
+    def least(self, name: str, ceilings: Mapping[str, int]) -> int:
+        """The least change of a count within the ceilings, each of which can be met alone."""
+        rows = [Row(self.changes[other], most=most) for other, most in ceilings.items()]
+        change = self.changes[name]
+        found = minimise(change / np.abs(change).max(), self.group_of, self.sizes, [*rows, *self.rows])
+        return int(change @ found.counts)
 
-        variables = len(self.group_of)
-        members = csr_array((np.ones(variables), (self.group_of, np.arange(variables))))
-        constraints = [LinearConstraint(members, self.counts, self.counts)]
-        if self.ratios is not None:
-            constraints.append(LinearConstraint(self.ratios, -1e-9, np.inf))
-        for budget, ceiling in self.ceilings.items():
-            change, floor = self.changes[budget], ceiling - leftover if budget == name else -np.inf
-            constraints.append(LinearConstraint(change, floor, ceiling))
-        result = milp(
-            self.objective,
-            integrality=np.ones(variables),
-            bounds=Bounds(0, self.counts[self.group_of]),
-            constraints=constraints,
-            options={"mip_rel_gap": _GAP, "node_limit": _NODES},
-        )
-        if result.x is None:
-            return None, 0.0
-        return np.round(result.x).astype(int), float(result.mip_gap or 0.0)
+
+def _filled(
+    groups: list[_Group], nearest: Minimum, ceiling: tuple[str, int], limit: int
+) -> tuple[list[_Group], Minimum]:
+    """What is left under the one ceiling spent, as far as can be; of the groups some options may be left out."""
+    name, most = ceiling
+    left = most - int(_Program(groups).changes[name] @ nearest.counts)
+    fuller = _without_fewer_values(groups, nearest.counts)
+    for leftover in _LEFTOVERS:
+        if left <= leftover * limit:
+            break
+        found = _Program(fuller).nearest({name: most}, {name: most - leftover * limit})
+        if found is not None:
+            return fuller, found
+    return groups, nearest
+
+
+def _without_fewer_values(groups: list[_Group], counts: np.ndarray) -> list[_Group]:
+    """Without the options that have fewer value channels than the written one, and than any that is taken."""
+    kept, offset = [], 0
+    for group in groups:
+        values = np.array([option.value_channels for option in group.options])
+        taken = counts[offset : offset + len(values)] > 0
+        offset += len(values)
+        kept.append(group.subset(np.flatnonzero(values >= values[taken | (group.distances == 0)].min())))
+    return kept
 
 
 def _assign(groups: list[_Group], counts: np.ndarray, chosen: Chosen) -> Chosen:
@@ -202,7 +224,7 @@ def _attainable(groups: list[_Group], source: Counts) -> dict[str, tuple[int, in
     def total(name: str, extreme: Callable[[np.ndarray], int]) -> int:
         return getattr(source, name) + sum(int(extreme(getattr(g, name))) * len(g.sites) for g in groups)
 
-    return {name: (total(name, np.min), total(name, np.max)) for name in ("params", "macs")}
+    return {name: (total(name, np.min), total(name, np.max)) for name in UNITS}
 
 
 def _check_attainable(groups, limits: dict[str, int], budget: Budget, source: Counts, settings: Sites) -> None:
@@ -211,21 +233,27 @@ def _check_attainable(groups, limits: dict[str, int], budget: Budget, source: Co
         least, most = ranges[name]
         if least > limit:
             raise AugmentError(
-                f"budget.{name}={getattr(budget, name)} asks for at most {limit:,} {_UNIT[name]}, and the chosen sites "
+                f"budget.{name}={getattr(budget, name)} asks for at most {limit:,} {UNITS[name]}, and the chosen sites "
                 f"can have {least:,} to {most:,} ({_percent(least, source, name)} to {_percent(most, source, name)} of "
                 f"the source's {getattr(source, name):,}). {_help(settings)}"
             )
-
-
-_UNIT = {"params": "parameters", "macs": "multiply-adds"}
 
 
 def _percent(count: int, source: Counts, name: str) -> str:
     return f"{count / getattr(source, name) - 1:+.2%}"
 
 
-def _asked(limits: dict[str, int], budget: Budget) -> str:
-    return " and ".join(f"budget.{name}={getattr(budget, name)} (at most {limit:,})" for name, limit in limits.items())
+def _not_together(groups, ceilings: dict[str, int], budget: Budget, source: Counts, settings: Sites) -> str:
+    """Why two budgets that can be met alone cannot be met together: with each one, the least that the other can be."""
+    asked, attained, program = [], [], _Program(groups)
+    for name, other in (("params", "macs"), ("macs", "params")):
+        most = getattr(source, name) + ceilings[name]
+        least = getattr(source, other) + program.least(other, {name: ceilings[name]})
+        asked.append(f"budget.{name}={getattr(budget, name)} (at most {most:,} {UNITS[name]})")
+        attained.append(
+            f"within budget.{name} the least is {least:,} {UNITS[other]} ({_percent(least, source, other)})"
+        )
+    return f"{' and '.join(asked)} cannot be met together: {', '.join(attained)}. {_help(settings)}"
 
 
 def _help(settings: Sites) -> str:

@@ -10,13 +10,12 @@ import struct
 from importlib.metadata import version
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from augment_cli import rebuild
-from augment_cli.errors import AugmentError
+from augment_cli.errors import boundary
 from augment_cli.header import Header, read_header, weights_file
-from augment_cli.plan import Plan
+from augment_cli.seeds import seeded
 
 
 def versions() -> dict[str, str]:
@@ -26,14 +25,10 @@ def versions() -> dict[str, str]:
 
 def save_weights(model: nn.Module, header: Header, path: Path) -> None:
     """Write the state dict and the header; the same model and header give the same bytes."""
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
-    try:
-        save_file(tensors, path, metadata=header.to_metadata())
-    except SafetensorError as error:  # wraps what the disk said
-        raise AugmentError(f"{path.name} cannot be written: {error}") from error
+    save_file(tensors, path, metadata=header.to_metadata())
     _sort_metadata(path)
 
 
@@ -59,31 +54,9 @@ def load(path: str | Path) -> nn.Module:
     from safetensors.torch import load_file
 
     header, file = read_header(Path(path)), weights_file(Path(path))
-    check_fit(header.plan, file)
-    model = rebuild.build(header.plan)
-    model.load_state_dict(load_file(file))
+    rebuild.check_weights(header.plan, file)
+    with boundary(f"{file} cannot be loaded"), seeded("load"):
+        model = rebuild.build(header.plan)
+        model.load_state_dict(load_file(file))
+    model.augment_metadata = header
     return model
-
-
-def check_fit(plan: Plan, file: Path) -> None:
-    """Hold a plan against its base and against the tensors of its file, without memory for either.
-
-    Raises:
-        AugmentError: the base is no model of timm's registry, the plan does not fit it, or the tensors do not.
-    """
-    from safetensors import safe_open
-
-    try:
-        with torch.device("meta"):
-            expected = {name: tuple(t.shape) for name, t in rebuild.build(plan).state_dict().items()}
-    except AugmentError as error:
-        raise AugmentError(f"{file}: {error}") from error
-    with safe_open(file, "numpy") as opened:
-        found = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
-    wrong = [name for name in sorted(expected.keys() | found) if expected.get(name) != found.get(name)]
-    if wrong:
-        name = wrong[0]
-        raise AugmentError(
-            f"{file}: {len(wrong)} tensors do not fit its plan, such as {name}: "
-            f"{found.get(name, 'none')} in the file, {expected.get(name, 'none')} by the plan"
-        )

@@ -13,6 +13,7 @@ from augment_cli.inherit import carry, fit
 from augment_cli.inherit.fitted import Progress
 from augment_cli.plan import Plan, make_plan
 from augment_cli.recipe import load_recipe
+from augment_cli.seeds import seeded
 
 
 def convert(
@@ -52,7 +53,7 @@ def convert(
         check_fittable(plan)
         calibration = load_images(calibrate, meta_model, plan.input_size, calibrate_images, seed)
     model = source.create(described, seed, origin=name if pretrained else None)
-    operate(model, plan, graph, "pretrained" if pretrained else f"random, seed {seed}", calibration)
+    operate(model, plan, graph, source.weights_origin(pretrained, seed), calibration, seed=seed)
     return model
 
 
@@ -76,11 +77,32 @@ def operate(
     weights: str,
     calibration: Calibration | None = None,
     progress: Progress | None = None,
+    seed: int = 0,
 ) -> Header:
     """Convert a model with weights in place, by a verified plan, and say what its file will say of it.
 
     With calibration images attention is fitted, and the whole model held against its source.
+
+    Args:
+        weights: where the model's weights come from, for its file.
+        seed: of what attention adds; the caller's random state stays as it is.
+
+    Raises:
+        AugmentError: weights that are not finite.
     """
+    source.check_finite(model, f"weights of {plan.model} ({weights})")
+    with seeded(seed, "attention"):
+        return _operate(model, plan, graph, weights, calibration, progress)
+
+
+def _operate(
+    model: nn.Module,
+    plan: Plan,
+    graph: ModelGraph,
+    weights: str,
+    calibration: Calibration | None,
+    progress: Progress | None,
+) -> Header:
     digest = source.weights_digest(model)
     fidelity = None
     if calibration is None:
@@ -90,7 +112,7 @@ def operate(
         inheritance = fit(model, plan, graph, calibration, progress)
         fidelity = compare(before, predictions(model, calibration), calibration)
     rebuild.adopt(model, plan)
-    return Header(
+    model.augment_metadata = Header(
         plan=plan,
         weights=weights,
         source_sha256=digest,
@@ -98,3 +120,4 @@ def operate(
         fidelity=fidelity,
         versions=checkpoint.versions(),
     )
+    return model.augment_metadata

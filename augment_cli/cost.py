@@ -9,9 +9,9 @@ AA (arXiv 1904.09925): parameters k k F_in (F_out - d_v) + F_in (2 d_k + d_v) + 
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
-from augment_cli.site import ConvSite, Size
+from augment_cli.site import Size
 
 Variant = Literal["aa", "aw", "aa+aw"]
 
@@ -30,7 +30,20 @@ class Choice:
 PLAIN = Choice()
 
 
-def params(site: ConvSite, choice: Choice) -> int:
+class Convolution(Protocol):
+    """What a count needs to know of a convolution: a ConvSite of a model, or a SitePlan that was read from a file."""
+
+    in_channels: int
+    out_channels: int
+    kernel_size: Size
+    groups: int
+    resolution: Size
+    positions: int
+    params: int
+    calls: int
+
+
+def params(site: Convolution, choice: Choice) -> int:
     """Parameters of the module at the site, biases and gains of the convolution included."""
     filters = site.out_channels - choice.value_channels
     total = site.params // site.out_channels * filters
@@ -43,7 +56,7 @@ def params(site: ConvSite, choice: Choice) -> int:
     return total
 
 
-def macs(site: ConvSite, choice: Choice) -> int:
+def macs(site: Convolution, choice: Choice) -> int:
     """Multiply-adds of all calls of the module at the site, for one image."""
     filters, taps = site.out_channels - choice.value_channels, math.prod(site.kernel_size)
     total = site.positions * taps * site.in_channels // site.groups * filters
@@ -63,7 +76,7 @@ def attention_size(resolution: Size, attention_pool: int) -> Size:
     return tuple(math.ceil(size / attention_pool) for size in resolution)
 
 
-def _kernel_attention(site: ConvSite, filters: int, reduction: int) -> int:
+def _kernel_attention(site: Convolution, filters: int, reduction: int) -> int:
     hidden = site.in_channels // reduction
     maps = max(1, hidden // site.groups)  # of an output channel
     return (site.in_channels * hidden + hidden**2 + filters * maps) if filters else 0

@@ -6,8 +6,11 @@ streamed), `wds/` (webdataset: a folder with `_info.json`, or shards such as `wd
 """
 
 import copy
+import itertools
 import struct
+import tarfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,10 +19,8 @@ from PIL import Image
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from augment_cli.errors import AugmentError, nearest
-from augment_cli.seeds import derive, seeded
-
-KINDS = ("hfds", "hfids", "wds", "tfds", "torch")
-STREAMS = ("hfids", "wds", "tfds")
+from augment_cli.seeds import derive, preserved, seed_cpu
+from augment_cli.specs import COLUMNS, STREAMS, check_data, kind_of
 
 _SPLITS = {
     "train": ("train", "training"),
@@ -68,10 +69,18 @@ class Images(Dataset):
         return len(self.indices)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Any, int]]:
+        """A batch at once, as torch's loaders ask for it: the generators are put back once, and not for every image."""
+        with preserved():
+            return [self._item(index) for index in indices]
+
+    def _item(self, index: int) -> tuple[Any, int]:
         image, label = self._readable(index)
         if self.transform is not None:
-            with seeded(self.seed, "image", self.epoch, index):
-                image = self.transform(image)
+            seed_cpu(self.seed, "image", self.epoch, index)
+            image = self.transform(image)
         return image, label
 
     def set_epoch(self, epoch: int) -> None:
@@ -133,6 +142,14 @@ class Images(Dataset):
         return _checked(int(label) if self.relabel is None else self.relabel[int(label)], self.num_classes)
 
 
+def _named(reader: Any) -> Iterator[tuple[Any, int]]:
+    """A stream's samples; a column that it does not have is an error without a traceback."""
+    try:
+        yield from reader
+    except (KeyError, ValueError, TypeError) as error:
+        raise BadImage(f"the stream cannot be read: {type(error).__name__}, {error}") from error
+
+
 class ImageStream(IterableDataset):
     """Images and labels in the order of a stream: (transformed image, int).
 
@@ -154,9 +171,10 @@ class ImageStream(IterableDataset):
         place = (self.seed, "stream", self.epoch, _rank(), worker.id if worker else 0)
         reader = copy.copy(self.source.reader)  # what it draws from goes on from epoch to epoch: begin anew
         reader.worker_seed = derive(*place)
-        for number, (image, label) in enumerate(reader):
+        for number, (image, label) in enumerate(_named(reader)):
             if self.transform is not None:
-                with seeded(*place, number):
+                with preserved() if worker is None else nullcontext():
+                    seed_cpu(*place, number)
                     image = self.transform(image)
             yield image, _checked(int(label), self.num_classes)
 
@@ -185,6 +203,8 @@ def open_dataset(
     download: bool = False,
     batch_size: int = 1,
     seed: int = 0,
+    input_key: str | None = None,
+    target_key: str | None = None,
 ) -> Images | ImageStream:
     """The data set that a spec names; timm's create_loader gives it a transform, and `transform` can be set by hand.
 
@@ -200,18 +220,25 @@ def open_dataset(
         download: `torch/` and `tfds/` data may be fetched.
         batch_size: what streams round their length to.
         seed: of augmentation and of streams' shuffling.
+        input_key, target_key: columns of `hfds/`, `hfids/` and `tfds/` data, or entries of `wds/` samples, that hold
+            images and labels; None takes timm's defaults.
 
     Raises:
-        AugmentError: nothing there, no images, class folders without images, or classes that are not in `classes`.
+        AugmentError: nothing there, no images, class folders without images, classes that are not in `classes`, or
+            columns that the data do not have.
     """
     spec = str(spec)
-    kind = spec.partition("/")[0].lower()
+    kind = kind_of(spec)
     options = {"split": split, "is_training": is_training, "batch_size": batch_size, "seed": seed, "download": download}
+    keys = {k: v for k, v in (("input_key", input_key), ("target_key", target_key)) if v is not None}
+    if keys and kind not in COLUMNS:
+        raise AugmentError(f"data {spec} have no columns: leave out --{next(iter(keys)).replace('_', '-')}")
+    options |= keys
     if kind in STREAMS:
         return ImageStream(
             _create(spec, root=root, **options, input_img_mode="L" if channels == 1 else "RGB"), seed=seed
         )
-    if kind in KINDS:
+    if kind is not None:
         source = _create(spec, root=root, **options)
     else:
         source = _open_path(Path(spec), split, labels)
@@ -233,15 +260,44 @@ def _create(spec: str, *, root: str | Path | None, split: str, **options: Any) -
         options = {"download": options["download"]}
     elif kind == "wds":
         root, split = _shards(Path(name), split)
+        if "input_key" in options:  # timm's reader hands a decoded image on as jpg
+            options["input_key"] += ";jpg"
     elif kind == "hfds":
-        options = {}
+        options = {key: options[key] for key in ("input_key", "target_key") if key in options}
     try:
-        return create_dataset(spec, root=None if root is None else str(root), split=split, **options)
+        source = create_dataset(spec, root=None if root is None else str(root), split=split, **options)
     except ImportError as error:
         raise AugmentError(f"{spec}: a package for {kind}/ data is missing: {error}") from error
     except Exception as error:  # readers of five libraries fail in as many ways
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise AugmentError(f"{spec} cannot be opened, split {split}: {lines[0].rstrip('.')}") from error
+    if kind == "hfds":
+        _check_columns(spec, source.reader)
+    elif kind == "wds" and "input_key" in options:
+        _check_entry(spec, source.reader, options["input_key"].split(";"))
+    return source
+
+
+def _check_columns(spec: str, reader: Any) -> None:
+    """The columns of images and labels must be there; that of images is made up, without values, where it is not."""
+    columns = [name for name, value in next(iter(reader.dataset), {}).items() if value is not None]
+    wanted = [("--input-key", reader.image_key)]
+    wanted += [("--target-key", key) for key in reader.target_keys or (reader.label_key,)]
+    for option, key in wanted:
+        if columns and key.partition("/")[0] not in columns:
+            raise AugmentError(f"{spec} has no column {key}: give one of {', '.join(columns)} as {option}")
+
+
+def _check_entry(spec: str, reader: Any, keys: list[str]) -> None:
+    """The first sample must have one of the entries: a stream leaves out samples without, and would not end."""
+    shard = Path(reader.root or "", reader.split_info.filenames[0])
+    if not shard.is_file():
+        return
+    with tarfile.open(shard) as tar:
+        names = [Path(member.name).name.partition(".") for member in itertools.islice(tar, 20)]
+    entries = {rest: None for first, _, rest in names if first == names[0][0]} if names else {}
+    if entries and not entries.keys() & set(keys):
+        raise AugmentError(f"{spec} has no entry {keys[0]}: give one of {', '.join(entries)} as --input-key")
 
 
 def _shards(path: Path, split: str) -> tuple[Path, str]:
@@ -252,9 +308,7 @@ def _shards(path: Path, split: str) -> tuple[Path, str]:
 def _open_path(path: Path, split: str, labels: bool) -> Any:
     from timm.data import create_dataset
 
-    if not path.exists():
-        near = nearest(path.name, [p.name for p in path.absolute().parent.glob("*")]) if path.parent.is_dir() else ""
-        raise AugmentError(f"data {path}: no such folder or file{near}")
+    check_data(str(path))
     folder = _split_folder(path, split) if path.is_dir() else path
     if not path.is_dir() and path.suffix != ".tar":
         raise AugmentError(f"data {path} is neither a folder nor a tar file")

@@ -1,11 +1,38 @@
 """What the user can put right: one message, which names the thing, the reason and the way out."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class AugmentError(Exception):
     """Bad input or a request that cannot be met. The command line prints it and exits with code 2."""
+
+
+@contextmanager
+def boundary(subject: str) -> Iterator[None]:
+    """Turn whatever exception is raised within into one AugmentError that begins with `subject`.
+
+    It stands around code of others that works on input from outside, such as parsers and timm's constructors: they
+    raise anything. AugmentErrors pass as they are.
+    """
+    try:
+        yield
+    except AugmentError:
+        raise
+    except Exception as error:
+        raise AugmentError(f"{subject}: {first_line(error)}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message, at most 300 characters long; its type's name where it has none."""
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    if "int_max_str_digits" in str(error):  # Python's advice is none for users
+        return "a number of thousands of digits"
+    lines = str(error).strip().splitlines()
+    text = lines[0].rstrip(".") if lines else type(error).__name__
+    return text if len(text) <= 300 else f"{text[:300]}..."
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:

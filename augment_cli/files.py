@@ -1,28 +1,84 @@
-"""Files that are either whole or not there: written under a temporary name, then renamed."""
+"""Files and folders that are either whole or not there: written under a temporary name, then renamed.
 
+A temporary is locked by the process that writes it. One without a lock was left by a process that was killed, and the
+next write into the same folder removes it.
+"""
+
+import ctypes
+import hashlib
 import os
 import shutil
+import stat
 import tempfile
-from collections.abc import Callable
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from safetensors import SafetensorError
+
+from augment_cli import signals
 from augment_cli.errors import AugmentError
 
+try:
+    import fcntl
+except ImportError:  # no locks on Windows: what a killed process left stays there
+    fcntl = None
 
-def check_output(path: Path, overwrite: bool) -> None:
-    """Refuse an output before any work is done for it.
+_PREFIX, _SUFFIX = ".augment-", ".tmp"
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
+
+
+def read_text(path: Path, what: str, most: int = 2**20) -> str:
+    """The text of a file of at most `most` bytes; `what` names its kind in messages.
 
     Raises:
-        AugmentError: it exists, or its folder does not or cannot be written.
+        AugmentError: no such file, not readable, too long, or not UTF-8.
     """
-    if path.exists() and not overwrite:
+    try:
+        with path.open("rb") as file:
+            content = file.read(most + 1)
+    except (OSError, ValueError) as error:
+        raise AugmentError(f"{what} {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    if len(content) > most:
+        raise AugmentError(f"{what} {path} is longer than {most:,} bytes: that is no {what}")
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise AugmentError(f"{what} {path} is not a text file: {error}") from error
+
+
+def check_output(path: Path, overwrite: bool, inputs: Iterable[Path | None] = ()) -> None:
+    """Refuse an output file before any work is done for it.
+
+    Args:
+        inputs: files that are read for it, which it may not replace.
+
+    Raises:
+        AugmentError: it exists, is one of the inputs or no file, or its folder does not exist or cannot be written.
+    """
+    mode = check_place(path, overwrite, inputs)
+    if mode is not None and not stat.S_ISREG(mode):
+        raise AugmentError(f"{path} is {'a folder' if stat.S_ISDIR(mode) else 'no regular file'}: give a file's name")
+
+
+def check_place(path: Path, overwrite: bool, inputs: Iterable[Path | None] = ()) -> int | None:
+    """As `check_output`, of whatever kind the output is; returns the mode of what is there, None for nothing."""
+    target = _followed(path)
+    for source in inputs:
+        if source is not None and _followed(source).is_relative_to(target):
+            raise AugmentError(f"{path} cannot be written: {source} is read for it; give another output")
+    with errors_named(path):
+        try:
+            mode = target.lstat().st_mode
+        except (FileNotFoundError, NotADirectoryError):
+            mode = None
+    if mode is not None and not overwrite:
         raise AugmentError(f"{path} exists; --overwrite replaces it")
-    parent = path.absolute().parent
-    if not parent.is_dir():
-        raise AugmentError(f"{path} cannot be written: there is no folder {parent}")
-    if not os.access(path if path.is_dir() else parent, os.W_OK):
-        raise AugmentError(f"{path} cannot be written: no permission in {path if path.is_dir() else parent}")
+    if not target.parent.is_dir():
+        raise AugmentError(f"{path} cannot be written: there is no folder {target.parent}")
+    if not os.access(target.parent, os.W_OK):
+        raise AugmentError(f"{path} cannot be written: no permission in {target.parent}")
+    return mode
 
 
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
@@ -31,45 +87,136 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         AugmentError: the disk is full or refuses.
     """
-    with _oserrors(path):
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.absolute().parent)
-        os.close(handle)
-        temporary = Path(name)
-        try:
-            write(temporary)
-            temporary.chmod(0o666 & ~_umask())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    target = _followed(path)
+    with errors_named(path), _temporary(target.parent, is_folder=False) as temporary:
+        write(temporary)
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(target)
 
 
 def write_folder(path: Path, write: Callable[[Path], object]) -> None:
-    """Have `write` fill a temporary folder beside `path`, then put its files at `path`.
+    """Have `write` fill a temporary folder beside `path`, and put it in the place of `path` and all that is there.
 
-    A new folder appears whole. In one that exists, each file is replaced whole, and files of other names stay.
+    A process that is killed leaves the old folder or the new one.
+
+    Raises:
+        AugmentError: the disk is full or refuses.
     """
-    with _oserrors(path):
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.absolute().parent))
-        try:
+    target = _followed(path)
+    with errors_named(path):
+        recover(target)
+        with _temporary(target.parent, is_folder=True) as temporary:
             write(temporary)
             for file in temporary.iterdir():
                 file.chmod(0o666 & ~_umask())
             temporary.chmod(0o777 & ~_umask())
-            if path.is_dir():
-                for file in sorted(temporary.iterdir()):
-                    file.replace(path / file.name)
-            else:
-                temporary.replace(path)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            if not target.exists():
+                temporary.rename(target)
+            elif not _exchange(temporary, target):
+                with signals.held():
+                    target.rename(_aside(target))
+                    temporary.rename(target)
+                    recover(target)
+
+
+def recover(path: Path) -> None:
+    """Undo or finish a replacement in two steps that a kill broke off."""
+    target = _followed(path)
+    aside = _aside(target)
+    if aside.is_dir() and not target.exists():
+        aside.rename(target)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove temporaries that no process writes any more."""
+    if fcntl is None:
+        return
+    for path in folder.glob(f"{_PREFIX}*{_SUFFIX}"):
+        with suppress(OSError):  # locked, of another user, or gone by now
+            handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _remove(path)
+            finally:
+                os.close(handle)
 
 
 @contextmanager
-def _oserrors(path: Path):
+def errors_named(path: Path) -> Iterator[None]:
+    """What the disk refuses, as an error that names the user's file and not a temporary one."""
     try:
         yield
     except OSError as error:
         raise AugmentError(f"{path} cannot be written: {error.strerror or error}") from error
+    except SafetensorError as error:  # wraps what the disk said: "... I/O error: No space left on device (os error 28)"
+        reason = str(error).rpartition("I/O error: ")[2].partition(" (os error")[0]
+        raise AugmentError(f"{path} cannot be written: {reason}") from error
+
+
+@contextmanager
+def _temporary(parent: Path, is_folder: bool) -> Iterator[Path]:
+    """A new and locked file or folder; at the end it is removed, unless it was renamed."""
+    remove_leftovers(parent)
+    made: list[tuple[Path, int]] = []
+    try:
+        with signals.held():
+            made.append(_make(parent, is_folder))
+        yield made[0][0]
+    finally:
+        with signals.held():
+            for path, handle in made:
+                _remove(path)
+                os.close(handle)
+
+
+def _make(parent: Path, is_folder: bool) -> tuple[Path, int]:
+    while True:
+        if is_folder:
+            name = tempfile.mkdtemp(dir=parent, prefix=_PREFIX, suffix=_SUFFIX)
+            handle = os.open(name, os.O_RDONLY)
+        else:
+            handle, name = tempfile.mkstemp(dir=parent, prefix=_PREFIX, suffix=_SUFFIX)
+        if _lock(handle) and os.path.exists(name):
+            return Path(name), handle
+        os.close(handle)  # another process took it for a leftover before it was locked
+
+
+def _lock(handle: int) -> bool:
+    """Lock a temporary; False where another process has. File systems without locks have no leftovers removed."""
+    try:
+        if fcntl is not None:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two names in one step; False where the system or the file system cannot."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None) if os.name == "posix" else None
+    if rename is None:
+        return False
+    return rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0
+
+
+def _aside(target: Path) -> Path:
+    """Where a folder waits while another takes its place in two steps."""
+    return target.parent / f"{_PREFIX}{hashlib.blake2b(os.fsencode(target.name), digest_size=8).hexdigest()}.old"
+
+
+def _followed(path: Path) -> Path:
+    """The absolute path with every symbolic link followed: the file that is meant, not the link to it."""
+    return Path(os.path.realpath(path))
 
 
 def _umask() -> int:

@@ -7,11 +7,12 @@ inherited, versions, and the SHA-256 of the source weights.
 import json
 import struct
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from augment_cli.errors import AugmentError
+from augment_cli.bounds import MOST_CONVOLUTIONS, CountOfChannels, Name, Sha256, Text, Total
+from augment_cli.errors import AugmentError, boundary
 from augment_cli.plan import SCHEMA, Plan, check_schema
 from augment_cli.recipe import describe_errors
 
@@ -30,12 +31,12 @@ class Inheritance(BaseModel):
     images that were held out of the fit; new: nothing.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    name: str
+    name: Name
     kind: Literal["exact", "carried", "fitted", "new"]
-    kept: int
-    given_up: int
+    kept: CountOfChannels
+    given_up: CountOfChannels
     share: Annotated[float, Field(ge=0, le=1)]
     error: Annotated[float, Field(ge=0)] | None = None
 
@@ -47,26 +48,30 @@ class Fidelity(BaseModel):
     the converted model's, in nats, on average.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    images: int
-    fitted_on: int
+    images: Total
+    fitted_on: Total
     agreement: Annotated[float, Field(ge=0, le=1)]
     divergence: Annotated[float, Field(ge=0)]
 
 
 class Header(BaseModel):
-    """Everything but the tensors."""
+    """Everything but the tensors.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+    fresh: parameters that began at random in fine-tuning, such as those of a classifier for other classes.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False)
 
     schema_number: Annotated[Literal[1], Field(alias="schema")] = SCHEMA
     plan: Plan
-    weights: str
-    source_sha256: str
-    inheritance: tuple[Inheritance, ...] = ()
+    weights: Text
+    source_sha256: Sha256
+    inheritance: Annotated[tuple[Inheritance, ...], Field(max_length=MOST_CONVOLUTIONS)] = ()
     fidelity: Fidelity | None = None
-    versions: dict[str, str] = {}
+    fresh: Annotated[tuple[Name, ...], Field(max_length=MOST_CONVOLUTIONS)] = ()
+    versions: Annotated[dict[Name, Name], Field(max_length=100)] = {}
 
     def to_metadata(self) -> dict[str, str]:
         text = json.dumps(self.model_dump(mode="json", by_alias=True), sort_keys=True, separators=(",", ":"))
@@ -92,26 +97,40 @@ def read_header(path: Path) -> Header:
         AugmentError: not a safetensors file, cut short, not ours, of a newer schema, or not valid.
     """
     file = weights_file(path)
-    text = _metadata(file).get(KEY)
+    text = read_metadata(file).get(KEY)
     if text is None:
         raise AugmentError(f"{file} is a safetensors file, but no converted model: its metadata have no {KEY!r}")
-    try:
+    return parse_header(text, file)
+
+
+def parse_header(text: str, file: Path) -> Header:
+    """The validated header out of the metadata of `file`.
+
+    Raises:
+        AugmentError: not JSON, of a newer schema, or not valid.
+    """
+    with boundary(f"{file}: its {KEY!r} metadata are not JSON"):
         data = json.loads(text)
         if not isinstance(data, dict):
             raise ValueError("no object")
-    except (ValueError, RecursionError) as error:
-        raise AugmentError(f"{file}: its {KEY!r} metadata are not JSON: {error}") from error
     check_schema(data, str(file))
-    try:
-        return Header.model_validate(data)
-    except ValidationError as error:
-        raise AugmentError(f"{file}: its {KEY!r} metadata are not valid: {describe_errors(error, Header)}") from error
+    wrong = f"{file}: its {KEY!r} metadata are not valid"
+    with boundary(wrong):
+        try:
+            return Header.model_validate(data)
+        except ValidationError as error:
+            raise AugmentError(f"{wrong}: {describe_errors(error, Header)}") from error
 
 
-def _metadata(file: Path) -> dict[str, Any]:
-    from safetensors import SafetensorError, safe_open
+def read_metadata(file: Path) -> dict[str, str]:
+    """The metadata of a safetensors file, which is held against its own length first.
 
-    with file.open("rb") as stream:
+    Raises:
+        AugmentError: not a safetensors file, cut short, or with a header of absurd size.
+    """
+    from safetensors import safe_open
+
+    with boundary(f"{file} cannot be read"), file.open("rb") as stream:
         start = stream.read(8)
     if len(start) < 8:
         raise AugmentError(f"{file} is no safetensors file: it has {len(start)} bytes")
@@ -120,8 +139,5 @@ def _metadata(file: Path) -> dict[str, Any]:
         raise AugmentError(f"{file} is no safetensors file, or cut short: its header should be {size:,} bytes long")
     if size > _LARGEST_HEADER:
         raise AugmentError(f"{file}: a header of {size:,} bytes is refused; the most is {_LARGEST_HEADER:,}")
-    try:
-        with safe_open(file, "numpy") as opened:
-            return opened.metadata() or {}
-    except (SafetensorError, OSError, ValueError) as error:
-        raise AugmentError(f"{file} is no whole safetensors file: {error}") from error
+    with boundary(f"{file} is no whole safetensors file"), safe_open(file, "numpy") as opened:
+        return opened.metadata() or {}

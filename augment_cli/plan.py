@@ -2,7 +2,11 @@
 
 import hashlib
 import json
+import math
 import re
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -18,12 +22,26 @@ from pydantic import (
 )
 
 from augment_cli import cost
+from augment_cli.bounds import (
+    MOST_CHANNELS,
+    MOST_CONVOLUTIONS,
+    MOST_KEYS,
+    MOST_LISTED,
+    Channels,
+    CountOfChannels,
+    KernelSide,
+    Name,
+    Sha256,
+    Side,
+    Total,
+)
 from augment_cli.budget import Counts, Solution, solve
 from augment_cli.cost import Choice, Variant
-from augment_cli.errors import AugmentError, nearest
-from augment_cli.recipe import Budget, Recipe, describe_errors
-from augment_cli.selection import select, structural_obstacle
-from augment_cli.site import ConvSite, Size, reduction_fits
+from augment_cli.errors import AugmentError, boundary, nearest
+from augment_cli.files import read_text
+from augment_cli.recipe import UNITS, Budget, Recipe, describe_errors, resolve_amount
+from augment_cli.selection import one_position, select, structural_obstacle
+from augment_cli.site import ConvSite, reduction_fits
 
 if TYPE_CHECKING:
     from augment_cli.graph import ModelGraph
@@ -48,29 +66,74 @@ FORBIDDEN_ARGUMENTS = frozenset(
     }
 )
 
-Count = Annotated[int, Field(ge=0)]
+# A plan with its reasons, for the timm model of most convolutions, takes less than a megabyte.
+_LARGEST_FILE = 32 * 2**20
+
+# A constructor may loop or allocate by a number among its arguments. timm's largest are 21,843 classes.
+_LARGEST_ARGUMENT = 2**20
+_DEEPEST_ARGUMENT = 4
+
+SIDES = ("before", "after")
 
 
-def _freeze(value: Any) -> Any:
+class FrozenDict(dict):
+    """A dictionary that can be hashed: nobody changes it."""
+
+    def __hash__(self) -> int:
+        return hash(tuple(self.items()))
+
+
+def _freeze(value: Any, depth: int = 0) -> Any:
+    """A JSON value as one that can be hashed, if it is within the bounds of a model's argument."""
+    if depth > _DEEPEST_ARGUMENT:
+        raise ValueError(f"nested more than {_DEEPEST_ARGUMENT} deep")
+    if isinstance(value, (dict, list, tuple)) and len(value) > MOST_LISTED:
+        raise ValueError(f"holds {len(value):,} values, and the most is {MOST_LISTED:,}")
     if isinstance(value, dict):
-        return tuple(sorted((str(k), _freeze(v)) for k, v in value.items()))
-    return tuple(map(_freeze, value)) if isinstance(value, (list, tuple)) else value
+        return FrozenDict((_argument_name(key), _freeze(value[key], depth + 1)) for key in sorted(value, key=str))
+    if isinstance(value, (list, tuple)):
+        return tuple(_freeze(item, depth + 1) for item in value)
+    if isinstance(value, str) and len(value) > MOST_LISTED:
+        raise ValueError(f"holds a text of {len(value):,} characters")
+    if isinstance(value, (int, float)) and not (math.isfinite(value) and abs(value) <= _LARGEST_ARGUMENT):
+        raise ValueError(f"holds a number that is not from -{_LARGEST_ARGUMENT:,} to {_LARGEST_ARGUMENT:,}")
+    return value
+
+
+def _argument_name(key: Any) -> str:
+    if not isinstance(key, str) or len(key) > MOST_LISTED:
+        raise ValueError("has a name that is too long or no text")
+    return key
+
+
+def freeze_arguments(value: Any) -> tuple[tuple[str, Any], ...]:
+    """What a model is created with, JSON values by name, as pairs in the order of the names.
+
+    Raises:
+        ValueError: no object, a number, text, list or nesting beyond the bounds, or an argument that no plan may set.
+    """
+    try:
+        value = dict(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError("no object of arguments by name") from error
+    arguments = _freeze(value)
+    if refused := sorted(FORBIDDEN_ARGUMENTS & arguments.keys()):
+        raise ValueError(f"{refused[0]} cannot be set")
+    return tuple(arguments.items())
 
 
 Arguments = Annotated[
-    tuple[tuple[str, Any], ...],
-    BeforeValidator(lambda value: _freeze(dict(value))),
-    PlainSerializer(dict, return_type=dict),
+    tuple[tuple[str, Any], ...], BeforeValidator(freeze_arguments), PlainSerializer(dict, return_type=dict)
 ]
 
 
 def natural(name: str) -> list:
     """A sort key under which layer2.9 comes before layer2.10."""
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name)]
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", name)]
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False)
 
 
 class Sensitivity(_Frozen):
@@ -86,31 +149,50 @@ class Sensitivity(_Frozen):
 class SitePlan(_Frozen):
     """What one convolution becomes. Sizes are (height, width); resolution is that of the output map.
 
-    An AW site has no heads, key or value channels (0); an AA site without AW has no reduction (0).
+    An AW site has no heads, key or value channels (0); an AA site without AW has no reduction (0). `params_after` and
+    `macs_after` are always counted from the split: a number given for them is not believed.
     """
 
-    name: str
+    name: Name
     variant: Variant
-    in_channels: Count
-    out_channels: Count
-    kernel_size: Size
-    stride: Size
-    groups: Annotated[int, Field(ge=1)] = 1
-    resolution: Size
-    heads: Count = 0
-    key_channels: Count = 0
-    value_channels: Count = 0
-    attention_pool: Annotated[int, Field(ge=1)] = 1
-    reduction: Count = 0
-    params_before: Count = 0
-    params_after: Count = 0
-    macs_before: Count = 0
-    macs_after: Count = 0
+    in_channels: Channels
+    out_channels: Channels
+    kernel_size: tuple[KernelSide, KernelSide]
+    stride: tuple[KernelSide, KernelSide]
+    groups: Channels = 1
+    resolution: tuple[Side, Side]
+    heads: CountOfChannels = 0
+    key_channels: Annotated[int, Field(ge=0, le=MOST_CHANNELS * MOST_KEYS)] = 0
+    value_channels: CountOfChannels = 0
+    attention_pool: Side = 1
+    reduction: CountOfChannels = 0
+    params_before: Total
+    params_after: Total = 0
+    macs_before: Total
+    macs_after: Total = 0
     sensitivity: Sensitivity | None = None
 
     @property
     def choice(self) -> Choice:
         return Choice(self.heads, self.key_channels, self.value_channels, self.attention_pool, self.reduction)
+
+    @property
+    def params(self) -> int:
+        """Parameters of the convolution, as cost.py knows them."""
+        return self.params_before
+
+    @property
+    def positions(self) -> int:
+        return math.prod(self.resolution)
+
+    @property
+    def calls(self) -> int:
+        """How often a forward pass calls the convolution."""
+        return self.macs_before // (self.positions * self._weights)
+
+    @property
+    def _weights(self) -> int:
+        return math.prod(self.kernel_size) * (self.in_channels // self.groups) * self.out_channels
 
     @model_validator(mode="after")
     def _fits(self) -> "SitePlan":
@@ -121,6 +203,11 @@ class SitePlan(_Frozen):
             )
         if "aa" in self.variant:
             self._check_attention()
+        if self.in_channels % self.groups or self.out_channels % self.groups:
+            raise ValueError(
+                f"{self.name}: {self.groups} groups do not divide {self.in_channels} in_channels and "
+                f"{self.out_channels} out_channels"
+            )
         if self.reduction and not reduction_fits(self.reduction, self.in_channels, self.groups):
             among = f" in {self.groups} groups" if self.groups > 1 else ""
             raise ValueError(
@@ -136,51 +223,84 @@ class SitePlan(_Frozen):
         most = self.out_channels - 1 if self.reduction else self.out_channels
         if self.value_channels > most:
             raise ValueError(f"{self.name}: value_channels={self.value_channels} is more than {most}")
+        most = 2 * MOST_KEYS * self.out_channels
+        if self.key_channels > most:
+            raise ValueError(f"{self.name}: key_channels={self.key_channels} is more than {most}")
         if self.value_channels % self.groups:
             raise ValueError(
                 f"{self.name}: value_channels={self.value_channels} does not leave {self.groups} groups whole"
             )
 
+    @model_validator(mode="after")
+    def _count(self) -> "SitePlan":
+        """Hold the source's counts against the shape, and count the split."""
+        possible = [self._weights + extra * self.out_channels for extra in range(3)]  # without and with bias and gain
+        if not self._weights or self.params_before not in possible:
+            known = " or ".join(f"{count:,}" for count in possible)
+            raise ValueError(
+                f"{self.name}: params_before={self.params_before:,}, and a convolution of this shape has {known}"
+            )
+        once = self.positions * self._weights
+        if not once or not self.macs_before or self.macs_before % once:
+            raise ValueError(f"{self.name}: macs_before={self.macs_before:,} is not a multiple of one call's {once:,}")
+        object.__setattr__(self, "params_after", cost.params(self, self.choice))
+        object.__setattr__(self, "macs_after", cost.macs(self, self.choice))
+        return self
+
 
 class Skipped(_Frozen):
     """A convolution that stays as it is, and why."""
 
-    name: str
-    reason: str
+    name: Name
+    reason: Name
 
 
 class Plan(_Frozen):
-    """What a model becomes. `macs` are multiply-adds of one image of `input_size`; FLOPs are twice as many."""
+    """What a model becomes. `macs` are multiply-adds of one image of `input_size`; FLOPs are twice as many.
+
+    `params_after` and `macs_after` are always summed from the sites: a number given for them is not believed.
+    """
 
     schema_number: Annotated[Literal[1], Field(alias="schema")] = SCHEMA
-    model: str
+    model: Name
     model_args: Arguments = ()
-    input_size: tuple[int, int, int]
-    recipe: str
-    recipe_sha256: str = ""
+    input_size: tuple[Channels, Side, Side]
+    recipe: Name
+    recipe_sha256: Sha256 = ""
     budget: Budget = Budget()
-    params_before: Count
-    params_after: Count
-    macs_before: Count
-    macs_after: Count
-    sites: Annotated[tuple[SitePlan, ...], Field(min_length=1)]
-    skipped: tuple[Skipped, ...] = ()
+    params_before: Total
+    params_after: Total = 0
+    macs_before: Total
+    macs_after: Total = 0
+    sites: Annotated[tuple[SitePlan, ...], Field(min_length=1, max_length=MOST_CONVOLUTIONS)]
+    skipped: Annotated[tuple[Skipped, ...], Field(max_length=MOST_CONVOLUTIONS)] = ()
 
-    @field_validator("model_args")
+    @field_validator("model")
     @classmethod
-    def _arguments_are_harmless(cls, value: Arguments) -> Arguments:
-        if refused := sorted(FORBIDDEN_ARGUMENTS & dict(value).keys()):
-            raise ValueError(f"sets {refused[0]}, which no plan may")
+    def _is_no_address(cls, value: str) -> str:
+        if ":" in value:  # hf-hub:... and local-dir:... make timm read other files, or the network
+            raise ValueError(f"{value!r} is not in timm's registry")
         return value
 
     @model_validator(mode="after")
     def _names_are_unique_and_sorted(self) -> "Plan":
         names = [site.name for site in self.sites] + [site.name for site in self.skipped]
-        twice = {name for name in names if names.count(name) > 1}
+        twice = sorted(name for name, count in Counter(names).items() if count > 1)
         if twice:
-            raise ValueError(f"named more than once: {', '.join(sorted(twice))}")
+            more = f" and {len(twice) - 3} more" if len(twice) > 3 else ""
+            raise ValueError(f"named more than once: {', '.join(twice[:3])}{more}")
         for key in ("sites", "skipped"):
             object.__setattr__(self, key, tuple(sorted(getattr(self, key), key=lambda site: natural(site.name))))
+        return self
+
+    @model_validator(mode="after")
+    def _sum(self) -> "Plan":
+        for count in ("params", "macs"):
+            before = getattr(self, f"{count}_before")
+            replaced, added = (sum(getattr(site, f"{count}_{side}") for site in self.sites) for side in SIDES)
+            if replaced > before:
+                raise ValueError(f"{count}_before={before:,} is less than the {replaced:,} of its sites")
+            object.__setattr__(self, f"{count}_after", before - replaced + added)
         return self
 
     def to_json(self, indent: int | None = 2) -> str:
@@ -191,6 +311,17 @@ class Plan(_Frozen):
         return hashlib.sha256(self.to_json(indent=None).encode()).hexdigest()
 
 
+@contextmanager
+def _validating(origin: str) -> Iterator[None]:
+    """Say of a plan that is not valid what is wrong with it."""
+    with boundary(f"{origin} is not valid"):
+        try:
+            yield
+        except ValidationError as error:
+            raise AugmentError(f"{origin} is not valid: {describe_errors(error, Plan)}") from error
+
+
+@_validating("the plan of this model")
 def make_plan(
     model: str,
     graph: "ModelGraph",
@@ -224,7 +355,8 @@ def make_plan(
         recipe=recipe.name,
         recipe_sha256=recipe.digest(),
         budget=recipe.budget,
-        **_totals(graph, sites),
+        params_before=graph.params,
+        macs_before=graph.macs,
         sites=sites,
         skipped=tuple(Skipped(name=name, reason=reason) for name, reason in selection.skipped),
     )
@@ -247,20 +379,9 @@ def _site_plan(site: ConvSite, choice: Choice, variant: Variant, sensitivity: Se
         attention_pool=choice.attention_pool,
         reduction=choice.reduction,
         params_before=cost.params(site, cost.PLAIN),
-        params_after=cost.params(site, choice),
         macs_before=cost.macs(site, cost.PLAIN),
-        macs_after=cost.macs(site, choice),
         sensitivity=sensitivity,
     )
-
-
-def _totals(graph: "ModelGraph", sites: tuple[SitePlan, ...]) -> dict[str, int]:
-    return {
-        "params_before": graph.params,
-        "params_after": graph.params + sum(site.params_after - site.params_before for site in sites),
-        "macs_before": graph.macs,
-        "macs_after": graph.macs + sum(site.macs_after - site.macs_before for site in sites),
-    }
 
 
 def read_plan(path: Path) -> Plan:
@@ -269,24 +390,25 @@ def read_plan(path: Path) -> Plan:
     Raises:
         AugmentError: no such file, no JSON, or no plan.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise AugmentError(f"plan {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    return parse_plan(text, f"plan {path}")
+    return parse_plan(read_text(path, "plan", _LARGEST_FILE), f"plan {path}")
 
 
 def parse_plan(text: str, origin: str) -> Plan:
     """A plan from JSON; `origin` names it in messages."""
-    try:
+    with boundary(f"{origin} is not JSON"):
         data = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise AugmentError(f"{origin} is not JSON: {error}") from error
     check_schema(data, origin)
-    try:
+    return validate_plan(data, origin)
+
+
+def validate_plan(data: Any, origin: str) -> Plan:
+    """A plan from its JSON object; `origin` names it in messages.
+
+    Raises:
+        AugmentError: it is not valid.
+    """
+    with _validating(origin):
         return Plan.model_validate(data)
-    except ValidationError as error:
-        raise AugmentError(f"{origin} is no valid plan: {describe_errors(error, Plan)}") from error
 
 
 def check_schema(data: Any, origin: str) -> None:
@@ -298,6 +420,7 @@ def check_schema(data: Any, origin: str) -> None:
         )
 
 
+@_validating("the plan")
 def fit_plan(plan: Plan, graph: "ModelGraph", origin: str) -> Plan:
     """A plan that was edited or read, held against the model: its counts made anew, what it leaves out skipped.
 
@@ -308,20 +431,27 @@ def fit_plan(plan: Plan, graph: "ModelGraph", origin: str) -> Plan:
     fitted = tuple(_fit_site(entry, sites_of, origin) for entry in plan.sites)
     taken = {entry.name for entry in fitted}
     reasons = {entry.name: entry.reason for entry in plan.skipped}
-    skipped = (name for name in sites_of if name not in taken)
-    return plan.model_copy(
-        update={
-            "input_size": graph.input_size,
-            **_totals(graph, fitted),
-            "sites": fitted,
-            "skipped": tuple(
-                sorted(
-                    (Skipped(name=name, reason=reasons.get(name, "not in the plan")) for name in skipped),
-                    key=lambda entry: natural(entry.name),
-                )
-            ),
-        }
+    skipped = tuple(
+        Skipped(name=name, reason=reasons.get(name, "not in the plan")) for name in sites_of if name not in taken
     )
+    found = {"input_size": graph.input_size, "params_before": graph.params, "macs_before": graph.macs}
+    return Plan(**dict(plan) | found | {"sites": fitted, "skipped": skipped})
+
+
+def check_budget(plan: Plan, origin: str) -> None:
+    """Refuse a plan that is over its own budget.
+
+    Raises:
+        AugmentError: says by how much.
+    """
+    for name, unit in UNITS.items():
+        asked, after = getattr(plan.budget, name), getattr(plan, f"{name}_after")
+        most = resolve_amount(asked, getattr(plan, f"{name}_before"))
+        if most is not None and after > most:
+            raise AugmentError(
+                f"{origin} has {after:,} {unit}, {after - most:,} more than its budget.{name}={asked} allows. Edit its "
+                f"sites or its budget, or set another one, such as --set budget.{name}=free"
+            )
 
 
 def _fit_site(entry: SitePlan, sites_of: dict[str, ConvSite], origin: str) -> SitePlan:
@@ -332,6 +462,6 @@ def _fit_site(entry: SitePlan, sites_of: dict[str, ConvSite], origin: str) -> Si
         planned, actual = getattr(entry, key), getattr(site, key)
         if planned != actual:
             raise AugmentError(f"{origin}: {entry.name} has {key} {actual} in the model, and {planned} in the plan")
-    if reason := site.obstacle or structural_obstacle(site, entry.variant):
+    if reason := structural_obstacle(site, entry.variant) or one_position(site, entry.choice):
         raise AugmentError(f"{origin}: {entry.name} cannot be replaced: {reason}")
     return _site_plan(site, entry.choice, entry.variant, entry.sensitivity)

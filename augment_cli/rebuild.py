@@ -2,18 +2,24 @@
 
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import timm
-from pydantic import ValidationError
+import torch
 from timm.models import build_model_with_cfg, get_pretrained_cfg
 from torch import nn
 
-from augment_cli.errors import AugmentError
-from augment_cli.plan import Plan
-from augment_cli.recipe import describe_errors
+from augment_cli.errors import AugmentError, boundary, first_line
+from augment_cli.guard import Limit, limited
+from augment_cli.header import KEY, WEIGHTS, parse_header, read_metadata
+from augment_cli.plan import Plan, validate_plan
+from augment_cli.seeds import seeded
 from augment_cli.surgery import apply_plan, keep_unfolded
 from augment_cli.timm_plugin import NAME
+
+# Where a pretrained configuration says that weights come from.
+_SOURCES = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "custom_load")
 
 _FEATURE_ARGUMENTS = ("out_indices", "feature_cls", "feature_cfg", "output_fmt")
 
@@ -24,7 +30,44 @@ def build(plan: Plan) -> nn.Module:
     Raises:
         AugmentError: the base is not a model of timm's registry, or the plan does not fit it.
     """
-    return timm.create_model(NAME, plan=plan.model_dump(mode="json", by_alias=True), **dict(plan.model_args))
+    with boundary(f"{plan.model} cannot be built by its plan"):
+        return timm.create_model(NAME, **_arguments(plan))
+
+
+def _arguments(plan: Plan) -> dict[str, Any]:
+    """What timm creates a plan's model with."""
+    return {"plan": plan.model_dump(mode="json", by_alias=True), **dict(plan.model_args)}
+
+
+def check_fit(file: Path, arguments: dict[str, Any]) -> None:
+    """Hold the model that timm creates with `arguments` against the tensors of a file, without memory for either.
+
+    The model is built on the meta device, and no further than the file's tensors account for.
+
+    Raises:
+        AugmentError: the model cannot be built, or has other tensors than the file.
+    """
+    from safetensors import safe_open
+
+    with boundary(f"{file} cannot be read"), safe_open(file, "numpy") as opened:
+        found = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+    try:
+        with limited("the model", Limit.of(found.values())), seeded("shapes"), torch.device("meta"):
+            expected = {name: tuple(t.shape) for name, t in timm.create_model(NAME, **arguments).state_dict().items()}
+    except Exception as error:  # timm's, of its constructors and of a configuration that it cannot read
+        raise AugmentError(f"{file}: {first_line(error)}") from error
+    wrong = [name for name in sorted(expected.keys() | found) if expected.get(name) != found.get(name)]
+    if wrong:
+        name = wrong[0]
+        raise AugmentError(
+            f"{file}: {len(wrong)} tensors do not fit its plan, such as {name}: "
+            f"{found.get(name, 'none')} in the file, {expected.get(name, 'none')} by the plan"
+        )
+
+
+def check_weights(plan: Plan, file: Path) -> None:
+    """Hold a plan against the tensors of its file, as `check_fit` does."""
+    check_fit(file, _arguments(plan))
 
 
 def adopt(model: nn.Module, plan: Plan) -> None:
@@ -36,20 +79,33 @@ def adopt(model: nn.Module, plan: Plan) -> None:
 def create(pretrained: bool, plan: dict[str, Any] | None, **kwargs: Any) -> nn.Module:
     """What timm's entry point `augmented` returns: `plan` is a plan's JSON object, `kwargs` as for any timm model."""
     plan = _checked(plan)
-    kwargs["pretrained_cfg"] = kwargs.get("pretrained_cfg") or _own_cfg(plan)
-    if kwargs.pop("features_only", False):
-        return _features(plan, pretrained, kwargs)
-    return build_model_with_cfg(partial(_construct, plan), NAME, pretrained, **kwargs)
+    with limited(plan.model):
+        kwargs["pretrained_cfg"] = kwargs.get("pretrained_cfg") or _own_cfg(plan)
+        _check_folder(plan, kwargs["pretrained_cfg"], kwargs.get("pretrained_model_args"))
+        if kwargs.pop("features_only", False):
+            return _features(plan, pretrained, kwargs)
+        return build_model_with_cfg(partial(_construct, plan), NAME, pretrained, **kwargs)
+
+
+def _check_folder(plan: Plan, cfg: Any, arguments: dict[str, Any] | None) -> None:
+    """Hold config.json of a folder, out of which timm took plan, cfg and arguments, against the weights beside it."""
+    if arguments is None or not isinstance(cfg, dict) or cfg.get("source") != "local-dir":
+        return
+    file = Path(cfg["file"]) / WEIGHTS
+    if not file.is_file():
+        return
+    text = read_metadata(file).get(KEY)  # none where timm saved the folder
+    if text is not None and parse_header(text, file).plan != plan:
+        raise AugmentError(f"{file.parent}: config.json and {WEIGHTS} hold two plans: one was changed or replaced")
+    own_cfg = {key: value for key, value in cfg.items() if key not in _SOURCES}
+    check_fit(file, {**arguments, "pretrained_cfg": own_cfg})
 
 
 def _checked(plan: dict[str, Any] | None) -> Plan:
     """A plan from outside may name nothing but a model of timm's own registry."""
     if plan is None:
         raise AugmentError(f"{NAME} is the architecture of converted models: load one, or give its plan")
-    try:
-        plan = Plan.model_validate(plan)
-    except ValidationError as error:
-        raise AugmentError(f"the plan is not valid: {describe_errors(error, Plan)}") from error
+    plan = validate_plan(plan, "the plan")
     base = plan.model.partition(".")[0]
     if not timm.is_model(base) or base == NAME:
         raise AugmentError(f"the plan's base {plan.model!r} is not in timm's registry")
@@ -58,18 +114,16 @@ def _checked(plan: dict[str, Any] | None) -> Plan:
 
 def _own_cfg(plan: Plan) -> dict[str, Any]:
     """The base's configuration without the places that its weights come from."""
-    base = get_pretrained_cfg(plan.model)
+    with boundary(f"the plan's base {plan.model}"):
+        base = get_pretrained_cfg(plan.model)
     cfg = base.to_dict() if base else {}
-    sources = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "custom_load")
-    return {k: v for k, v in cfg.items() if k not in sources} | {"architecture": NAME}
+    return {k: v for k, v in cfg.items() if k not in _SOURCES} | {"architecture": NAME}
 
 
 def _construct(plan: Plan, **kwargs: Any) -> nn.Module:
     arguments = {**dict(plan.model_args), **kwargs}
-    try:
+    with boundary(f"{plan.model} cannot be created with {str(arguments)[:300]}"):
         model = timm.create_model(plan.model, **arguments)
-    except TypeError as error:
-        raise AugmentError(f"{plan.model} does not take the arguments {arguments}: {error}") from error
     apply_plan(model, plan)
     return model
 

@@ -1,12 +1,13 @@
 """Which sites a recipe takes, and the reason for every one it does not."""
 
+import math
 import re
 from collections import Counter
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from augment_cli.choices import value_step, written
-from augment_cli.cost import Choice, Variant
+from augment_cli.cost import Choice, Variant, attention_size
 from augment_cli.errors import AugmentError, nearest
 from augment_cli.recipe import Sites
 from augment_cli.site import ConvSite
@@ -38,10 +39,11 @@ def select(sites: tuple[ConvSite, ...], settings: Sites) -> Selection:
             or _out_of_range(site, settings)
         )
         target = None if reason else written(site, settings)
-        if target:
-            chosen.append((site, target))
+        reason = reason or (one_position(site, target) if target else _too_narrow(site, settings))
+        if reason:
+            skipped.append((site.name, reason))
         else:
-            skipped.append((site.name, reason or _too_narrow(site, settings)))
+            chosen.append((site, target))
     if not chosen:
         raise AugmentError(f"no convolution to replace: {_summary(skipped)}. {_way_out(sites, settings)}")
     return Selection(tuple(chosen), tuple(skipped))
@@ -137,6 +139,14 @@ def structural_obstacle(site: ConvSite, variant: Variant) -> str | None:
         if any(p > most for p, most in zip(site.padding, widest, strict=True)):
             return "padded beyond its kernel: its border has no input to attend to"
     return None
+
+
+def one_position(site: ConvSite, choice: Choice) -> str | None:
+    """Why attention is of no use under this choice; None where its map has more than one position to attend to."""
+    if not choice.value_channels or math.prod(attention_size(site.resolution, choice.attention_pool)) > 1:
+        return None
+    pooled = f" pooled by {choice.attention_pool}" if choice.attention_pool > 1 else ""
+    return f"one position: attention on a map of {'x'.join(map(str, site.resolution))}{pooled} can do nothing"
 
 
 def _out_of_range(site: ConvSite, settings: Sites) -> str | None:

@@ -9,6 +9,7 @@ from augment_cli.errors import AugmentError
 from augment_cli.graph import ModelGraph
 from augment_cli.inherit.fitted import Progress, fit_sites, install
 from augment_cli.plan import Plan, Sensitivity
+from augment_cli.seeds import seeded
 
 
 def measure_sensitivity(
@@ -25,13 +26,15 @@ def measure_sensitivity(
     if before is None:
         raise AugmentError(f"{plan.model} has no classifier: there are no predictions to compare")
     training, found = model.training, {}
-    fits = fit_sites(model, plan, graph, calibration, progress or (lambda *_: None))
+    with seeded("sensitivity"):
+        fits = fit_sites(model, plan, graph, calibration, progress or (lambda *_: None))
     model.train(training)
     for i, site in enumerate(plan.sites):
         if progress:
             progress(f"measuring {site.name}", i, len(plan.sites))
         alone, trial = plan.model_copy(update={"sites": (site,)}), copy.deepcopy(model)
-        install(trial, alone, graph, fits)
+        with seeded("sensitivity"):
+            install(trial, alone, graph, fits)
         compared = compare(before, predictions(trial, calibration), calibration)
         found[site.name] = Sensitivity(agreement=compared.agreement, divergence=compared.divergence)
     return found

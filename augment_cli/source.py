@@ -2,17 +2,24 @@
 
 import hashlib
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from augment_cli.errors import AugmentError, nearest
-from augment_cli.plan import FORBIDDEN_ARGUMENTS
+from augment_cli.bounds import MOST_SIDE
+from augment_cli.errors import AugmentError, boundary, first_line, nearest
+from augment_cli.guard import limited
+from augment_cli.header import KEY, read_metadata
+from augment_cli.plan import freeze_arguments
+from augment_cli.seeds import preserved, seeded
 from augment_cli.timm_plugin import NAME
+from augment_cli.weights import find_weights, misfit, read_checkpoint
 
 
 @dataclass(frozen=True)
@@ -41,7 +48,9 @@ def describe(
         AugmentError: unknown name, or arguments that the model does not take.
     """
     args = dict(args or {})
-    with torch.device("meta"):
+    if image_size and not all(1 <= side <= MOST_SIDE for side in image_size):
+        raise AugmentError(f"image size {'x'.join(map(str, image_size))}: a side is from 1 to {MOST_SIDE} pixels long")
+    with torch.device("meta"), seeded("shapes"):
         model = _create(name, args)
         if image_size and model.pretrained_cfg.get("fixed_input_size"):
             args["img_size"] = image_size
@@ -61,67 +70,56 @@ def create(source: Source, seed: int = 0, origin: str | None = None) -> nn.Modul
     Raises:
         AugmentError: pretrained weights that do not exist or cannot be fetched.
     """
-    torch.manual_seed(seed)
-    if origin is None:
-        return _create(source.name, source.args)
-    try:
-        return timm.create_model(origin, pretrained=True, **source.args)
-    except Exception as error:  # a dozen exceptions of hub, network, cache and file say the same thing
-        raise AugmentError(
-            f"the pretrained weights of {origin} cannot be had: {first_line(error)}. "
-            f"Give a file with --checkpoint, or leave out --pretrained for random weights"
-        ) from error
+    with preserved():
+        torch.default_generator.manual_seed(seed)
+        if origin is None:
+            return _create(source.name, source.args)
+        try:
+            return timm.create_model(origin, pretrained=True, **source.args)
+        except Exception as error:  # a dozen exceptions of hub, network, cache and file say the same thing
+            raise AugmentError(
+                f"the pretrained weights of {origin} cannot be had: {first_line(error)}. "
+                f"Give a file with --checkpoint, or leave out --pretrained for random weights"
+            ) from error
 
 
-def load_checkpoint(model: nn.Module, path: Path) -> None:
-    """The source's weights from a file: safetensors, or a torch file without code in it.
+def load_checkpoint(model: nn.Module, path: Path, ema: bool | None = None) -> str:
+    """The source's weights from a file: safetensors, or a torch file without code in it. Returns what they are.
 
-    Wrappers around the state dict and prefixes that training scripts add are taken off, as timm does.
+    Wrappers around the state dict, and the names that wrappers put before a model's own, are taken off: those of
+    timm's train.py, Lightning, DataParallel, AveragedModel and torch.compile.
+
+    Args:
+        ema: take the moving average of the weights (True) or the weights themselves (False), where the file has both;
+            None takes the average where there is one.
 
     Raises:
-        AugmentError: a missing or corrupt file, or weights of another architecture.
+        AugmentError: a missing or corrupt file, weights of another architecture, or weights that are not finite.
     """
-    from timm.models import clean_state_dict
-
     if not path.is_file():
         raise AugmentError(f"checkpoint {path}: no such file")
-    state_dict = clean_state_dict(_read_state_dict(path))
+    if path.suffix == ".safetensors" and KEY in read_metadata(path):
+        raise AugmentError(f"checkpoint {path} is a converted model already: give its source's weights")
+    found = find_weights(read_checkpoint(path), model, path, ema)
     try:
-        model.load_state_dict(state_dict)
-    except (RuntimeError, TypeError, AttributeError) as error:
-        raise AugmentError(
-            f"checkpoint {path} does not fit {type(model).__name__}: {_misfit(model, state_dict)}"
-        ) from error
+        model.load_state_dict(found.state_dict)
+    except Exception as error:  # other names or shapes; tensors that are sparse, quantised or on no device
+        reason = misfit(model, found.state_dict)
+        raise AugmentError(f"checkpoint {path} does not fit {type(model).__name__}: {reason}") from error
+    check_finite(model, f"checkpoint {path}")
+    return ", ".join([f"checkpoint {path.name}", *found.notes])
 
 
-def _read_state_dict(path: Path) -> dict[str, Tensor]:
-    import pickle
+def check_finite(model: nn.Module, origin: str) -> None:
+    """Refuse weights that are not finite.
 
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
-        raise AugmentError(f"checkpoint {path} cannot be read: {first_line(error)}") from error
-    wrapped = checkpoint if isinstance(checkpoint, dict) else {}
-    state_dict = next((wrapped[key] for key in ("state_dict_ema", "state_dict", "model") if key in wrapped), wrapped)
-    if not isinstance(state_dict, dict) or not any(isinstance(v, Tensor) for v in state_dict.values()):
-        raise AugmentError(f"checkpoint {path} holds no state dict")
-    return state_dict
-
-
-def _misfit(model: nn.Module, state_dict: dict[str, Tensor]) -> str:
-    own = model.state_dict()
-    missing, unexpected = sorted(own.keys() - state_dict), sorted(state_dict.keys() - own)
-    shapes = [k for k in own if k in state_dict and getattr(state_dict[k], "shape", None) != own[k].shape]
-    parts = []
-    for label, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes)):
-        if keys:
-            parts.append(f"{len(keys)} {label} ({', '.join(map(str, keys[:3]))}{', ...' if len(keys) > 3 else ''})")
-    return "; ".join(parts) or "its values are not tensors"
+    Raises:
+        AugmentError: names the first such tensor.
+    """
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not (finite := tensor.isfinite()).all():
+            bad = finite.numel() - int(finite.sum())
+            raise AugmentError(f"{origin}: {name} is not finite in {bad:,} of its {finite.numel():,} values")
 
 
 def weights_digest(model: nn.Module) -> str:
@@ -133,38 +131,41 @@ def weights_digest(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def weights_origin(pretrained: bool, checkpoint: Path | None, seed: int) -> str:
-    """What a file says of where its source weights came from."""
-    if checkpoint:
-        return f"checkpoint {checkpoint.name}"
+def weights_origin(pretrained: bool, seed: int) -> str:
+    """What a file says of where its source weights came from, where that is not a checkpoint."""
     return "pretrained" if pretrained else f"random, seed {seed}"
 
 
-def first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0].rstrip(".") if text else type(error).__name__
+@contextmanager
+def quiet_timm() -> Iterator[None]:
+    """Within, timm logs errors only; afterwards what it did before."""
+    logger = logging.getLogger("timm")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _create(name: str, args: dict[str, Any]) -> nn.Module:
     _check(name, args)
-    logging.getLogger("timm").setLevel(logging.ERROR)
-    try:
+    given = f" with {str(args)[:300]}" if args else ""
+    with boundary(f"{name} cannot be created{given}"), limited(name), quiet_timm():
         return timm.create_model(name, **args)
-    except TypeError as error:
-        raise AugmentError(f"{name} does not take these arguments ({args}): {first_line(error)}") from error
-    except (RuntimeError, ValueError, AssertionError, OSError, KeyError, NotImplementedError) as error:
-        given = f" with {args}" if args else ""
-        raise AugmentError(f"{name} cannot be created{given}: {first_line(error)}") from error
 
 
 def _check(name: str, args: dict[str, Any]) -> None:
-    if refused := sorted(FORBIDDEN_ARGUMENTS & args.keys()):
-        raise AugmentError(f"model argument {refused[0]} cannot be set here")
+    try:
+        freeze_arguments(args)
+    except ValueError as error:
+        raise AugmentError(f"the arguments of {name}: {error}") from error
     architecture = name.split(".")[0]
     if ":" not in name and not timm.is_model(architecture):
         raise AugmentError(f"timm has no model {name}{nearest(architecture, timm.list_models())}")
-    if ":" not in name and "." in name and name not in timm.list_pretrained(f"{architecture}.*"):
-        tags = [tagged.partition(".")[2] for tagged in timm.list_pretrained(f"{architecture}.*")]
+    tagged = timm.list_models(f"{architecture}.*", include_tags=True)
+    if ":" not in name and "." in name and name not in tagged:
+        tags = [known.partition(".")[2] for known in tagged]
         raise AugmentError(f"timm has no weights {name}{nearest(name.partition('.')[2], tags)}")
 
 

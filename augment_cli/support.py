@@ -3,6 +3,7 @@
 import json
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
@@ -69,7 +70,21 @@ def read_table() -> SupportTable:
     Raises:
         AugmentError: it is not there.
     """
+    return SupportTable.model_validate(_read())
+
+
+@cache
+def model_names() -> tuple[str, ...]:
+    """The names of all models in the shipped table, without the time that its validation takes.
+
+    Raises:
+        AugmentError: it is not there.
+    """
+    return tuple(model["model"] for model in _read()["models"])
+
+
+def _read() -> Any:
     try:
-        return SupportTable.model_validate(json.loads(table_file().read_text(encoding="utf-8")))
+        return json.loads(table_file().read_text(encoding="utf-8"))
     except OSError as error:
         raise AugmentError(f"{table_file()} cannot be read ({error.strerror}): `make sweep` makes it") from error

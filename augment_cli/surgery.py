@@ -100,6 +100,19 @@ def replacement(conv: nn.Conv2d, site: SitePlan, keep: KeepFilters = keep_first)
     return new.train(conv.training)
 
 
+def added_parameters(model: nn.Module, site: SitePlan) -> list[str]:
+    """Names of the parameters in a converted model that a site's source did not have."""
+    module = model.get_submodule(site.name)
+    return [f"{site.name}.{name}" for name, _ in module.named_parameters() if _is_added(module, name)]
+
+
+def _is_added(module: nn.Module, name: str) -> bool:
+    if isinstance(module, AAConv2d):
+        branch, _, rest = name.partition(".")
+        return branch != "conv" or (isinstance(module.conv, AWConv2d) and _is_added(module.conv, rest))
+    return isinstance(module, AWConv2d) and name.partition(".")[0] not in ("weight", "bias", "standardize")
+
+
 def select_filters(conv: nn.Conv2d, kept: list[int]) -> nn.Conv2d:
     """A convolution of the same class and behaviour with some of the filters: every parameter cut along dimension 0."""
     memo = {id(p): nn.Parameter(p.detach()[kept], p.requires_grad) for p in conv.parameters()}

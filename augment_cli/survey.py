@@ -4,7 +4,6 @@ A trial converts the architecture, counts it, and runs it forward and backward a
 is computed, so that it takes seconds; numbers are tested elsewhere.
 """
 
-import logging
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from augment_cli import source, surgery
 from augment_cli.budget import Counts, attainable
-from augment_cli.errors import AugmentError
+from augment_cli.errors import AugmentError, first_line
 from augment_cli.graph import ModelGraph, analyze, count_parameters, meta_copy
 from augment_cli.plan import Plan, make_plan
 from augment_cli.recipe import load_recipe
@@ -33,7 +32,6 @@ class TrialError(Exception):
 
 def survey(name: str) -> Support:
     """A model of timm under the recipes aa, aw and aa-aw: what they replace and cost, or why they do not."""
-    logging.getLogger("timm").setLevel(logging.ERROR)
     try:
         described, model = source.describe(name)
         graph = analyze(model, described.input_size)
@@ -68,7 +66,7 @@ def outcome(name: str, model: nn.Module, graph: ModelGraph, recipe_name: str) ->
         surgery.verify(model, plan, graph)
         try_converted(model, plan, graph)
     except Exception as error:  # whatever goes wrong is the survey's result
-        return found.model_copy(update={"failure": f"{type(error).__name__}: {source.first_line(error)}"})
+        return found.model_copy(update={"failure": f"{type(error).__name__}: {first_line(error)}"})
     return found
 
 

@@ -157,6 +157,7 @@ class Trained:
     def model(self) -> nn.Module:
         model = source.create(self.described, seed=0)
         model.load_state_dict(self.state)
+        torch.manual_seed(0)  # of what conversions add
         return model.eval()
 
     def beside(self, model: nn.Module) -> dict[str, float]:

@@ -1,3 +1,4 @@
+import re
 from dataclasses import replace
 from itertools import product
 
@@ -7,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from augment_cli import cost
-from augment_cli.budget import Counts, solve
+from augment_cli.budget import Counts, attainable, solve
 from augment_cli.choices import distance, options, written
 from augment_cli.errors import AugmentError
 from augment_cli.plan import make_plan
@@ -48,7 +49,7 @@ def test_no_site_is_bent_far_to_balance_the_others(model):
 
 @pytest.mark.parametrize(
     ("amount", "least", "most"),
-    [("25.6M", 25_590_000, 25_600_000), ("+1%", 25_805_000, 25_812_602), ("-5%", 24_273_000, 24_279_180)],
+    [("25.5M", 25_480_000, 25_500_000), ("-1%", 25_290_000, 25_301_461), ("-5%", 24_273_000, 24_279_180)],
 )
 def test_amounts_and_changes_are_met_from_below(amount, least, most):
     assert least <= plan_of("resnet50", "aa", f"budget.params={amount}").params_after <= most
@@ -56,7 +57,7 @@ def test_amounts_and_changes_are_met_from_below(amount, least, most):
 
 def test_a_budget_of_multiply_adds_is_met_and_both_hold_together():
     alone = plan_of("resnet50", "aa", "budget.params=free", "budget.macs=-2%")
-    assert 0 <= 0.98 * alone.macs_before - alone.macs_after <= 2e-4 * alone.macs_before
+    assert 0 <= 0.98 * alone.macs_before - alone.macs_after <= 1e-3 * alone.macs_before
     both = plan_of("resnet101", "aa", "budget.params=keep", "budget.macs=keep")
     assert both.params_after <= both.params_before
     assert both.macs_after <= both.macs_before
@@ -75,6 +76,105 @@ def test_the_same_question_gets_the_same_answer():
     assert make_plan("hrnet_w18", graph, recipe)[0] == make_plan("hrnet_w18", graph, recipe)[0]
 
 
+def chosen_of(model: str, recipe: str = "aa", *overrides: str):
+    """Sites with their written splits, the recipe's settings, and the model's counts."""
+    recipe_ = load_recipe(recipe, overrides)
+    graph = graph_of(model)
+    return select(graph.sites, recipe_.sites).chosen, recipe_.sites, Counts(graph.params, graph.macs)
+
+
+def distance_of(solution, chosen) -> float:
+    written_ = {site.name: target for site, target in chosen}
+    return sum(distance(site, choice, written_[site.name]) for site, choice in solution.choices)
+
+
+CHANGES = [-5, -3, -2, -1, -0.5, -0.2, -0.1, -0.03, -0.01, 0, 0.01, 0.03, 0.05, 0.1, 0.3, 0.5, 1, 3, 7.58, 10.8, 50]
+
+
+@pytest.mark.parametrize("count", ["params", "macs"])
+@pytest.mark.parametrize("model", ["resnet50", "nest_tiny", "vgg16_bn", "inception_v3"])
+@pytest.mark.parametrize("recipe", ["aa", "aa-aw"])
+def test_a_looser_budget_is_never_farther_from_the_recipe_and_what_fits_is_taken(model, recipe, count):
+    chosen, sites, source = chosen_of(model, recipe)
+    asked = _change(chosen, count) / getattr(source, count)
+    least, _ = attainable(chosen, sites, source)[count]
+    before = np.inf
+    for change in CHANGES:
+        if (1 + change / 100) * getattr(source, count) < least:
+            continue
+        solution = solve(chosen, sites, Budget(**{count: f"{change:+}%"}), source)
+        found = distance_of(solution, chosen)
+        assert _change(solution.choices, count) <= change / 100 * getattr(source, count)
+        assert found <= before + 1e-9
+        if asked <= change / 100:
+            assert solution.choices == chosen
+        before = found
+    assert before == 0
+
+
+@pytest.mark.parametrize("losing", ["params", "macs"])
+def test_a_looser_pair_of_budgets_is_never_farther_from_the_recipe(losing):
+    chosen, sites, source = chosen_of("resnet50", "aa-aw")
+    before = np.inf
+    for change in (-3, -2, -1, -0.5, 0.5, 2):
+        both = {"params": "-1%", "macs": "-1%"} | {losing: f"{change:+}%"}
+        found = distance_of(solve(chosen, sites, Budget(**both), source), chosen)
+        assert found <= before + 1e-9
+        before = found
+
+
+def test_keep_fills_what_the_recipe_leaves_without_taking_value_channels_away():
+    for model in ("resnet50", "resnet18"):
+        chosen, sites, source = chosen_of(model, "aa", "sites.value_ratio=0.2")
+        assert _change(chosen) < -0.01 * source.params  # the written split fits, and leaves much
+        solution = solve(chosen, sites, Budget(params="keep"), source)
+        assert -2e-4 * source.params <= _change(solution.choices) <= 0
+        values = {site.name: target.value_channels for site, target in chosen}
+        assert all(choice.value_channels >= values[site.name] for site, choice in solution.choices)
+        assert solve(chosen, sites, Budget(params="+0%"), source).choices == chosen  # a ceiling alone does not fill
+        assert (
+            solve(chosen, sites, Budget(params="keep", macs="keep"), source).choices == chosen
+        )  # nor keep with another
+
+
+def test_the_one_that_binds_is_named():
+    chosen, sites, source = chosen_of("resnet101")
+
+    def binding(params: str, macs: str):
+        return dict(solve(chosen, sites, Budget(params=params, macs=macs), source).binding)
+
+    assert binding("+50%", "+50%") == {"params": False, "macs": False}
+    assert binding("-2%", "+50%") == {"params": True, "macs": False}
+    assert binding("keep", "-2%") == {"params": False, "macs": True}
+    described = solve(chosen, sites, Budget(params="keep", macs="-2%"), source).describe()
+    assert re.search(r"budget.params does not bind.*budget.macs binds", described)
+
+
+def test_the_last_of_equal_sites_have_the_most_attention():
+    plan = plan_of("resnet50", "aa", "budget.params=-0.3%")
+    values = [site.value_channels for site in plan.sites if re.fullmatch(r"layer4\.\d\.conv2", site.name)]
+    assert values == sorted(values)
+    assert values[0] < values[-1]
+
+
+def test_a_loss_grows_with_the_square_of_the_value_channels_so_that_no_site_gives_up_all():
+    """Two equal sites, one of twice the loss: squares divide attention 1:2, and a linear loss would move it whole."""
+    chosen, sites, source = chosen_of("resnet18", "aa", "sites.value_ratio=0.3", "sites.names=layer3.1.*")
+    losses = dict(zip((site.name for site, _ in chosen), (0.02, 0.01), strict=True))
+    more, less = (c.value_channels for _, c in solve(chosen, sites, Budget(), source, losses).choices)
+    assert 1.5 < less / more < 2.5
+
+
+def test_a_site_without_a_measured_loss_still_costs_something():
+    """A measured zero does not draw all attention to its site: a tenth of the mean loss is added to each."""
+    chosen, sites, source = chosen_of("resnet18", "aa", "sites.names=layer3.*", "sites.heads=1")
+    losses = {site.name: 0.01 for site, _ in chosen} | {"layer3.1.conv1": 0.0}
+    solution = solve(chosen, sites, Budget(), source, losses)
+    found = {site.name: choice.value_channels for site, choice in solution.choices}
+    possible = {c.value_channels for site, target in chosen for c in options(site, sites, target)}
+    assert min(possible) < found["layer3.1.conv2"] < found["layer3.1.conv1"] < max(possible)
+
+
 def test_an_impossible_budget_says_what_is_attainable_and_what_would_help():
     with pytest.raises(AugmentError, match=r"can have 25,\d{3},\d{3} to 25,\d{3},\d{3} \(\+0\.\d+% to .*recipe aa-aw"):
         plan_of("resnet50", "aw", "budget.params=keep")
@@ -82,11 +182,17 @@ def test_an_impossible_budget_says_what_is_attainable_and_what_would_help():
         plan_of("resnet50", "aa", "budget.params=-80%")
 
 
-def test_budgets_that_only_exclude_each_other_are_refused_together():
+def test_budgets_that_only_exclude_each_other_are_refused_with_what_is_attainable_together():
     """On a large map that is not pooled, value channels save parameters and cost multiply-adds."""
-    overrides = ("sites.attention_pool=1", "sites.names=layer1.*", "budget.params=-0.5%", "budget.macs=+50%")
-    with pytest.raises(AugmentError, match=r"params=-0\.5% .* and budget\.macs=\+50% .*cannot be met together"):
-        plan_of("resnet18", "aa", *overrides)
+    model, overrides = "resnet18", ("sites.attention_pool=1", "sites.names=layer1.*")
+    with pytest.raises(AugmentError, match=r"params=-0\.5% .* and budget\.macs=\+50% .*cannot be met together") as told:
+        plan_of(model, "aa", *overrides, "budget.params=-0.5%", "budget.macs=+50%")
+    macs, params = (int(number.replace(",", "")) for number in re.findall(r"the least is ([\d,]+)", str(told.value)))
+    attained = plan_of(model, "aa", *overrides, "budget.params=-0.5%", f"budget.macs={macs}")
+    assert attained.macs_after == macs
+    assert plan_of(model, "aa", *overrides, f"budget.params={params}", "budget.macs=+50%").params_after == params
+    with pytest.raises(AugmentError, match="together"):
+        plan_of(model, "aa", *overrides, "budget.params=-0.5%", f"budget.macs={macs - 1}")
 
 
 def test_a_budget_that_no_mix_comes_near_is_still_not_exceeded():
@@ -109,22 +215,18 @@ def test_the_solution_is_optimal_by_brute_force(data):
     found = solve(chosen, recipe, Budget(params=str(source.params + limit)), source)
     change = _change(found.choices)
     best = min(
-        (
-            sum(distance(s, c, t) for (s, t), c in zip(chosen, pair, strict=True))
-            for pair in product(*(options(s, recipe, t) for s, t in chosen))
-            if limit - 2e-4 * (source.params + limit) <= _change(zip(sites, pair, strict=True)) <= limit
-        ),
-        default=None,
+        sum(distance(s, c, t) for (s, t), c in zip(chosen, pair, strict=True))
+        for pair in product(*(options(s, recipe, t) for s, t in chosen))
+        if _change(zip(sites, pair, strict=True)) <= limit
     )
     assert change <= limit
-    if best is not None:
-        targets = {s.name: t for s, t in chosen}
-        assert sum(distance(s, c, targets[s.name]) for s, c in found.choices) <= best * 1.01 + 1e-6
-    assert np.isfinite(found.gap)
+    assert distance_of(found, chosen) == pytest.approx(best, abs=1e-9)
+    assert found.gap == 0
 
 
-def _change(choices) -> int:
-    return sum(cost.params(site, choice) - cost.params(site, cost.PLAIN) for site, choice in choices)
+def _change(choices, count: str = "params") -> int:
+    counted = getattr(cost, count)
+    return sum(counted(site, choice) - counted(site, cost.PLAIN) for site, choice in choices)
 
 
 def _narrowed(site, width: int):

@@ -66,6 +66,31 @@ def assert_counted(plan: Plan) -> None:
         assert count_parameters(built.get_submodule(site.name)) == site.params_after
 
 
+ON_A_PROCESSOR = [
+    ("resnet18", "aa", ()),
+    ("resnet18", "aw", ()),
+    ("resnet18", "aa-aw", ()),
+    ("resnet50", "aa-resnet", ()),
+    ("resnet50", "aa-ratio", ("sites.key_ratio=1.0", "sites.value_ratio=1.0")),
+    ("resnext50_32x4d", "aw", ()),
+]
+
+
+@pytest.mark.parametrize(("model", "recipe", "overrides"), ON_A_PROCESSOR)
+def test_a_count_on_a_processor_is_the_plans(model, recipe, overrides):
+    """With compiled kernels, or without."""
+    plan = plan_of(model, recipe, *overrides)
+    _, built = source.describe(plan.model)
+    surgery.apply_plan(built, plan)
+    built = built.to_empty(device="cpu").eval()
+    with torch.no_grad():
+        for tensor in built.state_dict().values():
+            tensor.zero_()
+        with FlopCounterMode(display=False) as flops:
+            built(torch.zeros(1, *plan.input_size))
+    assert flops.get_total_flops() == 2 * plan.macs_after
+
+
 PUBLISHED = [
     ("resnet50", "aa-resnet", (), 25_809_392),
     ("resnet101", "aa-resnet", (), 45_386_728),
@@ -132,4 +157,5 @@ def _as_plan(site: ConvSite, choice: cost.Choice):
     variant = "+".join(v for v, there in (("aa", choice.value_channels), ("aw", choice.reduction)) if there)
     fields = {key: getattr(site, key) for key in ("in_channels", "out_channels", "kernel_size", "stride", "resolution")}
     choices = {key: getattr(choice, key) for key in choice.__slots__}
-    return SitePlan(name=site.name, variant=variant, **fields, **choices)
+    counts = {"params_before": site.params, "macs_before": cost.macs(site, cost.PLAIN)}
+    return SitePlan(name=site.name, variant=variant, **fields, **choices, **counts)

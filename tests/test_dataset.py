@@ -121,6 +121,55 @@ def test_hugging_face_data_are_read(folder, monkeypatch, tmp_path):
     assert sorted(grey(dataset[i] for i in range(6))) == [(10, 0), (11, 0), (12, 0), (20, 1), (21, 1), (22, 1)]
 
 
+def png(value: int) -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", (8, 8), (value,) * 3).save(stream, "png")
+    return stream.getvalue()
+
+
+def test_columns_of_hugging_face_data_can_be_named(tmp_path, monkeypatch):
+    import pyarrow
+    from pyarrow import parquet
+
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    (tmp_path / "data").mkdir()
+    rows = {"picture": [{"bytes": png(i), "path": f"{i}.png"} for i in range(4)], "kind": [0, 1, 1, 0]}
+    parquet.write_table(pyarrow.table(rows), tmp_path / "data/train.parquet")
+    spec, options = f"hfds/{tmp_path / 'data'}", {"root": tmp_path / "cache"}
+    dataset = open_dataset(spec, input_key="picture", target_key="kind", **options)
+    assert grey(dataset[i] for i in range(4)) == [(0, 0), (1, 1), (2, 1), (3, 0)]
+    with pytest.raises(AugmentError, match="no column label: give one of picture, kind"):
+        open_dataset(spec, input_key="picture", **options)
+    with pytest.raises(AugmentError, match=r"no column image: .* as --input-key"):
+        open_dataset(spec, target_key="kind", **options)
+
+
+def test_entries_of_webdataset_samples_can_be_named(tmp_path):
+    with tarfile.open(tmp_path / "part-0.tar", "w") as tar:
+        for i in range(4):
+            for suffix, data in (("photo.png", png(i)), ("json", json.dumps({"kind": i % 2}).encode())):
+                entry = tarfile.TarInfo(f"{i:03}.{suffix}")
+                entry.size = len(data)
+                tar.addfile(entry, io.BytesIO(data))
+    spec = f"wds/{tmp_path}/part-0.tar|4"
+
+    def labels(**keys) -> list[tuple[int, int]]:
+        stream = open_dataset(spec, split="validation", **keys)
+        stream.set_loader_cfg(num_workers=0)
+        return grey(stream)
+
+    assert labels(input_key="photo.png", target_key="kind") == [(0, 0), (1, 1), (2, 0), (3, 1)]
+    with pytest.raises(AugmentError, match=r"no entry jpeg: give one of photo\.png, json"):
+        labels(input_key="jpeg")
+    with pytest.raises(AugmentError, match="sort"):
+        labels(input_key="photo.png", target_key="sort")
+
+
+def test_a_folder_has_no_columns(folder):
+    with pytest.raises(AugmentError, match="leave out --target-key"):
+        open_dataset(folder, target_key="kind")
+
+
 def test_torchvision_data_are_read_from_their_folder(folder):
     dataset = open_dataset("torch/image_folder", root=folder)
     assert dataset.classes == {"ants": 0, "bees": 1}

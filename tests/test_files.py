@@ -1,9 +1,16 @@
+import os
+import random
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
+from augment_cli import files
 from augment_cli.errors import AugmentError
-from augment_cli.files import check_output, write_file, write_folder
+from augment_cli.files import check_output, recover, write_file, write_folder
 
 
 def fail(path: Path) -> None:
@@ -34,13 +41,101 @@ def test_an_interrupted_folder_leaves_nothing(in_tmp):
     assert list(in_tmp.iterdir()) == []
 
 
-def test_a_folder_keeps_files_of_other_names(in_tmp):
-    (in_tmp / "d").mkdir()
-    (in_tmp / "d/mine").write_text("mine")
-    (in_tmp / "d/a").write_text("old")
-    write_folder(in_tmp / "d", lambda p: (p / "a").write_text("new"))
-    assert {f.name: f.read_text() for f in (in_tmp / "d").iterdir()} == {"mine": "mine", "a": "new"}
-    assert [f.name for f in in_tmp.iterdir()] == ["d"]
+def fill(text: str):
+    """Write ten files of this text into a folder."""
+
+    def write(folder: Path) -> None:
+        for i in range(10):
+            (folder / f"{text}-{i}").write_text(text)
+
+    return write
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(file.name for file in folder.iterdir())
+
+
+@pytest.mark.parametrize("swaps", [True, False])
+def test_a_folder_is_replaced_as_a_whole(in_tmp, monkeypatch, swaps):
+    if not swaps:
+        monkeypatch.setattr(files, "_exchange", lambda one, other: False)
+    write_folder(in_tmp / "d", fill("old"))
+    write_folder(in_tmp / "d", fill("new"))
+    assert names(in_tmp / "d") == [f"new-{i}" for i in range(10)]
+    assert names(in_tmp) == ["d"]
+    with pytest.raises(KeyboardInterrupt):
+        write_folder(in_tmp / "d", fail)
+    assert names(in_tmp / "d") == [f"new-{i}" for i in range(10)]
+    assert names(in_tmp) == ["d"]
+
+
+WRITES = """
+import itertools, sys
+from pathlib import Path
+from augment_cli import files
+from tests.test_files import fill
+if sys.argv[1] == "False":
+    files._exchange = lambda one, other: False
+for i in itertools.count():
+    files.write_folder(Path("d"), fill("ab"[i % 2]))
+    print(i, flush=True)
+"""
+
+
+@pytest.mark.parametrize("swaps", [True, False])
+def test_a_kill_at_any_moment_leaves_the_old_folder_or_the_new_one(in_tmp, swaps):
+    wait = random.Random(0)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    for _ in range(12):
+        command = [sys.executable, "-c", WRITES, str(swaps)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment)
+        assert process.stdout.readline()
+        time.sleep(wait.random() / 50)
+        process.kill()
+        process.wait()
+        if not swaps:
+            recover(in_tmp / "d")
+        assert names(in_tmp / "d") in ([f"{text}-{i}" for i in range(10)] for text in "ab")
+    write_file(in_tmp / "x", lambda path: path.write_text(""))
+    assert names(in_tmp) == ["d", "x"]
+
+
+def test_a_later_write_removes_what_a_killed_process_left_but_not_what_another_writes(in_tmp):
+    (in_tmp / ".augment-left.tmp").write_text("half")
+    (in_tmp / ".augment-folder.tmp").mkdir()
+    (in_tmp / ".augment-folder.tmp/a").write_text("half")
+    (in_tmp / ".mine.tmp").write_text("mine")
+
+    def write(path: Path) -> None:
+        write_file(in_tmp / "other", lambda temporary: temporary.write_text("other"))
+        path.write_text("whole")
+
+    write_file(in_tmp / "x", write)
+    assert (in_tmp / "x").read_text() == "whole"
+    assert names(in_tmp) == [".mine.tmp", "other", "x"]
+
+
+def test_the_target_of_a_link_is_replaced(in_tmp):
+    (in_tmp / "real").mkdir()
+    (in_tmp / "real/file").write_text("old")
+    (in_tmp / "link").symlink_to("real/file")
+    (in_tmp / "folder").symlink_to("real/folder")
+    write_file(in_tmp / "link", lambda path: path.write_text("new"))
+    write_folder(in_tmp / "folder", fill("a"))
+    assert (in_tmp / "link").is_symlink()
+    assert (in_tmp / "folder").is_symlink()
+    assert (in_tmp / "real/file").read_text() == "new"
+    assert len(names(in_tmp / "real/folder")) == 10
+
+
+@pytest.mark.parametrize("write", [write_file, write_folder])
+def test_names_may_have_255_bytes(in_tmp, write):
+    name = "é" * 127 + "x"
+    check_output(in_tmp / name, overwrite=False)
+    write(in_tmp / name, fill("a") if write is write_folder else lambda path: path.write_text(""))
+    assert names(in_tmp) == [name]
+    with pytest.raises(AugmentError, match="too long"):
+        check_output(in_tmp / (name + "x"), overwrite=False)
 
 
 def test_new_files_have_the_permissions_that_the_umask_gives(in_tmp):
@@ -60,10 +155,29 @@ def test_an_output_is_checked_before_work_is_done_for_it(in_tmp):
         check_output(in_tmp / "none/x", overwrite=False)
 
 
-def test_a_disk_that_refuses_is_named(in_tmp):
-    def full(path: Path) -> None:
-        raise OSError(28, "No space left on device")
+def test_an_input_is_not_replaced_by_its_output(in_tmp):
+    (in_tmp / "x").write_text("")
+    (in_tmp / "link").symlink_to("x")
+    for source, target in (("x", "x"), ("link", "x"), ("x", "link"), ("x", ".")):
+        with pytest.raises(AugmentError, match="is read for it"):
+            check_output(in_tmp / target, overwrite=True, inputs=[None, in_tmp / source])
 
-    with pytest.raises(AugmentError, match="x cannot be written: No space left on device"):
-        write_file(in_tmp / "x", full)
+
+def test_an_output_is_a_regular_file(in_tmp):
+    os.mkfifo(in_tmp / "pipe")
+    for name in ("pipe", "."):
+        with pytest.raises(AugmentError, match="give a file's name"):
+            check_output(in_tmp / name, overwrite=True)
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left"), SafetensorError("Error: I/O error: No space left (os error 28)")]
+)
+def test_a_full_disk_is_told_of_the_users_file(in_tmp, error):
+    def full(path: Path) -> None:
+        raise error
+
+    for write in (write_file, write_folder):
+        with pytest.raises(AugmentError, match=r"^\S*/x cannot be written: No space left$"):
+            write(in_tmp / "x", full)
     assert list(in_tmp.iterdir()) == []

@@ -3,7 +3,8 @@ import json
 import pytest
 
 from augment_cli.errors import AugmentError
-from augment_cli.plan import Plan, fit_plan, natural, parse_plan
+from augment_cli.plan import Plan, check_budget, fit_plan, natural, parse_plan
+from augment_cli.recipe import override_budget
 from tests.conftest import graph_of, plan_of
 
 TOP = ["schema", "model", "recipe", "params_before", "params_after", "macs_before", "macs_after", "sites", "skipped"]
@@ -79,13 +80,86 @@ def edited(change) -> str:
         (lambda p: p["sites"][0].update(value_channels=66), "value_channels=66 is more than 64"),
         (lambda p: p["sites"][0].update(reduction=16), "variant aa does not go with"),
         (lambda p: p["sites"].append(p["sites"][0]), "named more than once: layer1.0.conv1"),
-        (lambda p: p.update(model_args={"checkpoint_path": "/x"}), "sets checkpoint_path, which no plan may"),
+        (lambda p: p.update(model_args={"checkpoint_path": "/x"}), "checkpoint_path cannot be set"),
         (lambda p: p.pop("model"), "model: Field required"),
+        (lambda p: p["sites"][0].update(params_before=36_865), "params_before=36,865.* has 36,864 or 36,928"),
+        (lambda p: p["sites"][0].update(macs_before=7), "macs_before=7 is not a multiple of"),
+        (lambda p: p["sites"][0].update(macs_before=0), "macs_before=0 is not a multiple of"),
+        (lambda p: p["sites"][0].update(in_channels=0), "params_before"),
+        (lambda p: p["sites"][0].update(in_channels=32), "params_before=36,864.* this shape has 18,432"),
+        (lambda p: p["sites"][0].update(resolution=[0, 56]), "macs_before"),
+        (lambda p: p["sites"][0].pop("params_before"), "params_before: Field required"),
+        (lambda p: p.update(params_before=1), "params_before=1 is less than"),
     ],
 )
 def test_a_bad_plan_is_refused_with_the_place_and_the_reason(change, message):
     with pytest.raises(AugmentError, match=message):
         parse_plan(edited(change), "plan x.json")
+
+
+@pytest.mark.parametrize("recipe", ["aa", "aw", "aa-aw"])
+def test_a_plan_is_what_its_sites_say_and_not_what_its_totals_claim(recipe):
+    """Models with biases, gains, groups and pooled maps."""
+    for model in ("resnet18", "vgg11", "nf_resnet50", "resnext50_32x4d"):
+        if recipe != "aw" and model == "resnext50_32x4d":
+            continue
+        plan = plan_of(model, recipe)
+        claimed = json.loads(plan.to_json()) | {"params_after": 1, "macs_after": 1}
+        for site in claimed["sites"]:
+            site |= {"params_after": 1, "macs_after": 1}
+        assert parse_plan(json.dumps(claimed), "plan") == plan
+
+
+def test_more_keys_cost_what_they_cost_before_any_model_is_made():
+    plan = data()
+    keys = plan["sites"][0]["key_channels"]
+    plan["sites"][0]["key_channels"] = 2 * keys
+    doubled = parse_plan(json.dumps(plan), "plan")
+    height, width = (-(-size // plan["sites"][0]["attention_pool"]) for size in plan["sites"][0]["resolution"])
+    more = 2 * 64 * keys + (2 * (height + width) - 2) * keys // plan["sites"][0]["heads"]
+    assert doubled.params_after - plan["params_after"] == more
+
+
+def test_a_convolution_that_is_called_twice_is_counted_twice():
+    plan = data()
+    once = parse_plan(json.dumps(plan), "plan")
+    plan["sites"][0]["macs_before"] *= 2
+    twice = parse_plan(json.dumps(plan), "plan")
+    assert twice.sites[0].macs_after == 2 * once.sites[0].macs_after
+    assert twice.sites[0].params_after == once.sites[0].params_after
+
+
+def test_an_incomplete_plan_gives_three_problems_and_a_count():
+    plan = data()
+    for site in plan["sites"]:
+        for key in ("variant", "in_channels", "kernel_size", "resolution", "stride"):
+            del site[key]
+    with pytest.raises(AugmentError, match=r"and \d\d more$") as told:
+        parse_plan(json.dumps(plan), "plan")
+    assert str(told.value).count("Field required") == 3
+
+
+def test_a_plan_over_its_own_budget_is_refused_until_the_budget_is_another():
+    plan = data()
+    plan["sites"][0]["key_channels"] *= 4
+    over = parse_plan(json.dumps(plan), "plan")
+    with pytest.raises(AugmentError, match=r"plan x has [\d,]+ parameters, [\d,]+ more than its budget.params=keep"):
+        check_budget(over, "plan x")
+    for amount in ("free", "+1%"):
+        check_budget(
+            over.model_copy(update={"budget": override_budget(over.budget, (f"budget.params={amount}",))}), "x"
+        )
+    with pytest.raises(AugmentError, match="only the budget"):
+        override_budget(over.budget, ("sites.heads=4",))
+    with pytest.raises(AugmentError, match="is no budget"):
+        override_budget(over.budget, ("budget.params=much",))
+
+
+def test_attention_on_one_position_is_refused_in_an_edited_plan_too():
+    plan = data()
+    plan["sites"][-1]["attention_pool"] = 8  # of a 7x7 map
+    with pytest.raises(AugmentError, match="one position"):
+        fit_plan(parse_plan(json.dumps(plan), "plan"), graph_of("resnet18"), "plan")
 
 
 def test_text_that_is_not_json_is_refused():
@@ -108,7 +182,10 @@ def test_an_edited_plan_is_counted_anew_and_what_it_leaves_out_is_skipped():
     ("change", "message"),
     [
         ({"name": "layer1.0.conv9"}, "no convolution layer1.0.conv9; did you mean layer1.0.conv"),
-        ({"in_channels": 32}, r"layer1.0.conv1 has in_channels 64 in the model, and 32 in the plan"),
+        (
+            {"in_channels": 32, "params_before": 18_432, "macs_before": 18_432 * 56 * 56},
+            "layer1.0.conv1 has in_channels 64 in the model, and 32 in the plan",
+        ),
         ({"stride": [2, 2]}, r"has stride \(1, 1\) in the model"),
         ({"name": "fc"}, "no convolution fc"),
     ],

@@ -1,5 +1,6 @@
 """timm builds, adapts and taps a converted model like any other of its own."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -7,8 +8,9 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file
 
-from augment_cli import conversion, source
+from augment_cli import conversion, rebuild, source
 from augment_cli.errors import AugmentError
 from augment_cli.layers import AAConv2d
 from augment_cli.output import write_model
@@ -21,6 +23,76 @@ def folder(path: Path, name: str, recipe: str = "aa"):
     header = conversion.operate(model, plan_of(name, recipe), graph_of(name), "random, seed 0")
     write_model(model, header, path)
     return model.eval()
+
+
+def test_a_converted_model_names_no_place_that_the_bases_weights_come_from():
+    """Else timm would load the source's weights into it."""
+    base = timm.get_pretrained_cfg("resnet18").to_dict()
+    assert base["hf_hub_id"]
+    assert base["url"] or base["hf_hub_id"]
+    cfg = rebuild.build(plan_of("resnet18", "aa")).pretrained_cfg
+    for place in ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "custom_load"):
+        assert not cfg.get(place)
+    assert cfg["architecture"] == "augmented"
+    assert cfg["mean"] == base["mean"]
+    with pytest.raises(RuntimeError, match="No pretrained weights"):
+        timm.create_model("augmented", pretrained=True, plan=plan_of("resnet18", "aa").model_dump(by_alias=True))
+
+
+def changed_config(folder: Path, change) -> str:
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
+    return f"local-dir:{folder}"
+
+
+@pytest.mark.parametrize("pretrained", [True, False])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c["model_args"]["plan"]["sites"].pop(), "two plans"),
+        (lambda c: c["model_args"]["plan"]["sites"][0].update(key_channels=4), "two plans"),
+        (lambda c: c["model_args"]["plan"].update(model="resnet18"), "two plans"),
+        (lambda c: c["model_args"]["plan"].update(sites=[]), "sites"),
+        (lambda c: c["model_args"].update(layers=[100_000, 1, 1, 1]), "more than [0-9,]+ modules and tensors"),
+        (lambda c: c["model_args"].update(stem_width=100_000), "more than [0-9,]+ numbers|do not fit|be created"),
+        (lambda c: c["model_args"].update(num_classes=10), "tensors do not fit"),
+        (lambda c: c.update(num_classes=10**9), "more than [0-9,]+ numbers"),
+        (lambda c: c["model_args"].update(nonsense=1), "nonsense"),
+    ],
+)
+def test_a_folder_whose_config_was_changed_is_refused(tmp_path, change, message, pretrained):
+    folder(tmp_path / "m", "test_resnet")
+    name = changed_config(tmp_path / "m", change)
+    with pytest.raises(AugmentError, match=message):
+        timm.create_model(name, pretrained=pretrained)
+
+
+def test_a_folder_with_the_weights_of_another_conversion_is_refused(tmp_path):
+    folder(tmp_path / "a", "test_resnet", "aa")
+    folder(tmp_path / "b", "test_resnet", "aw")
+    (tmp_path / "a" / "model.safetensors").write_bytes((tmp_path / "b" / "model.safetensors").read_bytes())
+    with pytest.raises(AugmentError, match="two plans"):
+        timm.create_model(f"local-dir:{tmp_path / 'a'}", pretrained=True)
+
+
+def test_config_json_gives_transformers_no_argument_twice(tmp_path):
+    """transformers creates the model with num_classes from the top of config.json and all of model_args besides."""
+    model = folder(tmp_path / "m", "test_resnet")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    assert "num_classes" not in config["model_args"]
+    again = timm.create_model(config["architecture"], num_classes=config["num_classes"], **config["model_args"])
+    again.load_state_dict(load_file(tmp_path / "m" / "model.safetensors"))
+    x = torch.randn(1, 3, 160, 160)
+    assert torch.equal(again.eval()(x), model(x))
+
+
+def test_transformers_gives_timms_logits(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model = folder(tmp_path / "m", "test_resnet")
+    wrapped = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "m").eval()
+    x = torch.randn(1, 3, 160, 160)
+    assert torch.equal(wrapped(x).logits, model(x))
 
 
 def test_a_classifier_for_other_classes_and_channels(tmp_path):

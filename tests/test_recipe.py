@@ -105,7 +105,7 @@ def test_a_recipe_file_is_read_and_bad_ones_are_named(tmp_path: Path):
         load_recipe(str(tmp_path / "none.toml"))
     binary = tmp_path / "binary.toml"
     binary.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(AugmentError, match="is not a TOML file"):
+    with pytest.raises(AugmentError, match="is not a text file"):
         load_recipe(str(binary))
 
 

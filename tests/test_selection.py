@@ -1,7 +1,9 @@
 import re
+from dataclasses import replace
 
 import pytest
 
+from augment_cli.choices import attention_pool
 from augment_cli.errors import AugmentError
 from augment_cli.recipe import load_recipe
 from augment_cli.selection import select
@@ -78,6 +80,27 @@ def test_reasons_are_ones_that_a_person_understands(model, name, overrides, reas
             chosen(model, "aa", *overrides)
     else:
         assert re.match(reason, reasons(model, "aa", *overrides)[name])
+
+
+def test_maps_of_one_position_are_skipped_since_attention_has_nothing_to_attend_to():
+    graph = graph_of("resnet18", (32, 32))
+    selection = select(graph.sites, load_recipe("aa").sites)
+    reason = dict(selection.skipped)["layer4.1.conv1"]
+    assert reason == "one position: attention on a map of 1x1 can do nothing"
+    assert all(site.positions > 1 for site, _ in selection.chosen)
+    pooled = select(graph.sites, load_recipe("aa", ("sites.attention_pool=2",)).sites)
+    assert (
+        dict(pooled.skipped)["layer3.1.conv1"] == "one position: attention on a map of 2x2 pooled by 2 can do nothing"
+    )
+    assert "layer4.1.conv1" in [site.name for site, _ in select(graph.sites, load_recipe("aw").sites).chosen]
+
+
+@pytest.mark.parametrize(
+    ("size", "pool"), [((20, 20), 1), ((20, 21), 2), ((40, 40), 2), ((41, 40), 4), ((999, 999), 8)]
+)
+def test_maps_are_pooled_just_to_within_the_positions_of_the_recipe(size, pool):
+    site = replace(graph_of("resnet18").sites[1], resolution=size)
+    assert attention_pool(site, load_recipe("aa").sites) == pool  # attention_positions = 400
 
 
 def test_kinds_of_convolutions_are_taken_on_request():

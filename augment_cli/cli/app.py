@@ -1,15 +1,16 @@
 """The `augment` program: its commands, and how every one of them fails."""
 
 import os
-import signal
 import sys
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+from augment_cli import signals
 from augment_cli.cli import check, convert, evaluate, finetune, models, plan, recipes, report, timm
 from augment_cli.errors import AugmentError
+from augment_cli.terminal import echo, say
 
 
 class _Program(TyperGroup):
@@ -19,10 +20,10 @@ class _Program(TyperGroup):
         try:
             return super().invoke(ctx)
         except AugmentError as error:
-            typer.echo(f"error: {error}", err=True)
+            say(f"error: {error}")
             raise typer.Exit(2) from error
         except KeyboardInterrupt as error:
-            typer.echo("interrupted", err=True)
+            say("interrupted")
             raise typer.Exit(130) from error
         except BrokenPipeError as error:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -43,7 +44,7 @@ def _version(value: bool) -> None:
     if value:
         from importlib.metadata import version
 
-        typer.echo(f"augment-cli {version('augment-cli')}")
+        echo(f"augment-cli {version('augment-cli')}")
         raise typer.Exit
 
 
@@ -67,6 +68,10 @@ app.command("models")(models.models)
 
 def main() -> None:
     try:
+        signals.install()
         app()
+    except signals.Stopped as stop:
+        typer.echo("interrupted", err=True)
+        sys.exit(stop.exit_code)
     finally:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is done or undone: a late Ctrl-C only spoils the way out
+        signals.ignore()  # all is done or undone: a late signal only spoils the way out

@@ -31,15 +31,18 @@ def check(
     findings = json.loads(run.stdout)
     passed = all(finding["passed"] for finding in findings)
     if as_json:
-        typer.echo(json.dumps({"path": str(path), "passed": passed, "findings": findings}, indent=2))
+        common.echo(json.dumps({"path": str(path), "passed": passed, "findings": findings}, indent=2))
     else:
         from rich.table import Table
+        from rich.text import Text
 
         rows = Table(box=None, header_style="bold", title=f"{plan.model}, recipe {plan.recipe}", title_justify="left")
         for column in ("", "what", "by its plan", "found"):
             rows.add_column(column)
         for f in findings:
-            rows.add_row("[green]ok[/]" if f["passed"] else "[red]no[/]", f["what"], f["expected"], f["found"])
+            rows.add_row(
+                Text("ok", "green") if f["passed"] else Text("no", "red"), f["what"], f["expected"], f["found"]
+            )
         common.show(rows)
     if not passed:
         raise AugmentError(f"{path} is not what its plan says")

@@ -3,11 +3,13 @@
 import json
 import re
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from augment_cli.errors import AugmentError
+from augment_cli.errors import AugmentError, boundary
+from augment_cli.terminal import echo, say
 
 if TYPE_CHECKING:
     from augment_cli.budget import Solution
@@ -15,8 +17,13 @@ if TYPE_CHECKING:
     from augment_cli.plan import Plan
     from augment_cli.recipe import Recipe
 
+ModelName = Annotated[str | None, typer.Argument(metavar="[MODEL]", help="A timm model's name.")]
 RecipeName = Annotated[
-    str, typer.Option("--recipe", "-r", help="A built-in recipe (`augment recipes`) or a TOML file.", show_default=True)
+    str | None, typer.Option("--recipe", "-r", help="A built-in recipe (`augment recipes`) or a TOML file. [aa]")
+]
+PlanFile = Annotated[
+    Path | None,
+    typer.Option("--plan", metavar="FILE", help="A plan (`augment plan --json`), edited or not, instead of a recipe."),
 ]
 Overrides = Annotated[
     list[str] | None,
@@ -30,30 +37,38 @@ ModelArguments = Annotated[
     list[str] | None,
     typer.Option("--model-arg", "-a", metavar="KEY=VALUE", help="For timm.create_model: num_classes=10. Repeatable."),
 ]
+Ema = Annotated[
+    bool | None,
+    typer.Option(
+        "--ema/--no-ema",
+        help="Which weights of --checkpoint: their moving average, or themselves. [the average, where there is one]",
+    ),
+]
 
-
-def say(message: str) -> None:
-    """A message for the person at the terminal."""
-    typer.echo(message, err=True)
+__all__ = ["echo", "say"]
 
 
 @contextmanager
 def working(what: str):
     """A spinner while something takes long; nothing where stderr is not a terminal."""
-    from rich.console import Console
+    from rich.text import Text
 
-    with Console(stderr=True).status(what):
+    from augment_cli.console import Terminal
+
+    with Terminal(stderr=True).status(Text(what)):
         yield
 
 
 @contextmanager
 def bar(what: str):
     """A bar over things done one after the other, on a terminal; yields what moves it: name, how many done, of all."""
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    console = Console(stderr=True)
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
+    from augment_cli.console import Terminal
+
+    console = Terminal(stderr=True)
+    name = TextColumn("{task.description}", markup=False)
+    columns = (TextColumn(what, markup=False), BarColumn(), MofNCompleteColumn(), name)
     with Progress(*columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=None)
         yield lambda name, done, total: progress.update(task, description=name, completed=done, total=total)
@@ -61,9 +76,14 @@ def bar(what: str):
 
 def show(renderable: Any) -> None:
     """A table or other rich object as data: colours only on a terminal."""
-    from rich.console import Console
+    from augment_cli.console import Terminal
 
-    Console().print(renderable)
+    Terminal().print(renderable)
+
+
+def check_ema(ema: bool | None, checkpoint: Path | None) -> None:
+    if ema is not None and checkpoint is None:
+        raise AugmentError(f"--{'' if ema else 'no-'}ema is for --checkpoint: add it, or leave it out")
 
 
 def parse_image_size(text: str | None) -> tuple[int, int] | None:
@@ -82,10 +102,11 @@ def parse_arguments(pairs: list[str] | None) -> dict[str, Any]:
         key, separator, text = pair.partition("=")
         if not separator or not key.isidentifier():
             raise AugmentError(f"--model-arg {pair}: write it as KEY=VALUE, such as num_classes=10")
-        try:
-            arguments[key] = json.loads(text)
-        except json.JSONDecodeError:
-            arguments[key] = text
+        with boundary(f"--model-arg {key}"):
+            try:
+                arguments[key] = json.loads(text)
+            except json.JSONDecodeError:
+                arguments[key] = text
     return arguments
 
 
@@ -101,6 +122,30 @@ def announce(graph: "ModelGraph", plan: "Plan", solution: "Solution | None", rec
     bare = [site.name for site in graph.sites if site.norm is None and site.name in {s.name for s in plan.sites}]
     if bare and any(site.value_channels for site in plan.sites):
         say(f"note: no normalisation directly follows {len(bare)} of them, such as {bare[0]}; the AA paper has one")
+
+
+def read_given_plan(
+    file: Path, model: str | None, recipe: str | None, overrides: list[str] | None, *others: list[str] | str | None
+) -> "Plan":
+    """The plan of --plan, its budget as --set has it; `others` are --img-size and --model-arg."""
+    from augment_cli.plan import read_plan
+    from augment_cli.recipe import override_budget
+
+    given = zip((model, recipe, *others), ("MODEL", "--recipe", "--img-size", "--model-arg"), strict=True)
+    for value, option in given:
+        if value:
+            raise AugmentError(f"--plan says which model and what becomes of it: leave out {option}, or edit the plan")
+    plan = read_plan(file)
+    return plan.model_copy(update={"budget": override_budget(plan.budget, tuple(overrides or ()))})
+
+
+def fit_given_plan(plan: "Plan", graph: "ModelGraph", file: Path) -> "Plan":
+    """The plan of --plan held against its model and its budget."""
+    from augment_cli.plan import check_budget, fit_plan
+
+    fitted = fit_plan(plan, graph, f"plan {file}")
+    check_budget(fitted, f"plan {file}")
+    return fitted
 
 
 def load_named_recipe(name: str, overrides: list[str] | None) -> "Recipe":

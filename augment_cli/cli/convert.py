@@ -18,19 +18,18 @@ class Init(StrEnum):
 
 
 def convert(
-    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="A timm model's name.")] = None,
-    recipe: Annotated[
-        str | None, typer.Option("--recipe", "-r", help="A built-in recipe (`augment recipes`) or a TOML file. [aa]")
-    ] = None,
+    model: common.ModelName = None,
+    recipe: common.RecipeName = None,
     overrides: common.Overrides = None,
-    plan_file: Annotated[
-        Path | None, typer.Option("--plan", metavar="FILE", help="A plan (`augment plan --json`) instead of a recipe.")
-    ] = None,
+    plan_file: common.PlanFile = None,
     pretrained: Annotated[bool, typer.Option("--pretrained", help="Start from timm's pretrained weights.")] = False,
     checkpoint: Annotated[
         Path | None, typer.Option("--checkpoint", metavar="FILE", help="Start from a safetensors or torch file.")
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="For random weights and what attention adds.")] = 0,
+    ema: common.Ema = None,
+    seed: Annotated[
+        int, typer.Option("--seed", min=0, max=2**63 - 1, help="For random weights and what attention adds.")
+    ] = 0,
     init: Annotated[
         Init,
         typer.Option(
@@ -71,40 +70,49 @@ def convert(
 
     augment convert resnet50 --recipe aa-resnet --set budget.params=keep --pretrained -o resnet50-aa
     """
+    from augment_cli import specs
+    from augment_cli.output import check_target, write_model
+
     if pretrained and checkpoint:
         raise AugmentError("--pretrained and --checkpoint both name weights: give one of them")
+    common.check_ema(ema, checkpoint)
     _check_calibration(init, calibrate, calibrate_images)
-    with common.working("importing torch and timm"):
-        from augment_cli import conversion, source, surgery
-        from augment_cli.calibration import load_images
-        from augment_cli.files import check_output
-        from augment_cli.graph import analyze
-        from augment_cli.output import write_model
-        from augment_cli.plan import fit_plan, make_plan, read_plan
-        from augment_cli.report import Report
-        from augment_cli.report.table import table
-
-    given = read_plan(plan_file) if plan_file else None
-    if given:
-        _refuse_beside_plan(model, recipe, overrides, image_size, model_args)
+    given = None
+    if plan_file:
+        given = common.read_given_plan(plan_file, model, recipe, overrides, image_size, model_args)
         model, arguments, size = given.model, dict(given.model_args), given.input_size[1:]
     elif model:
         settings = common.load_named_recipe(recipe or "aa", overrides)
         arguments, size = common.parse_arguments(model_args), common.parse_image_size(image_size)
     else:
         raise AugmentError("which model? Give a timm model's name, or a plan with --plan")
+    specs.check_name(model)
+    specs.check_file("checkpoint", checkpoint)
+    if calibrate:
+        specs.check_data(calibrate)
+    named = given.recipe if given else settings.name
+    if output or ":" not in model:  # timm says what a model on a hub or in a folder is called
+        check_target(output or Path(f"{model}-{named}.safetensors"), overwrite, (plan_file, checkpoint))
+
+    with common.working("importing torch and timm"):
+        from augment_cli import conversion, source, surgery
+        from augment_cli.calibration import load_images
+        from augment_cli.graph import analyze
+        from augment_cli.plan import make_plan
+        from augment_cli.report import Report
+        from augment_cli.report.table import table
 
     with common.working(f"planning {model}"):
         described, meta_model = source.describe(model, arguments, size)
         graph = analyze(meta_model, described.input_size)
         if given:
-            plan, solution = fit_plan(given, graph, f"plan {plan_file}"), None
+            plan, solution = common.fit_given_plan(given, graph, plan_file), None
         else:
             plan, solution = make_plan(described.name, graph, settings, described.args)
         surgery.verify(meta_model, plan, graph)
     common.announce(graph, plan, solution, None if given else settings)
     target = output or Path(f"{plan.model}-{plan.recipe}.safetensors")
-    check_output(target, overwrite)
+    check_target(target, overwrite, (plan_file, checkpoint))
 
     calibration = None
     if calibrate is not None:
@@ -115,12 +123,14 @@ def convert(
             )
     with common.bar("fitting") if calibration else common.working(f"converting {model}") as progress:
         weights = source.create(described, seed, origin=model if pretrained else None)
+        origin = source.weights_origin(pretrained, seed)
         if checkpoint:
-            source.load_checkpoint(weights, checkpoint)
-        origin = source.weights_origin(pretrained, checkpoint, seed)
-        header = conversion.operate(weights, plan, graph, origin, calibration, progress)
+            origin = source.load_checkpoint(weights, checkpoint, ema)
+        header = conversion.operate(weights, plan, graph, origin, calibration, progress, seed)
         write_model(weights, header, target)
     common.show(table(Report.of(plan, header), full=full))
+    if checkpoint:
+        common.say(f"source weights: {origin}")
     common.say(f"wrote {target}")
 
 
@@ -129,9 +139,3 @@ def _check_calibration(init: Init, calibrate: str | None, images: int | None) ->
         raise AugmentError("--init fit needs images to fit on: give a folder of some hundred with --calibrate")
     if init is not Init.fit and (calibrate is not None or images is not None):
         raise AugmentError("--calibrate and --calibrate-images are for --init fit: add it, or leave them out")
-
-
-def _refuse_beside_plan(*others) -> None:
-    for value, option in zip(others, ("MODEL", "--recipe", "--set", "--img-size", "--model-arg"), strict=True):
-        if value:
-            raise AugmentError(f"--plan says which model and what becomes of it: leave out {option}, or edit the plan")

@@ -15,6 +15,8 @@ def evaluate(
     data: Annotated[str, typer.Option("--data", "-d", metavar="SPEC", help="As of augment finetune.")],
     split: Annotated[str, typer.Option(help="The split to evaluate on.")] = "validation",
     data_root: Annotated[str | None, typer.Option(metavar="DIR", help="Where torch/ and hfds/ data are kept.")] = None,
+    input_key: Annotated[str | None, typer.Option(metavar="NAME", help="The images' column or entry.")] = None,
+    target_key: Annotated[str | None, typer.Option(metavar="NAME", help="The labels' column or entry.")] = None,
     class_map: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Class names, one a line, in the order of the model's classes.")
     ] = None,
@@ -41,10 +43,21 @@ def evaluate(
 
     augment evaluate tuned/best --data imagenet --against resnet50
     """
+    from augment_cli import specs
+    from augment_cli.files import check_output
+
     if on_corrupt not in ("fail", "skip"):
         raise AugmentError(f"--on-corrupt {on_corrupt}: it is fail or skip")
     if confusion is not None and confusion.suffix not in (".csv", ".png"):
         raise AugmentError(f"--confusion {confusion}: the name ends in .csv or .png")
+    specs.check_model(model)
+    specs.check_data(data)
+    if against:
+        specs.check_model(against)
+    for weights in (checkpoint, against_checkpoint):
+        specs.check_file("checkpoint", weights)
+    if confusion is not None:
+        check_output(confusion, overwrite=True, inputs=(class_map, checkpoint, against_checkpoint))
     with common.working("importing torch, timm and accelerate"):
         from augment_cli.training.assess import Assessment, assess, write_confusion
     asked = Assessment(
@@ -52,6 +65,8 @@ def evaluate(
         data=data,
         split=split,
         data_root=data_root,
+        input_key=input_key,
+        target_key=target_key,
         class_map=class_map,
         pretrained=pretrained,
         checkpoint=checkpoint,
@@ -68,6 +83,8 @@ def evaluate(
     result = assess(asked)
     if result is None:  # another process of several shows it
         return
+    if result.weights:
+        common.say(f"weights: {result.weights}")
     if result.corrupt:
         common.say(f"{len(result.corrupt)} corrupt images skipped: {', '.join(result.corrupt[:5])}")
     if confusion is not None:
@@ -79,7 +96,7 @@ def evaluate(
 def _show(model: str, data: str, result, as_json: bool) -> None:
     scores = result.scores.to_dict()
     if as_json:
-        typer.echo(json.dumps({"model": model, "data": data, **scores, "corrupt": result.corrupt}, indent=2))
+        common.echo(json.dumps({"model": model, "data": data, **scores, "corrupt": result.corrupt}, indent=2))
         return
     from rich.table import Table
 

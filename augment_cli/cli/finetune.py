@@ -1,6 +1,6 @@
 """augment finetune: train a converted model, or a plain one beside it, on labelled images."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -8,9 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
+from augment_cli import signals
 from augment_cli.cli import common
 from augment_cli.errors import AugmentError
-from augment_cli.training.settings import SCHEDULES, Settings
+from augment_cli.training.settings import FIXED, SCHEDULES, TRACKERS, Settings, option, read_settings
 
 _run, _model, _data, _augmentation, _loss, _optimisation, _rates, _machine = (
     partial(typer.Option, rich_help_panel=panel)
@@ -45,13 +46,18 @@ def finetune(
     output: Annotated[str | None, _run("--output", "-o", metavar="DIR", help="A new folder for the results.")] = None,
     overwrite: Annotated[bool, _run("--overwrite", help="Replace the run in the output folder.")] = False,
     resume: Annotated[
-        Path | None, _run("--resume", metavar="DIR", help="Go on with the run in this folder; takes no other option.")
+        Path | None,
+        _run("--resume", metavar="DIR", help="Go on with the run in this folder; its settings, but for options given."),
     ] = None,
     checkpoint_every: Annotated[
         str | None,
         _run(metavar="N|Nm|Ns", help="Write a checkpoint within epochs, too: every N updates, minutes or seconds."),
     ] = None,
-    tensorboard: Annotated[bool, _run("--tensorboard", help="Log every epoch for TensorBoard.")] = False,
+    log_with: Annotated[
+        list[str] | None,
+        _run(metavar="NAME", help=f"Log epochs and updates with {', '.join(TRACKERS)}. Repeatable."),
+    ] = None,
+    log_every: Annotated[int, _run(metavar="N", help="Updates from one logged to the next.")] = Settings.log_every,
     seed: Annotated[int, _run(min=0, help="Of order, augmentation and whatever else is drawn.")] = Settings.seed,
     pretrained: Annotated[bool, _model("--pretrained", help="timm's weights for a timm model's name.")] = False,
     checkpoint: Annotated[
@@ -70,6 +76,11 @@ def finetune(
         float, _data(help="Validate on this share of the training images, for data without splits.")
     ] = Settings.hold_out,
     data_root: Annotated[str | None, _data(metavar="DIR", help="Where torch/ and hfds/ data are kept.")] = None,
+    input_key: Annotated[
+        str | None,
+        _data(metavar="NAME", help="The images' column of hfds/, hfids/, tfds/ data, or entry of wds/ ones."),
+    ] = None,
+    target_key: Annotated[str | None, _data(metavar="NAME", help="The labels' column or entry.")] = None,
     download: Annotated[bool, _data("--download", help="Fetch torch/ and tfds/ data that are not there.")] = False,
     img_size: Annotated[
         str | None, _data(metavar="N|HxW", help="Image size to train at, if not the model's own.")
@@ -119,6 +130,12 @@ def finetune(
         float, _optimisation(min=0, help="Linear warm-up; at most half of all epochs.")
     ] = Settings.warmup_epochs,
     min_lr: Annotated[float, _optimisation(min=0, help="Where schedules end that fall.")] = Settings.min_lr,
+    patience: Annotated[
+        int, _optimisation(metavar="EPOCHS", help="Stop after so many without a better validation top-1; 0: never.")
+    ] = Settings.patience,
+    drop_path: Annotated[
+        float, _optimisation(metavar="RATE", help="Stochastic depth: how often the last block is skipped.")
+    ] = Settings.drop_path,
     ema_decay: Annotated[
         float,
         _optimisation(help="Decay of a moving average of the weights, which is then evaluated and kept; 0: none."),
@@ -146,6 +163,7 @@ def finetune(
     grad_checkpointing: Annotated[
         bool, _machine("--grad-checkpointing", help="Less memory, more time.")
     ] = Settings.grad_checkpointing,
+    compile: Annotated[bool, _machine("--compile", help="torch.compile the model.")] = Settings.compile,
 ) -> None:
     """Fine-tune MODEL on labelled images. On several processes: accelerate launch -m augment_cli finetune ...
 
@@ -155,11 +173,12 @@ def finetune(
     """
     given = _given(context)
     if resume is not None:
-        if others := sorted(given - {"resume"}):
-            raise AugmentError(f"--resume reads all settings from {resume}: leave out {_name(others[0])}")
+        settings = _resumed(resume, context.params, given - {"resume"})
     elif missing := next((name for name in ("model", "data", "output") if name not in given), None):
         raise AugmentError(f"{_name(missing)} is missing; a run needs MODEL, --data and --output, or --resume DIR")
-    settings = _resumed(resume) if resume else _settings(context.params)
+    else:
+        settings = Settings(**{entry.name: _plain(context.params)[entry.name] for entry in fields(Settings)})
+    _check(settings, resume is not None, overwrite)
     _run_it(settings, resume=resume is not None, overwrite=overwrite)
 
 
@@ -169,32 +188,58 @@ def _given(context: typer.Context) -> set[str]:
 
 
 def _name(parameter: str) -> str:
-    return "MODEL" if parameter == "model" else "--" + parameter.replace("_", "-").replace("model-args", "model-arg")
+    return "MODEL" if parameter == "model" else option(parameter).replace("model-args", "model-arg")
 
 
-def _settings(values: dict[str, Any]) -> Settings:
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    """The values of options as settings have them."""
     plain = {key: value.value if isinstance(value, StrEnum) else value for key, value in values.items()}
     plain["model_args"] = common.parse_arguments(values["model_args"])
     plain["img_size"] = common.parse_image_size(values["img_size"])
-    return Settings(**{entry.name: plain[entry.name] for entry in fields(Settings)})
+    plain["log_with"] = tuple(values["log_with"] or ())
+    return plain
 
 
-def _resumed(folder: Path) -> Settings:
-    from dataclasses import replace
+def _resumed(folder: Path, values: dict[str, Any], given: set[str]) -> Settings:
+    """The settings of the run in a folder, with those changed that the user gave."""
+    from augment_cli.training.folder import SETTINGS
 
-    from augment_cli.training.settings import read_settings
-
-    if not (folder / "settings.json").is_file():
+    if fixed := sorted(given & {*FIXED, "output", "overwrite"}):
+        raise AugmentError(
+            f"{_name(fixed[0])} cannot be another for a run that has begun: leave it out, or start a new run from "
+            f"{folder / 'last'}"
+        )
+    if not (folder / SETTINGS).is_file():
         raise AugmentError(f"--resume {folder}: no run here that could be resumed")
-    return replace(read_settings(folder / "settings.json"), output=str(folder))
+    changed = {name: _plain(values)[name] for name in given}
+    return replace(read_settings(folder / SETTINGS), **changed, output=str(folder))
+
+
+def _check(settings: Settings, resume: bool, overwrite: bool) -> None:
+    """What can be known before torch is imported."""
+    from augment_cli import specs
+    from augment_cli.training.folder import check_free
+
+    if not resume:
+        check_free(Path(settings.output), overwrite, settings.inputs())
+        specs.check_model(settings.model)
+        specs.check_file("checkpoint", settings.checkpoint)
+    if settings.teacher:
+        specs.check_model(settings.teacher)
+    specs.check_file("checkpoint", settings.teacher_checkpoint)
+    for data in (settings.data, settings.val_data):
+        if data:
+            specs.check_data(data)
 
 
 def _run_it(settings: Settings, resume: bool, overwrite: bool) -> None:
+    from augment_cli.training.folder import STATE
+
     with common.working("importing torch, timm and accelerate"):
         from augment_cli.training.finetune import finetune as run
     try:
         run(settings, resume=resume, overwrite=overwrite)
-    except KeyboardInterrupt as error:
-        begun = (Path(settings.output) / "state.safetensors").exists()
+    except (KeyboardInterrupt, signals.Stopped) as error:
+        begun = (Path(settings.output) / STATE).exists()
         common.say("interrupted" + (f"; --resume {settings.output} goes on" if begun else ""))
-        raise typer.Exit(130) from error
+        raise typer.Exit(getattr(error, "exit_code", 130)) from error

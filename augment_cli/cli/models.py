@@ -38,7 +38,7 @@ def models(
     if version("timm") != table.versions["timm"]:
         common.say(f"note: the table was made with timm {table.versions['timm']}, here is {version('timm')}")
     if as_json:
-        typer.echo(json.dumps([model.model_dump(mode="json") for model in found], indent=2))
+        common.echo(json.dumps([model.model_dump(mode="json") for model in found], indent=2))
     else:
         common.show(_rows(found))
 

@@ -2,20 +2,24 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from augment_cli.cli import common
 from augment_cli.errors import AugmentError
 
+if TYPE_CHECKING:
+    from augment_cli.plan import Plan
+
 _measured = partial(typer.Option, rich_help_panel="Sensitivity")
 
 
 def plan(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A timm model's name.")],
-    recipe: common.RecipeName = "aa",
+    model: common.ModelName = None,
+    recipe: common.RecipeName = None,
     overrides: common.Overrides = None,
+    plan_file: common.PlanFile = None,
     image_size: common.ImageSize = None,
     model_args: common.ModelArguments = None,
     as_json: Annotated[bool, typer.Option("--json", help="The plan as JSON, to edit and give to convert.")] = False,
@@ -30,24 +34,40 @@ def plan(
     calibrate_images: Annotated[int, _measured(metavar="N", help="How many at most.")] = 512,
     pretrained: Annotated[bool, _measured("--pretrained", help="timm's pretrained weights.")] = False,
     checkpoint: Annotated[Path | None, _measured(metavar="FILE", help="Weights from a file.")] = None,
-    seed: Annotated[int, _measured(min=0, help="Of the images drawn.")] = 0,
+    ema: common.Ema = None,
+    seed: Annotated[int, _measured(min=0, max=2**63 - 1, help="Of the images drawn.")] = 0,
     plot: Annotated[Path | None, _measured(metavar="FILE.png|.svg|.pdf", help="Draw what was measured.")] = None,
 ) -> None:
-    """Show what each convolution of MODEL would become, and what it costs.
+    """Show what each convolution of MODEL would become, and what it costs; or what a plan makes of its model.
 
     augment plan resnet50 --recipe aa-resnet --set budget.params=keep
 
+    augment plan --plan edited.json --set budget.params=+1%
+
     augment plan resnet50 --sensitivity --pretrained --calibrate photos --json > plan.json
     """
+    from augment_cli import specs
+
+    common.check_ema(ema, checkpoint)
     _check_measured(sensitivity, calibrate, pretrained, checkpoint, plot)
-    settings = common.load_named_recipe(recipe, overrides)
+    if plan_file:
+        if sensitivity:
+            raise AugmentError("--sensitivity plans anew, by a recipe: leave out --plan, or --sensitivity")
+        given = common.read_given_plan(plan_file, model, recipe, overrides, image_size, model_args)
+        _show(_fitted(given, plan_file), as_json, full)
+        return
+    if not model:
+        raise AugmentError("which model? Give a timm model's name, or a plan with --plan")
+    settings = common.load_named_recipe(recipe or "aa", overrides)
     arguments, size = common.parse_arguments(model_args), common.parse_image_size(image_size)
+    specs.check_name(model)
+    specs.check_file("checkpoint", checkpoint)
+    if calibrate:
+        specs.check_data(calibrate)
     with common.working("importing torch and timm"):
         from augment_cli import source
         from augment_cli.graph import analyze
         from augment_cli.plan import make_plan
-        from augment_cli.report import Report
-        from augment_cli.report.table import table
 
     described, meta_model = source.describe(model, arguments, size)
     graph = analyze(meta_model, described.input_size)
@@ -55,7 +75,7 @@ def plan(
     if sensitivity:
         origin = model if pretrained else None
         images = calibrate, calibrate_images, seed
-        found = _measure(described, meta_model, graph, settings, images, origin, checkpoint)
+        found = _measure(described, meta_model, graph, settings, images, origin, checkpoint, ema)
         made, solution = make_plan(described.name, graph, settings, described.args, found)
         if plot:
             from augment_cli.report.sensitivity import draw
@@ -63,10 +83,30 @@ def plan(
             draw(made, plot)
             common.say(f"wrote {plot}")
     common.announce(graph, made, solution, settings)
+    _show(made, as_json, full)
+
+
+def _fitted(given: "Plan", file: Path) -> "Plan":
+    """A plan that was read, held against its model and its budget."""
+    with common.working("importing torch and timm"):
+        from augment_cli import source
+        from augment_cli.graph import analyze
+
+    described, meta_model = source.describe(given.model, dict(given.model_args), given.input_size[1:])
+    graph = analyze(meta_model, described.input_size)
+    plan = common.fit_given_plan(given, graph, file)
+    common.announce(graph, plan, None)
+    return plan
+
+
+def _show(plan: "Plan", as_json: bool, full: bool) -> None:
+    from augment_cli.report import Report
+    from augment_cli.report.table import table
+
     if as_json:
-        typer.echo(made.to_json())
+        common.echo(plan.to_json())
     else:
-        common.show(table(Report.of(made), full=full))
+        common.show(table(Report.of(plan), full=full))
 
 
 def _check_measured(sensitivity, calibrate, pretrained, checkpoint, plot) -> None:
@@ -89,7 +129,7 @@ def _check_measured(sensitivity, calibrate, pretrained, checkpoint, plot) -> Non
         check_output(plot, overwrite=True)
 
 
-def _measure(described, meta_model, graph, settings, images, origin, checkpoint):
+def _measure(described, meta_model, graph, settings, images, origin, checkpoint, ema):
     """Sensitivities under the splits that the recipe writes."""
     from augment_cli import source
     from augment_cli.calibration import load_images
@@ -105,6 +145,8 @@ def _measure(described, meta_model, graph, settings, images, origin, checkpoint)
         calibration = load_images(spec, meta_model, described.input_size, count, seed)
         weights = source.create(described, seed, origin=origin)
         if checkpoint:
-            source.load_checkpoint(weights, checkpoint)
+            origin = source.load_checkpoint(weights, checkpoint, ema)
+    if checkpoint:
+        common.say(f"source weights: {origin}")
     with common.bar("measuring") as progress:
         return measure_sensitivity(weights, written, graph, calibration, progress)

@@ -27,7 +27,7 @@ def list_recipes(as_json: Annotated[bool, typer.Option("--json", help="As JSON."
 
     known = [load_recipe(name) for name in builtin_recipes()]
     if as_json:
-        typer.echo(json.dumps([recipe.model_dump(mode="json") for recipe in known], indent=2))
+        common.echo(json.dumps([recipe.model_dump(mode="json") for recipe in known], indent=2))
         return
     from rich.table import Table
 
@@ -42,7 +42,7 @@ def list_recipes(as_json: Annotated[bool, typer.Option("--json", help="As JSON."
 @app.command("show")
 def show(name: Name) -> None:
     """The recipe's TOML file, as it is."""
-    typer.echo(_text(name), nl=False)
+    common.echo(_text(name))
 
 
 @app.command("copy")

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from augment_cli import signals
 from augment_cli.errors import AugmentError
 
 
@@ -24,6 +25,7 @@ def timm(
     """
     if not script.is_file():
         raise AugmentError(f"{script}: no such script; timm's are in its repository, not in its package")
+    signals.restore()  # timm's train.py ends by itself at Ctrl-C
     sys.argv = [str(script), *(arguments or ())]
     sys.path.insert(0, str(script.absolute().parent))  # as python does for a script
     runpy.run_path(str(script), run_name="__main__")

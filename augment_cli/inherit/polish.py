@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from augment_cli.calibration import Calibration
 from augment_cli.plan import Plan
+from augment_cli.surgery import added_parameters
 
 RATE = 1e-3
 _STEPS, _BATCH = 120, 64
@@ -42,12 +43,10 @@ def polish(
     Args:
         taught: the source's outputs on the fitting images, in their order.
     """
-    from augment_cli.training.parameters import added_parameters
-
     batch = _BATCH if _STEPS * _BATCH * plan.macs_after <= _MOST_MACS else _SMALLEST_BATCH
     steps = max(_FEWEST_STEPS, min(_STEPS, int(_MOST_MACS / (batch * max(plan.macs_after, 1)))))
 
-    names = added_parameters(model, plan)
+    names = {name for site in plan.sites for name in added_parameters(model, site)}
     parameters = [p for name, p in model.named_parameters() if name in names]
     wanted = {id(p): p.requires_grad for p in model.parameters()}
     for p in model.parameters():

@@ -23,7 +23,8 @@ of K, 4 MB or one sample's inputs and outputs, and about 1 MB for each thread (n
 `torch.func.vmap` and forward mode go through the grouped convolution, whose memory grows.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -31,6 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from augment_cli.layers.dispatch import differentiate, operator
 from augment_cli.layers.native import attended as native
 from augment_cli.layers.per_sample import Geometry, Way, as_channels, conv_of_each
 from augment_cli.layers.unfolded import Static, Unfolded
@@ -60,13 +62,14 @@ def attended_conv(x: Tensor, kernel: Tensor, mixing: Tensor, scales: Tensor, geo
             f"there is no compiled kernel for a convolution of {x.dtype} on {x.device.type} from {kernel.shape[1]} to "
             f"{len(kernel)} channels with {len(mixing)} maps, or not under autocast or transforms: use 'chunked'"
         )
-    if torch.compiler.is_compiling() and way == "native":
-        return native.operator(x, kernel, mixing, scales, *(list(option) for option in geometry.options))
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         x, scales = x.to(torch.get_autocast_dtype(device)), scales.to(kernel.dtype)
     with torch.autocast(device, enabled=False):
-        return _Attended.apply(x, *WAYS[way].arranged(kernel, mixing, scales), WAYS[way](geometry))
+        tensors = x, *WAYS[way].arranged(kernel, mixing, scales)
+        if torch.compiler.is_compiling():  # which does not take a Function with rules for vmap and jvp
+            return _conv(*tensors, geometry.size, *geometry.options, way)
+        return _Attended.apply(*tensors, WAYS[way](geometry))
 
 
 class _Attended(Function):
@@ -74,12 +77,7 @@ class _Attended(Function):
 
     @staticmethod
     def forward(x, kernel, mixing, scales, way):
-        shape = len(x), len(kernel), *way.geometry.out_size(x)
-        last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-        layout = torch.channels_last if last else torch.contiguous_format
-        out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
-        way.run(x, kernel, mixing, scales, out)
-        return out
+        return _conv(x, kernel, mixing, scales, way.geometry.size, *way.geometry.options, way.name)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -90,8 +88,10 @@ class _Attended(Function):
     @staticmethod
     def backward(ctx, d_out):
         with torch.autocast(d_out.device.type, enabled=False):
-            gradients = _differentiable_gradients if torch.is_grad_enabled() else _gradients
-            return *gradients(d_out, ctx.saved_tensors, ctx.way, ctx.needs_input_grad[:-1]), None
+            needed = ctx.needs_input_grad[:-1]
+            if torch.is_grad_enabled():
+                return *_differentiable_gradients(d_out, ctx.saved_tensors, ctx.way, needed), None
+            return *_gradients(d_out, ctx.saved_tensors, ctx.way, needed), None
 
     @staticmethod
     def vmap(info, in_dims, *inputs):
@@ -105,15 +105,11 @@ class _Attended(Function):
         return ctx.way.tangent(*tensors, *tangents)
 
 
-def _gradients(d_out: Tensor, tensors: tuple[Tensor, ...], way, needed: tuple[bool, ...]) -> list[Tensor | None]:
-    """What a way writes into, in float32 or more for what is summed over the samples, and then rounded."""
-    x, *others = tensors
-    dx = torch.empty_like(x) if needed[0] else None
-    sums = [torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32)) for t in others if any(needed[1:])]
-    way.gradients(d_out, x, *others, dx, sums)
-    if not sums:
-        return [dx, None, None, None]
-    return [dx, *(total.to(t.dtype) for total, t in zip(sums, others, strict=True))]
+def _gradients(d_out: Tensor, tensors: tuple[Tensor, ...], way: Way, needed: Sequence[bool]) -> list[Tensor | None]:
+    """The gradient of x if it is needed, and all others if any of them is."""
+    x, rest = needed[0], any(needed[1:])
+    found = _conv_backward(d_out, *tensors, way.geometry.size, *way.geometry.options, way.name, x, rest)
+    return [*([] if x else [None]), *found, *([] if rest else [None] * 3)]
 
 
 def _differentiable_gradients(d_out: Tensor, tensors: tuple[Tensor, ...], way, needed: tuple[bool, ...]):
@@ -127,6 +123,8 @@ def _differentiable_gradients(d_out: Tensor, tensors: tuple[Tensor, ...], way, n
 @dataclass(frozen=True)
 class Chunked(Way):
     """Some samples at a time, a group each; kernels in the usual order, C2, C1/r, r, h w."""
+
+    name = "chunked"
 
     @staticmethod
     def arranged(kernel: Tensor, mixing: Tensor, scales: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -170,6 +168,8 @@ class Chunked(Way):
 class Native(Chunked):
     """By the compiled kernel; everything in the usual order, and dense."""
 
+    name = "native"
+
     def run(self, x: Tensor, kernel: Tensor, mixing: Tensor, scales: Tensor, out: Tensor) -> None:
         with _dense(out) as (place,):
             native.forward(*self.dense(x, kernel, mixing, scales), self.geometry, place)
@@ -178,8 +178,9 @@ class Native(Chunked):
         inputs, rest = self.dense(x, kernel, mixing, scales), (None, None, None)
         if sums:
             rest = sums[0], sums[1].flatten(1).t(), sums[2]
-        with _dense(dx, *rest) as (of_x, *others):
-            native.backward(d_out.contiguous(), inputs, self.geometry, of_x, others if sums else None)
+        with _dense(dx, *rest) as (of_x, of_kernel, of_mixing, of_scales):
+            rest = (of_kernel.flatten(1), of_mixing, of_scales.squeeze(2)) if sums else None
+            native.backward(d_out.contiguous(), inputs, self.geometry, of_x, rest)
 
     def dense(self, x: Tensor, kernel: Tensor, mixing: Tensor, scales: Tensor) -> tuple[Tensor, ...]:
         """Shapes: as `augment_cli.layers.native.attended.forward` wants them."""
@@ -197,7 +198,79 @@ def _dense(*tensors: Tensor | None) -> Iterator[list[Tensor | None]]:
             t.copy_(written)
 
 
-WAYS = {"chunked": Chunked, "unfolded": Unfolded, "static": Static, "native": Native}
+WAYS: dict[str, type[Way]] = {way.name: way for way in (Chunked, Unfolded, Static, Native)}
+
+
+# The operator: its tensors are as the named backend's `arranged` gives them.
+
+
+def _run(x, kernel, mixing, scales, *options) -> Tensor:
+    out = _result(x, kernel, mixing, scales, *options)
+    _way(*options).run(x, kernel, mixing, scales, out)
+    return out
+
+
+def _result(x, kernel, mixing, scales, *options) -> Tensor:
+    shape = x.shape[0], kernel.shape[0], *_way(*options).geometry.out_size(x)
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    layout = torch.channels_last if last else torch.contiguous_format
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+
+
+def _run_backward(d_out, x, kernel, mixing, scales, *options) -> list[Tensor]:
+    """Allocate gradients (sums over the batch in float32 or wider), run the way, cast to the inputs' dtypes."""
+    others, (*options, of_x, of_rest) = (kernel, mixing, scales), options
+    dx = torch.empty_like(x) if of_x else None
+    sums = [torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32)) for t in others if of_rest]
+    _way(*options).gradients(d_out, x, *others, dx, sums)
+    return [*([dx] if of_x else []), *(total.to(t.dtype) for total, t in zip(sums, others, strict=False))]
+
+
+def _gradient_results(d_out, x, kernel, mixing, scales, *options) -> list[Tensor]:
+    *_, of_x, of_rest = options
+    return [torch.empty_like(t) for t in [x] * of_x + [kernel, mixing, scales] * of_rest]
+
+
+def _way(size: list[int], stride: list[int], padding: list[int], dilation: list[int], name: str) -> Way:
+    return WAYS[name](Geometry(tuple(size), tuple(stride), tuple(padding), tuple(dilation)))
+
+
+def _flops(x_shape, kernel_shape, mixing_shape, scales_shape, *_, out_shape, **__) -> int:
+    """The convolution, and the maps of each sample, which a 1x1 convolution of the scales would give."""
+    batch, outputs, rows, columns = out_shape
+    return 2 * (batch * rows * columns * math.prod(kernel_shape) + outputs * math.prod(scales_shape))
+
+
+def _backward_flops(d_out_shape, x_shape, kernel_shape, mixing_shape, scales_shape, *options, **_) -> int:
+    """The convolution again for x and again for its kernels, and the maps for scales and for mixing."""
+    *_, of_x, of_rest = options
+    batch, outputs, rows, columns = d_out_shape
+    convolution, maps = batch * rows * columns * math.prod(kernel_shape), outputs * math.prod(scales_shape)
+    return 2 * (of_x * convolution + of_rest * (convolution + 2 * maps))
+
+
+_OPTIONS = "int[] size, int[] stride, int[] padding, int[] dilation, str backend"
+_TENSORS = "Tensor x, Tensor kernel, Tensor mixing, Tensor scales"
+_conv = operator(f"attended_conv({_TENSORS}, {_OPTIONS}) -> Tensor", _run, _result, _flops)
+_conv_backward = operator(
+    f"attended_conv_backward(Tensor d_out, {_TENSORS}, {_OPTIONS}, bool of_x, bool of_rest) -> Tensor[]",
+    _run_backward,
+    _gradient_results,
+    _backward_flops,
+)
+
+
+def _save(ctx, inputs, output) -> None:
+    *tensors, ctx.size, ctx.stride, ctx.padding, ctx.dilation, ctx.way = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiated(ctx, d_out: Tensor) -> tuple[Tensor | None, ...]:
+    way, needed = _way(ctx.size, ctx.stride, ctx.padding, ctx.dilation, ctx.way), ctx.needs_input_grad[:4]
+    return *_gradients(d_out, ctx.saved_tensors, way, needed), *[None] * 5
+
+
+differentiate("attended_conv", _differentiated, _save)
 
 
 def fastest_way(x: Tensor, kernel: Tensor, geometry: Geometry, groups: int) -> str:

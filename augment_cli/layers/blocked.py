@@ -14,7 +14,10 @@ How it is arranged, and why:
   weights.
 - The largest logit of a query is looked for and subtracted only if the sums of the weights, looked at afterwards, show
   that it has to be: the sums tell exactly, at a hundredth of the cost of looking for it.
-- The backward pass makes each block again from the saved log-sum-exp.
+- The backward pass makes each block again. A query's weights are 2^(logit - shift) / sum, and shift and sum are kept
+  apart: one float32 log-sum-exp of magnitude 10^8 is rounded to a multiple of 8, which would make the weights wrong by
+  factors. Subtracted from a weight's gradient is the weighted mean of the same numbers, so that where one key has all
+  the weight the gradient of its logit is zero, and not a rounding error that the queries multiply.
 - Blocks are made in a place that a thread keeps: fresh memory has to be given to the process page by page, which can
   take longer than the arithmetic. Two blocks of the largest call so far are kept; `free_blocks` gives them back.
 """
@@ -26,9 +29,9 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from augment_cli.layers.first_order import FirstOrder, Gradients
+from augment_cli.layers.dispatch import operator
+from augment_cli.layers.first_order import FirstOrder, Gradients, has_tangents
 from augment_cli.layers.relative import by_position
 
 BLOCK_BYTES = 1_600_000
@@ -63,35 +66,34 @@ def blocked_relative_attention(
     maps = (_channels_first(t.to(dtype)) for t in (q, k, v))
     tables = (by_position(t.to(dtype) * scale, s) for t, s in ((rel_height, height), (rel_width, width)))
     inputs = *maps, *tables, size, scale, block_bytes
-    if torch.is_grad_enabled() or _has_tangents(q, k, v, rel_height, rel_width):
-        out, _ = _Attention.apply(*inputs)
+    if torch.is_grad_enabled() or has_tangents(q, k, v, rel_height, rel_width):
+        out, _, _ = _Attention.apply(*inputs)
     else:  # nothing to gain by a Function, whose call takes as long as one of the products here
-        out, *_ = _attention(*inputs)
+        out, _, _ = _attention(*inputs)
     return out.view(*q.shape[:2], v.shape[-1], height, width).movedim(2, -1).to(v.dtype)
 
 
 class _Attention(FirstOrder):
     """Attention of prepared maps: `scale` is log2(e) d^(-1/2), tables in absolute positions and scaled by it.
 
-    Shapes: q, k (B, d, HW); v (B, e, HW); tables (H, H, d) and (W, W, d); result (B, e, HW) and the base-2 log-sum-exp
-    of the logits (B, 1, HW).
+    Shapes: q, k (B, d, HW); v (B, e, HW); tables (H, H, d) and (W, W, d); result (B, e, HW); shifts and sums
+    (B, 1, HW).
     """
 
     @staticmethod
     def forward(q, k, v, rel_height, rel_width, size, scale, block_bytes):
-        out, total, peaks = _attention(q, k, v, rel_height, rel_width, size, scale, block_bytes)
-        return out, total.log2() if peaks is None else peaks.add_(total.log2())
+        return _attention(q, k, v, rel_height, rel_width, size, scale, block_bytes)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         *tensors, ctx.size, ctx.scale, ctx.block_bytes = inputs
-        ctx.save_for_backward(*tensors, *output)
-        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(*tensors, *output[1:])
+        ctx.mark_non_differentiable(*output[1:])
 
     @staticmethod
-    def backward(ctx, d_out, _):
+    def backward(ctx, d_out, *_):
         with torch.autocast(d_out.device.type, enabled=False):
-            gradients = _Gradients.apply if torch.is_grad_enabled() else _Gradients.forward
+            gradients = _Gradients.apply if torch.is_grad_enabled() else _attention_backward
             settings = ctx.size, ctx.scale, ctx.block_bytes
             return *gradients(d_out, *ctx.saved_tensors, *settings), None, None, None
 
@@ -100,33 +102,70 @@ class _Gradients(Gradients):
     """Gradients of `_Attention`."""
 
     @staticmethod
-    def forward(d_out, q, k, v, rel_height, rel_width, out, lse, size, scale, block_bytes):
-        grads = torch.empty_like(q), *(torch.zeros_like(t) for t in (k, v, rel_height, rel_width))
-        # The row under d_out meets the row of ones under v: their product is dP - delta in one go.
-        d_out = torch.cat([d_out, -(d_out * out).sum(1, keepdim=True)], dim=1)
-        blocks = _Blocks(q, size, scale, block_bytes)
-        for part in blocks.parts():
-            maps = (t[part] for t in (d_out, lse, q, k, v))
-            _attend_backward(*maps, rel_height, rel_width, blocks, *(t[part] for t in grads[:3]), *grads[3:])
-        return grads
+    def forward(*inputs):
+        return _attention_backward(*inputs)
 
 
-def _attention(q, k, v, rel_height, rel_width, size, scale, block_bytes) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The result, and of every query the sum of its weights and the logit that they are relative to, or None for 0.
+def _run(q, k, v, rel_height, rel_width, size, scale, block_bytes) -> tuple[Tensor, Tensor, Tensor]:
+    """The result, and of every query the base-2 logit that its weights are relative to, and the sum of these.
 
-    Shapes: as for `_Attention`; sums and logits (B, 1, HW).
+    Shapes: as for `_Attention`.
     """
     maps = q, k, _with_ones(v)
-    sums, peaks = torch.empty_like(maps[2]), None
+    sums = torch.empty_like(maps[2])
     out, total = sums[:, :-1], sums[:, -1:]
     blocks = _Blocks(q, size, scale, block_bytes)
     for part in blocks.parts():
         _attend(*(t[part] for t in maps), rel_height, rel_width, blocks, sums[part])
-    if total.numel() and not _is_safe(total):
-        peaks = torch.empty_like(total)
-        for part in blocks.parts():
-            _attend(*(t[part] for t in maps), rel_height, rel_width, blocks, sums[part], peaks[part])
-    return out / total, total, peaks
+    if not total.numel() or _is_safe(total):
+        mantissas, exponents = total.frexp()
+        return out / total, exponents.to(total.dtype), mantissas
+    peaks = torch.empty_like(total)
+    for part in blocks.parts():
+        _attend(*(t[part] for t in maps), rel_height, rel_width, blocks, sums[part], peaks[part])
+    return out / total, peaks, total.contiguous()
+
+
+def _run_backward(d_out, q, k, v, rel_height, rel_width, shifts, sums, size, scale, block_bytes) -> tuple[Tensor, ...]:
+    """Gradients of the five inputs. Shapes: as for `_Attention`."""
+    grads = torch.empty_like(q), *(torch.zeros_like(t) for t in (k, v, rel_height, rel_width))
+    d_out = d_out / sums
+    blocks = _Blocks(q, size, scale, block_bytes)
+    for part in blocks.parts():
+        maps = (t[part] for t in (d_out, shifts, sums, q, k, v))
+        _attend_backward(*maps, rel_height, rel_width, blocks, *(t[part] for t in grads[:3]), *grads[3:])
+    return grads
+
+
+def _results(q, k, v, *_) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(v), torch.empty_like(q[:, :1]), torch.empty_like(q[:, :1])
+
+
+def _gradient_results(d_out, q, k, v, rel_height, rel_width, *_) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(t) for t in (q, k, v, rel_height, rel_width))
+
+
+def _flops(q_shape, k_shape, v_shape, height_shape, width_shape, *_, **__) -> int:
+    """Products of queries with keys and with rows of the tables, and of weights with values."""
+    heads, d, positions = q_shape
+    return 2 * heads * positions * (positions * (d + v_shape[1]) + (height_shape[0] + width_shape[0]) * d)
+
+
+def _backward_flops(d_out_shape, *inputs, **_) -> int:
+    """A product has two in its derivative. What the blocks make again is not counted."""
+    return 2 * _flops(*inputs)
+
+
+_SETTINGS = "int[] size, float scale, int block_bytes"
+_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor rel_height, Tensor rel_width"
+_attention = operator(f"blocked_attention({_INPUTS}, {_SETTINGS}) -> (Tensor, Tensor, Tensor)", _run, _results, _flops)
+_attention_backward = operator(
+    f"blocked_attention_backward(Tensor d_out, {_INPUTS}, Tensor shifts, Tensor sums, {_SETTINGS}) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _run_backward,
+    _gradient_results,
+    _backward_flops,
+)
 
 
 def _is_safe(total: Tensor) -> bool:
@@ -152,20 +191,25 @@ def _attend(q, k, v, rel_height, rel_width, blocks, sums, peaks=None) -> None:
         torch.bmm(v_, block.exp2_(), out=sums_)
 
 
-def _attend_backward(d_out, lse, q, k, v, rel_height, rel_width, blocks, dq, dk, dv, d_rel_height, d_rel_width) -> None:
+def _attend_backward(
+    d_out, shifts, sums, q, k, v, rel_height, rel_width, blocks, dq, dk, dv, d_rel_height, d_rel_width
+) -> None:
     """Write the gradient of some heads' queries; add to those of their keys and values, and of the tables.
 
-    Shapes: as for `_attend`; d_out (b, e + 1, HW), its last row -delta; gradients as what they are of.
+    Shapes: as for `_attend`; d_out (b, e, HW), divided by sums; shifts, sums (b, 1, HW); gradients as what they are of.
     """
     lines = _by_row(q, blocks.size), _by_column(q, blocks.size)
     rows, columns = _relative_logits(*lines, rel_height, rel_width, blocks.size)
     d_rows, d_columns = torch.empty_like(rows), torch.empty_like(columns)
-    weighted = _with_ones(v).mul_(1 / _LOG2_E).transpose(1, 2)  # logits are in units of ln 2: so are their gradients
-    of_keys, of_queries = (k, weighted, dk, dv), (d_out, q, rows.sub_(lse), columns, dq, d_rows, d_columns)
-    for (k_, v_, dk_, dv_), (d_out_, q_, rows_, columns_, dq_, *d_lines) in blocks.split(of_keys, of_queries):
-        weights = blocks.logits(q_, k_, rows_, columns_).exp2_()
-        dv_.baddbmm_(d_out_[:, :-1], weights.transpose(1, 2))
+    values = v.transpose(1, 2) * (1 / _LOG2_E)  # logits are in units of ln 2: so are their gradients
+    of_keys, of_queries = (k, values, dk, dv), (d_out, shifts, sums, q, rows, columns, dq, d_rows, d_columns)
+    for (k_, v_, dk_, dv_), (d_out_, shifts_, sums_, q_, rows_, columns_, dq_, *d_lines) in blocks.split(
+        of_keys, of_queries
+    ):
+        weights = blocks.logits(q_, k_, rows_, columns_).sub_(shifts_).exp2_()  # times sums
+        dv_.baddbmm_(d_out_, weights.transpose(1, 2))
         d_logits = torch.bmm(v_, d_out_, out=blocks.like(weights)).mul_(weights)
+        d_logits.addcmul_(weights, d_logits.sum(1, keepdim=True).div_(sums_), value=-1)
         torch.baddbmm(dq_, k_, d_logits, beta=0, alpha=blocks.scale, out=dq_)
         dk_.baddbmm_(q_, d_logits.transpose(1, 2), alpha=blocks.scale)
         for d_line, across in zip(d_lines, (2, 1), strict=True):
@@ -291,12 +335,6 @@ def _from_rows(lines: Tensor, size: tuple[int, int]) -> Tensor:
 def _from_columns(lines: Tensor, size: tuple[int, int]) -> Tensor:
     """What `_by_column` took. Shapes: (W, c, b H) to (b, c, HW)."""
     return lines.unflatten(2, (-1, size[0])).permute(2, 1, 3, 0).flatten(2)
-
-
-def _has_tangents(*tensors: Tensor) -> bool:
-    """Whether forward mode, or a transform of torch.func, looks on."""
-    transformed = torch._C._are_functorch_transforms_active()
-    return transformed or any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
 def _with_ones(v: Tensor) -> Tensor:

@@ -1,6 +1,8 @@
 """Functions whose first derivatives are all that there is, and which say so."""
 
-from torch.autograd import Function
+import torch
+from torch import Tensor
+from torch.autograd import Function, forward_ad
 
 WAY_OUT = "use augment_cli.layers.attention.relative_attention, which computes the same from differentiable operations"
 
@@ -26,4 +28,15 @@ class Gradients(FirstOrder):
 
     @staticmethod
     def backward(ctx, *grads):
-        raise RuntimeError(f"this way of attention has no second derivatives; {WAY_OUT}")
+        refuse_second_derivatives()
+
+
+def refuse_second_derivatives(*_) -> None:
+    raise RuntimeError(f"this way of attention has no second derivatives; {WAY_OUT}")
+
+
+def has_tangents(*tensors: Tensor) -> bool:
+    """Whether forward mode, or a transform of torch.func, looks on."""
+    if torch._C._are_functorch_transforms_active():
+        return True
+    return any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)

@@ -1,6 +1,7 @@
 """A convolution with one kernel for every sample, from operations that have derivatives of every order."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -62,6 +63,7 @@ def as_channels(x: Tensor) -> Tensor:
 class Way:
     """An order of the kernel's axes in which factors broadcast, and what is done with the samples."""
 
+    name: ClassVar[str]
     geometry: Geometry
 
     def differentiable(self, x: Tensor, kernel: Tensor, mixing: Tensor, scales: Tensor) -> Tensor:

@@ -13,8 +13,13 @@ def average_pool(x: Tensor, stride: tuple[int, int]) -> Tensor:
 
 
 def _depthwise_is_faster(x: Tensor) -> bool:
-    """On a processor torch pools channels-first maps without vector instructions, at half a convolution's speed."""
+    """On a processor torch pools channels-first maps without vector instructions, at half a convolution's speed.
+
+    A dispatch mode is shown the pooling, so that a counter of FLOPs does not count a convolution.
+    """
     if torch.compiler.is_compiling() or type(x) is not Tensor or x.device.type != "cpu":
+        return False
+    if torch._C._len_torch_dispatch_stack():
         return False
     exact = x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled("cpu")
     return exact and x.is_contiguous() and x.numel() > 0

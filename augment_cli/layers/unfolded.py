@@ -64,6 +64,8 @@ class _InUnfoldings:
 class Unfolded(_InUnfoldings, Way):
     """A sample by products of two matrices, K_n formed some rows at a time in a place that all of them share."""
 
+    name = "unfolded"
+
     def run(self, x: Tensor, kernel: Tensor, mixing: Tensor, scales: Tensor, out: Tensor) -> None:
         place = self.place(kernel)
         for chunk in self.chunks(x, kernel):
@@ -112,6 +114,8 @@ class Unfolded(_InUnfoldings, Way):
 @dataclass(frozen=True)
 class Static(_InUnfoldings, Way):
     """Samples together: U by K and A2 U by s K."""
+
+    name = "static"
 
     def run(self, x: Tensor, kernel: Tensor, mixing: Tensor, scales: Tensor, out: Tensor) -> None:
         flat, mixed = (t.flatten(1).to(x.dtype) for t in (kernel, kernel * mixing))

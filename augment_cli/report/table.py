@@ -10,6 +10,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from augment_cli.console import Terminal
 from augment_cli.report.folding import Line, fold, fold_names, unfolded
 from augment_cli.report.numbers import Change, Limit, Report
 from augment_cli.report.provenance import VARIANTS, fidelity
@@ -20,12 +21,12 @@ from augment_cli.report.units import (
     error,
     kernel,
     percent,
-    plain,
     share,
     signed_amount,
     size,
     span,
 )
+from augment_cli.terminal import plain
 
 _NAMES_SHOWN = 4
 
@@ -47,7 +48,7 @@ def table(report: Report, full: bool = False) -> RenderableType:
 def plain_table(report: Report, full: bool = False, width: int = 120) -> str:
     """The same as text, for a file."""
     stream = io.StringIO()
-    Console(file=stream, width=width, color_system=None).print(table(report, full))
+    Terminal(file=stream, width=width, color_system=None).print(table(report, full))
     return "".join(f"{line.rstrip()}\n" for line in stream.getvalue().splitlines())
 
 

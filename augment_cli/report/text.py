@@ -11,7 +11,8 @@ from typing import Any
 from augment_cli.report.folding import fold_names
 from augment_cli.report.numbers import Change, Limit, Report, SiteRow
 from augment_cli.report.provenance import fidelity
-from augment_cli.report.units import UNITS, amount, counted, error, kernel, percent, plain, share, signed_amount, size
+from augment_cli.report.units import UNITS, amount, counted, error, kernel, percent, share, signed_amount, size
+from augment_cli.terminal import plain
 
 SCHEMA = 1
 
@@ -94,6 +95,7 @@ def _csv_row(site: SiteRow) -> dict[str, Any]:
         row |= {f"{key}_before": change.before, f"{key}_after": change.after, f"{key}_delta": change.delta}
         del row[key]
     record, alone = row.pop("inheritance"), row.pop("sensitivity")
+    row["name"] = cell(row["name"])
     return row | {
         "inheritance": record.kind if record else None,
         "filters_kept": record.kept if record else None,
@@ -103,6 +105,16 @@ def _csv_row(site: SiteRow) -> dict[str, Any]:
         "agreement_alone": alone.agreement if alone else None,
         "divergence_alone": alone.divergence if alone else None,
     }
+
+
+def cell(text: str) -> str:
+    """Text for a cell of a CSV file, which a spreadsheet shows and does not compute.
+
+    >>> cell("=1+1"), cell("layer1.0.conv1")
+    ("'=1+1", 'layer1.0.conv1')
+    """
+    text = plain(text)
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
 
 
 def to_markdown(report: Report) -> str:

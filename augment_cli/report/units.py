@@ -96,8 +96,3 @@ def kernel(kernel_size: tuple[int, int], stride: tuple[int, int]) -> str:
 
 def counted(number: int, singular: str, plural: str | None = None) -> str:
     return f"{number:,} {singular if number == 1 else plural or singular + 's'}"
-
-
-def plain(text: str) -> str:
-    """A name from outside without control characters, which a terminal or a browser might obey."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

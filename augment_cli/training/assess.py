@@ -10,6 +10,8 @@ from accelerate.utils import gather_object
 from augment_cli.dataset import open_dataset
 from augment_cli.errors import AugmentError
 from augment_cli.files import write_file
+from augment_cli.seeds import preserved
+from augment_cli.training.accelerators import one_accelerator
 from augment_cli.training.data import Data, data_config, evaluation_loader
 from augment_cli.training.evaluate import Scores, evaluate
 from augment_cli.training.models import Opened, label_names, open_companion, open_model
@@ -30,6 +32,8 @@ class Assessment:
     against: str | None = None
     against_checkpoint: Path | None = None
     confusion: bool = False
+    input_key: str | None = None
+    target_key: str | None = None
     img_size: tuple[int, int] | None = None
     batch_size: int = 64
     workers: int = 4
@@ -39,11 +43,12 @@ class Assessment:
 
 @dataclass(frozen=True)
 class Result:
-    """Scores, the names of the classes, and the images that could not be read."""
+    """Scores, the names of the classes, the images that could not be read, and which weights of a checkpoint."""
 
     scores: Scores
     classes: list[str]
     corrupt: list[str]
+    weights: str | None = None
 
 
 def assess(asked: Assessment) -> Result | None:
@@ -52,7 +57,11 @@ def assess(asked: Assessment) -> Result | None:
     Raises:
         AugmentError: as of opening model and data; or models and data of different numbers of classes.
     """
-    accelerator = Accelerator(cpu=asked.cpu)
+    with preserved(), one_accelerator(cpu=asked.cpu) as accelerator:
+        return _assess(asked, accelerator)
+
+
+def _assess(asked: Assessment, accelerator: Accelerator) -> Result | None:
     opened = open_model(asked.model, pretrained=asked.pretrained, weights=asked.checkpoint, args=asked.model_args)
     data = _data(asked, opened)
     other = _other(asked, opened)
@@ -66,12 +75,14 @@ def assess(asked: Assessment) -> Result | None:
         num_classes=opened.num_classes if asked.confusion else None,
     )
     corrupt = sorted(set(gather_object(data.corrupt_names())))
-    return Result(scores, _names(data, opened), corrupt) if accelerator.is_main_process else None
+    result = Result(scores, _names(data, opened), corrupt, opened.weights)
+    return result if accelerator.is_main_process else None
 
 
 def _data(asked: Assessment, opened: Opened) -> Data:
     classes = _read_map(asked.class_map) if asked.class_map else label_names(asked.model)
     options = {"root": asked.data_root, "on_corrupt": asked.on_corrupt, "channels": opened.input_size[0]}
+    options |= {"input_key": asked.input_key, "target_key": asked.target_key}
     data = open_dataset(asked.data, split=asked.split, classes=classes, **options)
     if data.classes is not None and len(data.classes) != opened.num_classes:
         raise AugmentError(
@@ -118,10 +129,13 @@ def write_confusion(result: Result, path: Path) -> None:
 def _write_csv(path: Path, result: Result) -> None:
     import csv
 
+    from augment_cli.report.text import cell
+
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["true \\ predicted", *result.classes])
-        for name, row in zip(result.classes, result.scores.confusion.tolist(), strict=True):
+        names = [cell(name) for name in result.classes]
+        writer.writerow(["true \\ predicted", *names])
+        for name, row in zip(names, result.scores.confusion.tolist(), strict=True):
             writer.writerow([name, *row])
 
 

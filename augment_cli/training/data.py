@@ -1,6 +1,8 @@
 """The data sets of a run and their loaders: timm makes a loader, accelerate shares it out among the processes."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader
 
+from augment_cli import signals
 from augment_cli.dataset import Images, ImageStream, open_dataset
 from augment_cli.errors import AugmentError
 from augment_cli.seeds import derive
@@ -41,6 +44,8 @@ def open_splits(settings: Settings, channels: int) -> Splits:
         "download": settings.download,
         "batch_size": settings.batch_size,
         "seed": settings.seed,
+        "input_key": settings.input_key,
+        "target_key": settings.target_key,
     }
     train = open_dataset(settings.data, split=settings.train_split, is_training=True, **options)
     if settings.hold_out:
@@ -117,7 +122,7 @@ def _loader(data: Data, batch_size: int, workers: int, config: dict[str, Any], *
     if isinstance(data, ImageStream):
         data.set_loader_cfg(num_workers=workers)
     keys = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
-    return create_loader(
+    loader = create_loader(
         data,
         config["input_size"],
         batch_size,
@@ -128,6 +133,14 @@ def _loader(data: Data, batch_size: int, workers: int, config: dict[str, Any], *
         persistent_workers=False,  # workers started anew see the epoch that their data set was told
         pin_memory=torch.cuda.is_available(),
     )
+    loader.worker_init_fn = partial(_begin_worker, loader.worker_init_fn)
+    return loader
+
+
+def _begin_worker(seed: Callable[[int], None], worker_id: int) -> None:
+    """Leave signals to the main process, which goes on for a batch, and ends its workers then."""
+    seed(worker_id)
+    signals.ignore()
 
 
 def place(loader: DataLoader, accelerator: Accelerator, seed: int | None = None) -> DataLoader:

@@ -1,6 +1,8 @@
 """The loop: batches, epochs, checkpoints."""
 
 import time
+from collections.abc import Iterable
+from contextlib import ExitStack, nullcontext
 
 import torch
 from accelerate.data_loader import skip_first_batches
@@ -10,14 +12,16 @@ from torch import Tensor, nn
 from augment_cli.errors import AugmentError
 from augment_cli.files import write_file
 from augment_cli.seeds import seed_all
+from augment_cli.signals import Stopped, held, pending, stop
 from augment_cli.training import state
-from augment_cli.training.evaluate import evaluate
+from augment_cli.training.evaluate import Scores, evaluate
+from augment_cli.training.folder import STATE
 from augment_cli.training.history import best_row, write_history
 from augment_cli.training.loss import Distillation
 from augment_cli.training.meter import Diverged
 from augment_cli.training.models import logits_of, write_trained
 from augment_cli.training.progress import Reporter
-from augment_cli.training.run import Run, contents
+from augment_cli.training.run import Run, contents, freeze_carried
 from augment_cli.training.settings import parse_interval
 
 # Batches between two looks at the losses, which wait for the device.
@@ -27,19 +31,38 @@ _LOOK = 10
 def train(run: Run, reporter: Reporter) -> None:
     """Train to the last epoch, and leave every file of the run written.
 
+    A signal ends it after the batch it is in, with a checkpoint.
+
     Raises:
         AugmentError: a loss that is no number, an image that cannot be read, a disk that is full.
+        Stopped: a signal, as `signals.install` has them.
     """
     reporter.begin(run.settings.epochs, len(run.train), run.epoch, run.batch)
-    while run.epoch < run.settings.epochs:
-        try:
-            train_epoch(run, reporter)
-        except Diverged as error:
-            raise AugmentError(
-                f"{error}; {describe_saved(run)} is kept in {run.folder}. A lower --lr, a longer --warmup-epochs or "
-                f"--precision bf16 in place of fp16 may help"
-            ) from error
-        finish_epoch(run, reporter)
+    several = run.accelerator.num_processes > 1
+    with held() if several else nullcontext():  # they stop together, or wait for each other forever
+        while run.epoch < run.settings.epochs and not _out_of_patience(run):
+            try:
+                train_epoch(run, reporter)
+                scores = _validate(run)
+            except Diverged as error:
+                raise AugmentError(
+                    f"{error}; {describe_saved(run)} is kept in {run.folder}. A lower --lr, a longer --warmup-epochs "
+                    f"or --precision bf16 in place of fp16 may help"
+                ) from error
+            except Stopped:
+                with held():
+                    run.meter.look(run.batch, f"at epoch {run.epoch + 1}")
+                    save_state(run)
+                raise
+            with held():
+                finish_epoch(run, scores, reporter)
+    if run.epoch < run.settings.epochs:
+        reporter.say(f"stopped after epoch {run.epoch}: no better top-1 for {run.settings.patience} epochs")
+
+
+def _out_of_patience(run: Run) -> bool:
+    best = best_row(run.history)
+    return bool(best and run.settings.patience) and run.epoch - best["epoch"] >= run.settings.patience
 
 
 def describe_saved(run: Run) -> str:
@@ -51,27 +74,46 @@ def train_epoch(run: Run, reporter: Reporter) -> None:
     """What is left of an epoch."""
     begun = time.monotonic() - run.seconds
     _set_mode(run)
+    _set_trained(run)
     _set_epoch(run)
     checkpoints = _Clock(run)
     seen = run.batch
-    for images, labels in skip_first_batches(run.train, run.batch) if run.batch else run.train:
-        _train_batch(run, images, labels)
-        run.batch += 1
-        last = run.batch == len(run.train)
-        if last or run.batch % _LOOK == 0:
-            seen = _look(run, reporter, seen, len(labels))
-        if run.accelerator.sync_gradients and not last and checkpoints.due():
-            seen = _look(run, reporter, seen, len(labels))
+    with ExitStack() as group:  # a signal waits until a group of accumulated batches is whole
+        for images, labels in _batches_left(run):
+            group.enter_context(held())
+            _train_batch(run, images, labels)
+            run.batch += 1
             run.seconds = time.monotonic() - begun
-            save_state(run)
-    run.seconds = time.monotonic() - begun
+            whole, last = run.accelerator.sync_gradients, run.batch == len(run.train)
+            due = whole and not last and checkpoints.due()
+            if last or due or run.batch % _LOOK == 0:
+                seen = _look(run, reporter, seen, len(labels))
+            if due:
+                save_state(run)
+            if whole:
+                group.close()
+
+
+def _batches_left(run: Run) -> Iterable[tuple[Tensor, Tensor]]:
+    if run.batch == len(run.train):
+        return ()
+    return skip_first_batches(run.train, run.batch) if run.batch else run.train
 
 
 def _look(run: Run, reporter: Reporter, seen: int, size: int) -> int:
     run.meter.look(run.batch, f"at epoch {run.epoch + 1}")
     images = (run.batch - seen) * size * run.accelerator.num_processes
     reporter.advance(run.epoch, run.batch, images, run.meter)
+    _stop_together(run)
     return run.batch
+
+
+def _stop_together(run: Run) -> None:
+    """Stop several processes at the same batch, whichever of them got a signal."""
+    if run.accelerator.num_processes > 1 and run.accelerator.sync_gradients:
+        asked = torch.tensor(float(pending()), device=run.accelerator.device)
+        if run.accelerator.reduce(asked, reduction="sum").item():
+            stop()
 
 
 def _set_mode(run: Run) -> None:
@@ -80,6 +122,14 @@ def _set_mode(run: Run) -> None:
         for module in run.model.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()
+
+
+def _set_trained(run: Run) -> None:
+    """Compute no gradients for what was carried over in the epochs of --new-first."""
+    model = run.accelerator.unwrap_model(run.model, keep_fp32_wrapper=False)
+    changed = freeze_carried(model, run.kinds, frozen=run.epoch < run.settings.new_first)
+    if changed and run.accelerator.num_processes > 1:  # DDP expects the gradients that it was made with
+        run.model = run.accelerator.prepare_model(model)
 
 
 def _set_epoch(run: Run) -> None:
@@ -99,8 +149,8 @@ def _train_batch(run: Run, images: Tensor, labels: Tensor) -> None:
         logits = logits_of(run.model, mixed)
         loss = _loss(run, mixed, logits, targets)
         accelerator.backward(loss)
-        if accelerator.sync_gradients:
-            _before_update(run)
+        if accelerator.sync_gradients and settings.clip_grad:
+            accelerator.clip_grad_norm_(run.model.parameters(), settings.clip_grad)
         run.optimizer.step()
         run.optimizer.zero_grad()
     run.meter.add(loss, logits, labels)
@@ -109,6 +159,12 @@ def _train_batch(run: Run, images: Tensor, labels: Tensor) -> None:
         run.scheduler.step_update(run.updates)
         if run.ema is not None:
             run.ema.update(accelerator.unwrap_model(run.model), step=run.updates)
+        if settings.log_with and run.updates % settings.log_every == 0:
+            accelerator.log({"loss": loss.item(), "lr": _highest_rate(run)}, step=run.updates)
+
+
+def _highest_rate(run: Run) -> float:
+    return max(group["lr"] for group in run.optimizer.param_groups)
 
 
 def _loss(run: Run, images: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
@@ -118,20 +174,13 @@ def _loss(run: Run, images: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
     return run.criterion(logits, targets)
 
 
-def _before_update(run: Run) -> None:
-    """Gradients of what is not trained yet are dropped, so that optimisers leave it alone; the others are clipped."""
-    if run.epoch < run.settings.new_first:
-        for name, parameter in run.accelerator.unwrap_model(run.model).named_parameters():
-            if run.kinds[name] == "carried":
-                parameter.grad = None
-    if run.settings.clip_grad:
-        run.accelerator.clip_grad_norm_(run.model.parameters(), run.settings.clip_grad)
-
-
-def finish_epoch(run: Run, reporter: Reporter) -> None:
-    """Validate, write what there is to show, and the checkpoint last: until it is there, the epoch is done again."""
+def _validate(run: Run) -> Scores:
     _share_statistics(run)
-    scores = evaluate(run.trained, run.val, run.accelerator)
+    return evaluate(run.trained, run.val, run.accelerator)
+
+
+def finish_epoch(run: Run, scores: Scores, reporter: Reporter) -> None:
+    """Write an epoch's results, then the checkpoint. A crash before that repeats the epoch."""
     row = {
         "epoch": run.epoch + 1,
         "train_loss": run.meter.loss,
@@ -139,13 +188,13 @@ def finish_epoch(run: Run, reporter: Reporter) -> None:
         "val_loss": scores.loss,
         "val_top1": scores.top1,
         "val_top5": scores.top5,
-        "lr": max(group["lr"] for group in run.optimizer.param_groups),
+        "lr": _highest_rate(run),
         "seconds": run.seconds,
     }
     run.history.append(row)
     is_best = best_row(run.history) is row
     reporter.end_epoch(row, is_best)
-    run.accelerator.log({k: v for k, v in row.items() if k != "epoch"}, step=row["epoch"])
+    run.accelerator.log(row, step=run.updates)
     _report_corrupt(run, reporter)
     run.epoch, run.batch, run.seconds, run.meter.sums = run.epoch + 1, 0, 0.0, [0.0, 0.0, 0.0]
     if run.accelerator.is_main_process:
@@ -166,7 +215,7 @@ def _share_statistics(run: Run) -> None:
 def save_state(run: Run) -> None:
     """The checkpoint, from one process; the others wait for it."""
     if run.accelerator.is_main_process:
-        state.write_state(run.folder / state.FILE, contents(run))
+        state.write_state(run.folder / STATE, contents(run))
     run.saved = (run.epoch, run.batch)
     run.accelerator.wait_for_everyone()
 

@@ -1,6 +1,6 @@
 """Start a fine-tuning run in a folder, or go on with the one that is there."""
 
-import shutil
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -8,17 +8,17 @@ from typing import Any
 from accelerate import Accelerator
 
 from augment_cli.errors import AugmentError
-from augment_cli.files import check_output, write_file
-from augment_cli.training import state
+from augment_cli.files import write_file
+from augment_cli.seeds import preserved
+from augment_cli.signals import held
+from augment_cli.training.accelerators import one_accelerator
 from augment_cli.training.engine import describe_saved, save_state, train
+from augment_cli.training.folder import SETTINGS, STATE, TRACKED, check_free, clear
 from augment_cli.training.history import best_row
 from augment_cli.training.models import write_trained
 from augment_cli.training.progress import Reporter
-from augment_cli.training.run import Run, prepare
+from augment_cli.training.run import Run, prepare, read_saved
 from augment_cli.training.settings import Settings
-
-SETTINGS = "settings.json"
-_WRITTEN = (state.FILE, SETTINGS, "summary.csv", "curves.png", "corrupt.txt", "best", "last")
 
 
 def finetune(settings: Settings, *, resume: bool = False, overwrite: bool = False) -> None:
@@ -29,92 +29,68 @@ def finetune(settings: Settings, *, resume: bool = False, overwrite: bool = Fals
     be killed at any time and resumed.
 
     Args:
-        resume: go on from the checkpoint in the folder, which the same settings wrote.
+        resume: go on from the checkpoint in the folder; of its settings, all but `settings.FIXED` may be others now.
         overwrite: replace a run that is there.
 
     Raises:
         AugmentError: anything that the user can put right; what was written before stays.
     """
     folder = Path(settings.output)
-    saved = state.read_state(folder / state.FILE) if resume else None
+    saved = read_saved(folder / STATE) if resume else None
     if not resume:
-        _check_free(folder, overwrite)
-    accelerator = make_accelerator(settings)
-    with Reporter(silent=not accelerator.is_main_process) as reporter:
-        run = prepare(settings, accelerator, saved)
-        _describe(run, reporter, resume)
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            _clear(folder, everything=not resume)
-        if not resume:
-            _begin(run)
-        if settings.tensorboard:
-            accelerator.init_trackers("tensorboard")
-        train(run, reporter)
+        check_free(folder, overwrite, settings.inputs())
+    for name in settings.log_with:
+        if not find_spec(name):
+            raise AugmentError(f"--log-with {name}: the package is not installed; pip install {name}")
+    with preserved(), one_accelerator(**_options(settings)) as made:
+        _finetune(settings, made, saved)
+
+
+def _options(settings: Settings) -> dict[str, Any]:
+    """Device, precision, accumulation and trackers, for accelerate; it finds out about processes itself."""
+    return {
+        "cpu": settings.cpu,
+        "mixed_precision": settings.precision,
+        "gradient_accumulation_steps": settings.accumulate,
+        "step_scheduler_with_optimizer": False,
+        "log_with": list(settings.log_with) or None,
+        "project_dir": settings.output,
+    }
+
+
+def _finetune(settings: Settings, made: Accelerator, saved: dict[str, Any] | None) -> None:
+    folder = Path(settings.output)
+    with Reporter(silent=not made.is_main_process) as reporter:
+        run = prepare(settings, made, saved)
+        _describe(run, reporter, resume=saved is not None)
+        made.wait_for_everyone()
+        with held():
+            _begin(run, new=saved is None)
+        if settings.log_with:
+            made.init_trackers(TRACKED, config=_scalars(settings))
+        try:
+            train(run, reporter)
+        finally:
+            made.end_training()
         best = best_row(run.history)
         reporter.say(f"best: epoch {best['epoch']}, top-1 {best['val_top1']:.2f}%; wrote {folder}")
-    accelerator.end_training()
 
 
-def make_accelerator(settings: Settings) -> Accelerator:
-    """Device, precision, accumulation and processes, as accelerate finds them.
-
-    Raises:
-        AugmentError: a precision that the device does not have, or TensorBoard that is not installed.
-    """
-    if settings.tensorboard:
-        _need_tensorboard()
-    try:
-        return Accelerator(
-            cpu=settings.cpu,
-            mixed_precision=settings.precision,
-            gradient_accumulation_steps=settings.accumulate,
-            step_scheduler_with_optimizer=False,
-            log_with="tensorboard" if settings.tensorboard else None,
-            project_dir=settings.output,
-        )
-    except ValueError as error:
-        raise AugmentError(f"--precision {settings.precision}: {error}") from error
+def _scalars(settings: Settings) -> dict[str, Any]:
+    return {key: value for key, value in asdict(settings).items() if isinstance(value, (bool, int, float, str))}
 
 
-def _need_tensorboard() -> None:
-    if not find_spec("tensorboard"):
-        raise AugmentError("--tensorboard: the package is not installed; pip install 'augment-cli[tensorboard]'")
-
-
-def _check_free(folder: Path, overwrite: bool) -> None:
-    """Refuse a folder with something in it, before any work is done.
-
-    Raises:
-        AugmentError: a run is there, or other files are, or the folder cannot be made.
-    """
-    if folder.is_file():
-        raise AugmentError(f"{folder} is a file: --output names a folder")
-    if (folder / state.FILE).exists() and not overwrite:
-        raise AugmentError(f"{folder} holds a run: --resume {folder} goes on with it, --overwrite starts anew")
-    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
-        raise AugmentError(f"{folder} is not empty: give another --output, or --overwrite")
-    check_output(folder, overwrite=True)
-
-
-def _clear(folder: Path, everything: bool) -> None:
-    """Remove what a killed process left half-written, and with `everything`, an earlier run's files; no others."""
-    names = _WRITTEN if everything else ()
-    for path in [folder / name for name in names] + [p for name in _WRITTEN for p in folder.glob(f".{name}.*.tmp")]:
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-
-
-def _begin(run: Run) -> None:
-    """The folder as it is before the first batch: from now on, the run can be resumed."""
+def _begin(run: Run, new: bool) -> None:
+    """Record the settings; a new run's folder can be resumed before the first batch."""
     if run.accelerator.is_main_process:
+        clear(run.folder, everything=new)
         run.folder.mkdir(exist_ok=True)
         text = run.settings.to_json() + "\n"
         write_file(run.folder / SETTINGS, lambda path: path.write_text(text, encoding="utf-8"))
-        write_trained(run.trained, run.opened, run.folder / "last")
-    save_state(run)
+        if new:
+            write_trained(run.trained, run.opened, run.folder / "last")
+    if new:
+        save_state(run)
 
 
 def _describe(run: Run, reporter: Reporter, resume: bool) -> None:
@@ -126,6 +102,8 @@ def _describe(run: Run, reporter: Reporter, resume: bool) -> None:
         f"{len(splits.val):,} to validate; {images} an update, {run.accelerator.device.type}"
         f"{f', {processes} processes' if processes > 1 else ''}"
     )
+    if run.opened.weights:
+        reporter.say(f"source weights: {run.opened.weights}")
     reporter.say("learning rates: " + "; ".join(_rates(run)))
     if resume:
         done = run.epoch >= settings.epochs

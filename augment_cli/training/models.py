@@ -1,21 +1,22 @@
 """The model of a run: a converted model's file or folder, or a timm model, with a classifier for the data."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from timm.layers import DropPath
 from timm.models import get_model_args
 from torch import nn
 
 from augment_cli import checkpoint, rebuild, source
 from augment_cli.errors import AugmentError
-from augment_cli.files import write_folder
+from augment_cli.files import read_text, write_folder
 from augment_cli.graph import analyze
 from augment_cli.header import WEIGHTS, Header, read_header
-from augment_cli.output import write_model
+from augment_cli.output import write_config, write_model
 from augment_cli.plan import Plan, fit_plan
 from augment_cli.seeds import seed_all
 
@@ -26,8 +27,8 @@ FINETUNED = "fine-tuned on"
 class Opened:
     """A model and what is known of it.
 
-    header: None for a plain timm model. input_size: (channels, height, width). fresh: parameters without weights of
-    their own so far, such as those of a new classifier.
+    header: None for a plain timm model. input_size: (channels, height, width). fresh: parameters that began at random,
+    in this run or one before, such as those of a new classifier. weights: which of a checkpoint's were taken, or None.
     """
 
     model: nn.Module
@@ -35,6 +36,7 @@ class Opened:
     header: Header | None
     input_size: tuple[int, int, int]
     fresh: frozenset[str] = frozenset()
+    weights: str | None = None
 
     @property
     def num_classes(self) -> int:
@@ -71,7 +73,8 @@ def open_model(
     if path.is_dir() and _architecture(path) not in (None, rebuild.NAME):
         return _by_name(f"local-dir:{spec}", True, None, {}, seed)
     header = read_header(path)
-    return Opened(checkpoint.load(path), header.plan.model, header, header.plan.input_size)
+    fresh = frozenset(header.fresh)
+    return Opened(checkpoint.load(path), header.plan.model, header, header.plan.input_size, fresh)
 
 
 def open_companion(spec: str, weights: str | Path | None) -> Opened:
@@ -82,8 +85,8 @@ def open_companion(spec: str, weights: str | Path | None) -> Opened:
 def _architecture(folder: Path) -> str | None:
     """What timm's config.json in a folder says that its model is."""
     try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8"))["architecture"]
-    except (OSError, ValueError, KeyError, TypeError):
+        return json.loads(read_text(folder / "config.json", "config", 2**25))["architecture"]
+    except Exception:  # no file, no JSON, or none of timm's: what opens the model says so
         return None
 
 
@@ -92,10 +95,9 @@ def _by_name(name: str, pretrained: bool, weights: str | Path | None, args: dict
         raise AugmentError("--pretrained and --checkpoint both name weights: give one of them")
     described, _ = source.describe(name, args)
     model = source.create(described, seed, origin=name if pretrained else None)
-    if weights:
-        source.load_checkpoint(model, Path(weights))
+    taken = source.load_checkpoint(model, Path(weights)) if weights else None
     fresh = frozenset() if pretrained or weights else frozenset(n for n, _ in model.named_parameters())
-    return Opened(model, described.name, None, described.input_size, fresh)
+    return Opened(model, described.name, None, described.input_size, fresh, taken)
 
 
 def with_classes(opened: Opened, num_classes: int, seed: int) -> Opened:
@@ -115,7 +117,28 @@ def with_classes(opened: Opened, num_classes: int, seed: int) -> Opened:
         other = timm.create_model(opened.name, **args)
         other.pretrained_cfg = other.default_cfg = opened.model.pretrained_cfg
     fresh = opened.fresh | transfer(opened.model, other)
-    return Opened(other, opened.name, header, opened.input_size, fresh)
+    if header is not None:
+        header = header.model_copy(update={"fresh": tuple(sorted(fresh))})
+    return Opened(other, opened.name, header, opened.input_size, fresh, opened.weights)
+
+
+def with_drop_path(opened: Opened, rate: float) -> Opened:
+    """The model with stochastic depth in training, which rises over the blocks to `rate`.
+
+    Raises:
+        AugmentError: the architecture has none.
+    """
+    args = {**get_model_args(opened.model), "drop_path_rate": rate}
+    name = rebuild.NAME if opened.header is not None else opened.name
+    try:
+        other = timm.create_model(name, **args)
+    except (TypeError, AugmentError) as error:
+        raise AugmentError(f"--drop-path: {opened.name} has no stochastic depth: {error}") from error
+    if not any(isinstance(module, DropPath) for module in other.modules()):
+        raise AugmentError(f"--drop-path: {opened.name} has no stochastic depth")
+    other.load_state_dict(opened.model.state_dict())
+    other.pretrained_cfg = other.default_cfg = opened.model.pretrained_cfg
+    return replace(opened, model=other)
 
 
 def plan_for_classes(plan: Plan, num_classes: int) -> Plan:
@@ -148,11 +171,12 @@ def set_label_names(model: nn.Module, classes: dict[str, int] | None) -> None:
 def label_names(spec: str | Path) -> dict[str, int] | None:
     """Class names to labels, where a model's folder says them."""
     try:
-        config = json.loads((Path(spec) / "config.json").read_text(encoding="utf-8"))
+        config = json.loads(read_text(Path(spec) / "config.json", "config", 2**25))
         names = config["pretrained_cfg"]["label_names"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except Exception:  # no file, no JSON, or none of timm's
         return None
-    return {name: index for index, name in enumerate(names)} if isinstance(names, list) else None
+    known = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    return {name: index for index, name in enumerate(names)} if known else None
 
 
 def write_trained(model: nn.Module, opened: Opened, folder: Path) -> None:
@@ -169,11 +193,10 @@ def write_trained(model: nn.Module, opened: Opened, folder: Path) -> None:
 
 def _fill_plain(folder: Path, model: nn.Module, opened: Opened) -> None:
     from safetensors.torch import save_file
-    from timm.models._hub import save_config_for_hf
 
     tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    save_config_for_hf(model, str(folder / "config.json"), data_config={"input_size": opened.input_size})
+    write_config(model, opened.input_size, folder)
 
 
 def logits_of(model: nn.Module, images: torch.Tensor) -> torch.Tensor:

@@ -11,9 +11,8 @@ from torch import nn
 
 from augment_cli.errors import AugmentError, nearest
 from augment_cli.header import Header
-from augment_cli.layers import AAConv2d, AWConv2d
-from augment_cli.plan import Plan
-from augment_cli.training.models import FINETUNED, Opened
+from augment_cli.surgery import added_parameters
+from augment_cli.training.models import Opened
 from augment_cli.training.settings import Settings
 
 Provenance = Literal["carried", "fitted", "new"]
@@ -23,42 +22,22 @@ _UNDECAYED = ("*.rel_height", "*.rel_width")
 
 
 def provenance(opened: Opened) -> dict[str, Provenance]:
-    """Where each parameter's value comes from, by the parameter's name."""
+    """Where each parameter's value comes from, by the parameter's name; fine-tuning does not change it."""
     kinds: dict[str, Provenance] = {name: "carried" for name, _ in opened.model.named_parameters()}
-    if opened.header is not None and FINETUNED not in opened.header.weights:
+    if opened.header is not None:
         if opened.header.weights.startswith("random"):
             return dict.fromkeys(kinds, "new")
         kinds |= _of_sites(opened.model, opened.header)
     return kinds | dict.fromkeys(opened.fresh, "new")
 
 
-def added_parameters(model: nn.Module, plan: Plan) -> set[str]:
-    """Names of the parameters that the source did not have."""
-    return {
-        f"{site.name}.{name}"
-        for site in plan.sites
-        for module in [model.get_submodule(site.name)]
-        for name, _ in module.named_parameters()
-        if _added(module, name)
-    }
-
-
 def _of_sites(model: nn.Module, header: Header) -> dict[str, Provenance]:
-    kind_of = {record.name: record.kind for record in header.inheritance}
-    kinds = {}
+    fitted = {record.name for record in header.inheritance if record.kind == "fitted"}
+    kinds: dict[str, Provenance] = {}
     for site in header.plan.sites:
-        attention: Provenance = "fitted" if kind_of.get(site.name) == "fitted" else "new"
-        module = model.get_submodule(site.name)
-        kinds |= {f"{site.name}.{name}": attention for name, _ in module.named_parameters() if _added(module, name)}
+        kind: Provenance = "fitted" if site.name in fitted else "new"
+        kinds |= dict.fromkeys(added_parameters(model, site), kind)
     return kinds
-
-
-def _added(module: nn.Module, name: str) -> bool:
-    """Whether a parameter of a replaced convolution is one that its source did not have."""
-    if isinstance(module, AAConv2d):
-        branch, _, rest = name.partition(".")
-        return branch != "conv" or (isinstance(module.conv, AWConv2d) and _added(module.conv, rest))
-    return isinstance(module, AWConv2d) and name.partition(".")[0] not in ("weight", "bias", "standardize")
 
 
 def parameter_groups(model: nn.Module, kinds: dict[str, Provenance], settings: Settings) -> list[dict[str, Any]]:

@@ -3,9 +3,9 @@
 import time
 from types import TracebackType
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from augment_cli.console import Terminal
 from augment_cli.training.history import Row
 from augment_cli.training.meter import Meter
 
@@ -17,7 +17,7 @@ class Reporter:
     """Shows a run's progress; a silent one shows nothing."""
 
     def __init__(self, silent: bool = False) -> None:
-        self.console = Console(stderr=True, quiet=silent)
+        self.console = Terminal(stderr=True, quiet=silent)
         columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(elapsed_when_finished=True))
         self.bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
         self.task = self.bar.add_task("", total=None)
@@ -26,11 +26,13 @@ class Reporter:
         self.images = 0
 
     def __enter__(self) -> "Reporter":
-        self.bar.start()
+        if not self.bar.disable:
+            self.bar.start()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        self.bar.stop()
+        if not self.bar.disable:  # early versions of rich end even a disabled bar with an empty line
+            self.bar.stop()
 
     def say(self, message: str) -> None:
         self.console.print(message, highlight=False, markup=False, soft_wrap=True)

@@ -4,25 +4,37 @@ No random state is kept: every draw is seeded by the run's seed and its place, (
 (epoch, batch, process) for the rest, so that a resumed run draws what an unbroken one does.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from accelerate import Accelerator
+from pydantic import BaseModel, Field, ValidationError
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.utils.data import DataLoader
 
-from augment_cli.errors import AugmentError
+from augment_cli.dataset import ImageStream
+from augment_cli.errors import AugmentError, boundary
+from augment_cli.recipe import describe_errors
 from augment_cli.training import state
 from augment_cli.training.data import Splits, data_config, evaluation_loader, open_splits, training_loader
-from augment_cli.training.history import Row
+from augment_cli.training.folder import STATE
+from augment_cli.training.history import COLUMNS, Row
 from augment_cli.training.loss import Distillation, make_criterion, make_mixup
 from augment_cli.training.meter import Meter
-from augment_cli.training.models import FINETUNED, Opened, open_companion, open_model, set_label_names, with_classes
+from augment_cli.training.models import (
+    FINETUNED,
+    Opened,
+    open_companion,
+    open_model,
+    set_label_names,
+    with_classes,
+    with_drop_path,
+)
 from augment_cli.training.parameters import Provenance, make_optimizer, make_scheduler, provenance
-from augment_cli.training.settings import Settings
+from augment_cli.training.settings import FIXED, Settings, option, settings_of
 
 
 @dataclass
@@ -67,24 +79,35 @@ def prepare(settings: Settings, accelerator: Accelerator, saved: dict[str, Any] 
         AugmentError: model, data or settings that do not go together, or a checkpoint that does not fit.
     """
     opened, splits = _open_both(settings, resumed=saved is not None)
-    kinds = provenance(opened) if saved is None else saved["kinds"]
+    kinds = provenance(opened)
+    if saved is not None:
+        if saved["kinds"].keys() != kinds.keys():
+            raise AugmentError(f"{Path(settings.output) / STATE} is of another model than the run's")
+        kinds = saved["kinds"]
+    if settings.new_first and set(kinds.values()) == {"carried"}:
+        raise AugmentError(f"--new-first: all parameters of {opened.name} are carried over, none would be trained")
     opened = _mark(opened, settings)
     set_label_names(opened.model, splits.classes)
     model = _configured(opened.model, settings, accelerator)
     train, val = _loaders(opened, splits, settings, accelerator)
     if saved is not None:
         _check_saved(saved, settings, accelerator, splits)
-        model.load_state_dict(saved["model"])
+        with boundary(f"{Path(settings.output) / STATE} does not fit the run"):
+            model.load_state_dict(saved["model"])
     optimizer = make_optimizer(model, kinds, settings)
     scheduler = make_scheduler(optimizer, settings, -(-len(train) // settings.accumulate))
     ema = ModelEmaV3(model, decay=settings.ema_decay, use_warmup=True) if settings.ema_decay else None
     mixup = make_mixup(settings, opened.num_classes)
     criterion = _criterion(settings, mixup, opened, accelerator)
+    freeze_carried(model, kinds, frozen=(saved["position"][0] if saved else 0) < settings.new_first)
+    if settings.compile:
+        model.compile()
     model, optimizer = accelerator.prepare(model, optimizer)
     parts = (settings, accelerator, opened, kinds, splits, train, val, model, optimizer, scheduler, ema, criterion)
     run = Run(*parts, mixup, Meter(accelerator))
     if saved is not None:
-        _restore(run, saved)
+        with boundary(f"{run.folder / STATE} does not fit the run"):
+            _restore(run, saved)
     return run
 
 
@@ -98,6 +121,8 @@ def _open_both(settings: Settings, resumed: bool) -> tuple[Opened, Splits]:
     splits = open_splits(settings, opened.input_size[0])
     if not resumed:
         opened = with_classes(opened, count_classes(settings, splits.classes, opened.num_classes), settings.seed)
+    if settings.drop_path:
+        opened = with_drop_path(opened, settings.drop_path)
     splits.train.num_classes = splits.val.num_classes = opened.num_classes
     return opened, splits
 
@@ -170,7 +195,7 @@ def _criterion(settings: Settings, mixup: Any, opened: Opened, accelerator: Acce
 def contents(run: Run) -> dict[str, Any]:
     """All that a checkpoint holds."""
     return {
-        "settings": run.settings.digest(),
+        "settings": asdict(run.settings),
         "processes": run.accelerator.num_processes,
         "images": len(run.splits.train),
         "kinds": run.kinds,
@@ -185,10 +210,53 @@ def contents(run: Run) -> dict[str, Any]:
     }
 
 
+_Number = Annotated[int, Field(ge=0, le=2**53)]
+
+
+class _Saved(BaseModel):
+    """The shape of a checkpoint's contents; what optimisers and models make of theirs, they say themselves."""
+
+    settings: dict[str, Any]
+    processes: _Number
+    images: _Number
+    kinds: dict[str, Provenance]
+    position: tuple[_Number, _Number, _Number]
+    seconds: Annotated[float, Field(ge=0, le=2**53)]
+    sums: Annotated[list[float], Field(min_length=3, max_length=3)]
+    history: list[dict[Literal[*COLUMNS], float]]
+    model: dict[str, Any]
+    ema: dict[str, Any] | None
+    optimizer: dict[str, Any]
+    scaler: dict[str, Any] | None
+
+
+def read_saved(path: Path) -> dict[str, Any]:
+    """A checkpoint's contents, as `contents` gave them.
+
+    Raises:
+        AugmentError: no checkpoint, or not a whole one.
+    """
+    saved = state.read_state(path)
+    try:
+        _Saved.model_validate(saved)
+    except ValidationError as error:
+        raise AugmentError(f"{path} is no checkpoint of a run: {describe_errors(error, _Saved)}") from error
+    return saved
+
+
 def _check_saved(saved: dict[str, Any], settings: Settings, accelerator: Accelerator, splits: Splits) -> None:
-    where = Path(settings.output) / state.FILE
-    if saved["settings"] != settings.digest():
-        raise AugmentError(f"{where} is a checkpoint of another run than settings.json beside it describes")
+    where = Path(settings.output) / STATE
+    before = settings_of(saved["settings"], str(where))
+    if other := next((name for name in FIXED if getattr(before, name) != getattr(settings, name)), None):
+        raise AugmentError(
+            f"{where} is a checkpoint of another run than settings.json beside it describes: {option(other)} was "
+            f"{getattr(before, other)}, and is {getattr(settings, other)}"
+        )
+    if isinstance(splits.train, ImageStream) and saved["position"][1] and before.workers != settings.workers:
+        raise AugmentError(
+            f"{where} was written within an epoch of a stream that {before.workers} workers share: resume with "
+            f"--workers {before.workers}"
+        )
     if saved["processes"] != accelerator.num_processes:
         raise AugmentError(
             f"{where} was written by {saved['processes']} processes, and now there are {accelerator.num_processes}: "
@@ -206,8 +274,27 @@ def _restore(run: Run, saved: dict[str, Any]) -> None:
     run.saved = (run.epoch, run.batch)
     run.seconds, run.history = saved["seconds"], saved["history"]
     run.meter = Meter(run.accelerator, saved["sums"])
-    run.optimizer.load_state_dict(saved["optimizer"])
+    _restore_optimizer(run, saved["optimizer"])
     if run.ema is not None:
         run.ema.module.load_state_dict(saved["ema"])
-    if run.accelerator.scaler is not None:
+    if run.accelerator.scaler is not None and saved["scaler"] is not None:
         run.accelerator.scaler.load_state_dict(saved["scaler"])
+
+
+def _restore_optimizer(run: Run, saved: dict[str, Any]) -> None:
+    """The optimiser's moments are the checkpoint's; its learning rates and weight decay are those of the settings."""
+    own = [{k: v for k, v in group.items() if k != "params"} for group in run.optimizer.param_groups]
+    run.optimizer.load_state_dict(saved)
+    for group, options in zip(run.optimizer.param_groups, own, strict=True):
+        group.update(options)
+    if run.updates:
+        run.scheduler.step_update(run.updates)
+
+
+def freeze_carried(model: nn.Module, kinds: dict[str, Provenance], frozen: bool) -> bool:
+    """Have no gradients computed for carried parameters, or have them again; returns whether that was a change."""
+    parameters = [p for name, p in model.named_parameters() if kinds[name] == "carried"]
+    changed = [p for p in parameters if p.requires_grad is frozen]
+    for parameter in changed:
+        parameter.requires_grad_(not frozen)
+    return bool(changed)

@@ -1,13 +1,14 @@
 """What a fine-tuning run is asked to do: one frozen object, written beside its results. Imports nothing heavy."""
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from augment_cli.errors import AugmentError
+from augment_cli.errors import AugmentError, boundary, nearest
+from augment_cli.files import read_text
 
+TRACKERS = ("tensorboard", "wandb", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab", "trackio")
 SCHEDULES = ("cosine", "tanh", "poly", "step", "wsd", "rsqrt", "constant")
 
 
@@ -32,6 +33,8 @@ class Settings:
     hold_out: float = 0.0
     data_root: str | None = None
     download: bool = False
+    input_key: str | None = None
+    target_key: str | None = None
     img_size: tuple[int, int] | None = None
     workers: int = 4
     on_corrupt: str = "fail"
@@ -67,6 +70,8 @@ class Settings:
     warmup_epochs: float = 1.0
     min_lr: float = 0.0
     ema_decay: float = 0.0
+    drop_path: float = 0.0
+    patience: int = 0
 
     # Learning rates by provenance.
     lr_carried: float = 0.1
@@ -82,9 +87,11 @@ class Settings:
     cpu: bool = False
     channels_last: bool = False
     grad_checkpointing: bool = False
+    compile: bool = False
     seed: int = 0
     checkpoint_every: str | None = None
-    tensorboard: bool = False
+    log_with: tuple[str, ...] = ()
+    log_every: int = 50
 
     def __post_init__(self) -> None:
         for name, least, most in _RANGES:
@@ -97,16 +104,24 @@ class Settings:
             raise AugmentError("--freeze-norm uses no statistics of batches, so that --sync-norm has nothing to do")
         if self.new_first > self.epochs:
             raise AugmentError(f"--new-first {self.new_first} is more than --epochs {self.epochs}")
+        if unknown := next((name for name in self.log_with if name not in TRACKERS), None):
+            raise AugmentError(f"--log-with {unknown}: no such tracker{nearest(unknown, TRACKERS)}")
         parse_interval(self.checkpoint_every)
+
+    def inputs(self) -> list[Path]:
+        """The files and folders that models are read from."""
+        named = (self.model, self.checkpoint, self.teacher, self.teacher_checkpoint)
+        return [Path(name) for name in named if name and Path(name).exists()]
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2)
 
-    def digest(self) -> str:
-        """SHA-256 of the settings but for the folder, which may be moved: by it a checkpoint belongs to a run."""
-        values = {key: value for key, value in asdict(self).items() if key != "output"}
-        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
+FIXED = (
+    *("model", "pretrained", "checkpoint", "model_args", "num_classes", "img_size", "seed"),
+    *("train_split", "hold_out", "batch_size", "accumulate", "opt", "layer_decay", "ema_decay"),
+)
+"""Settings that a checkpoint is made with: a run that is resumed keeps them. All others may be changed."""
 
 _MANY = 10**9
 _RANGES = (
@@ -128,6 +143,18 @@ _RANGES = (
     ("lr_fitted", 0, 1000),
     ("lr_new", 0, 1000),
     ("clip_grad", 0, _MANY),
+    ("weight_decay", 0, 1000),
+    ("momentum", 0, 1),
+    ("warmup_epochs", 0, _MANY),
+    ("min_lr", 0, 1000),
+    ("color_jitter", 0, 100),
+    ("mixup", 0, 1000),
+    ("cutmix", 0, 1000),
+    ("new_first", 0, _MANY),
+    ("seed", 0, 2**63 - 1),
+    ("drop_path", 0, 0.9),
+    ("patience", 0, _MANY),
+    ("log_every", 1, _MANY),
 )
 
 
@@ -154,17 +181,34 @@ def parse_interval(text: str | None) -> tuple[int | None, float | None]:
 def read_settings(path: Path) -> Settings:
     """The settings of an earlier run, from its JSON.
 
+    A setting that the file does not have gets its default, and one that this version does not know is left out: the
+    file may be of an older or a newer version.
+
     Raises:
-        AugmentError: no such file, or not of this version.
+        AugmentError: no such file, no JSON object, or a setting that is missing or not valid.
     """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise AugmentError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    text = read_text(path, "settings")
+    with boundary(f"{path} cannot be read"):
+        data = json.loads(text)
+    return settings_of(data, str(path))
+
+
+def settings_of(data: Any, origin: str) -> Settings:
+    """Settings from a JSON value; `origin` names it in messages.
+
+    Raises:
+        AugmentError: no object, or a setting that is missing or not valid.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    if not isinstance(data, dict):
+        raise AugmentError(f"{origin} holds no settings: it is no JSON object")
     known = {entry.name for entry in fields(Settings)}
-    if not isinstance(data, dict) or (wrong := sorted(data.keys() ^ known)):
-        difference = wrong[0] if isinstance(data, dict) else "no object"
-        raise AugmentError(f"{path} is not of this version of augment-cli: {difference}")
-    if data["img_size"] is not None:
-        data["img_size"] = tuple(data["img_size"])
-    return Settings(**data)
+    values = {key: value for key, value in data.items() if key in known}
+    with boundary(f"{origin} does not hold the settings of a run"):
+        try:
+            return TypeAdapter(Settings).validate_json(json.dumps(values), strict=True)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"]))
+            raise AugmentError(f"{origin} does not hold the settings of a run: {place}: {first['msg']}") from error

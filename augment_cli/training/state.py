@@ -10,12 +10,11 @@ from typing import Any
 
 from torch import Tensor
 
-from augment_cli.errors import AugmentError
+from augment_cli.errors import AugmentError, boundary
 from augment_cli.files import write_file
 
-SCHEMA = 1
+SCHEMA = 2
 KEY = "run"
-FILE = "state.safetensors"
 
 
 def write_state(path: Path, tree: dict[str, Any]) -> None:
@@ -24,19 +23,11 @@ def write_state(path: Path, tree: dict[str, Any]) -> None:
     Raises:
         AugmentError: the disk is full or refuses; the checkpoint before stays.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     tensors: dict[str, Tensor] = {}
     text = json.dumps({"schema": SCHEMA, "tree": _pack(tree, tensors)})
-
-    def write(temporary: Path) -> None:
-        try:
-            save_file(tensors, temporary, metadata={KEY: text})
-        except SafetensorError as error:  # wraps what the disk said
-            raise AugmentError(f"{path} cannot be written: {error}") from error
-
-    write_file(path, write)
+    write_file(path, lambda temporary: save_file(tensors, temporary, metadata={KEY: text}))
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -45,17 +36,19 @@ def read_state(path: Path) -> dict[str, Any]:
     Raises:
         AugmentError: no checkpoint, not whole, or of a newer version.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
-    try:
+    with boundary(f"{path} is no checkpoint of a run"):
         with safe_open(path, "pt") as opened:
             data = json.loads((opened.metadata() or {})[KEY])
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise AugmentError(f"{path} is no checkpoint of a run: {error}") from error
-    if data.get("schema") != SCHEMA:
-        raise AugmentError(f"{path} has schema {data.get('schema')}, and this version reads {SCHEMA}")
-    return _unpack(data["tree"], tensors)
+        schema, tree = data.get("schema"), data.get("tree")
+        if schema != SCHEMA:
+            raise AugmentError(f"{path} has schema {schema}, and this version reads {SCHEMA}")
+        try:
+            return dict(_unpack(tree, tensors))
+        except Exception as error:  # another shape than `_pack` gives
+            raise ValueError("its contents are not whole") from error
 
 
 def _pack(value: Any, tensors: dict[str, Tensor]) -> Any:

@@ -56,8 +56,8 @@ BAD = [
     ([*CONVERT, "-r", "aw", "--set", "budget.params=keep"], "variant aa+aw (recipe aa-aw) saves what AW adds"),
     ([*CONVERT, "--img-size", "big"], "--img-size big: write it as 224, or as HEIGHTxWIDTH"),
     ([*CONVERT, "-a", "num_classes"], "--model-arg num_classes: write it as KEY=VALUE"),
-    ([*CONVERT, "-a", "colour=red"], "test_resnet does not take these arguments"),
-    ([*CONVERT, "-a", "pretrained=true"], "model argument pretrained cannot be set here"),
+    ([*CONVERT, "-a", "colour=red"], "test_resnet cannot be created with {'colour': 'red'}: "),
+    ([*CONVERT, "-a", "pretrained=true"], "pretrained cannot be set"),
     ([*CONVERT, "--checkpoint", "none.pth"], "checkpoint none.pth: no such file"),
     ([*CONVERT, "--checkpoint", "corrupt.pth"], "checkpoint corrupt.pth cannot be read"),
     ([*CONVERT, "--checkpoint", "corrupt.safetensors"], "checkpoint corrupt.safetensors cannot be read"),
@@ -154,7 +154,7 @@ def test_ctrl_c_while_the_file_is_written_leaves_the_old_one(in_tmp, monkeypatch
         save_weights(model, header, path)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("augment_cli.output.save_weights", interrupted)
+    monkeypatch.setattr("augment_cli.checkpoint.save_weights", interrupted)
     result = CliRunner().invoke(app, [*CONVERT, "--overwrite"])
     assert result.exit_code == 130
     assert result.stderr.splitlines()[-1] == "interrupted"
@@ -191,7 +191,7 @@ def test_check_says_when_a_file_is_not_what_its_plan_says(in_tmp):
     with safe_open("m.safetensors", "pt") as opened:
         metadata = opened.metadata()
     data = json.loads(metadata["augment"])
-    data["plan"]["params_after"] += 1
+    data["plan"]["params_before"] += 1
     save_file(load_file("m.safetensors"), "wrong.safetensors", metadata | {"augment": json.dumps(data)})
     result = CliRunner().invoke(app, ["check", "wrong.safetensors"])
     assert result.exit_code == 2

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ pytestmark = pytest.mark.skipif(
     native.instructions is None and os.environ.get("AUGMENT_NATIVE") != "1",
     reason="no kernels were compiled; AUGMENT_NATIVE=1 makes that an error",
 )
+TESTS = "test_native.py", "test_native_calls.py", "test_large_logits.py"
 drawn = settings(derandomize=True, deadline=None, max_examples=80)
 
 
@@ -32,8 +34,9 @@ def test_they_were_compiled():
 
 @pytest.mark.skipif(native.instructions != "AVX512", reason="these are AVX2's already")
 def test_with_avx2_too():
-    """All of this file again, for the instructions that a processor with AVX-512 does not choose."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", __file__]
+    """All of this again, for the instructions that a processor with AVX-512 does not choose."""
+    files = (str(Path(__file__).with_name(name)) for name in TESTS)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", *files]
     done = subprocess.run(command, env={**os.environ, "ATEN_CPU_CAPABILITY": "avx2"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -345,10 +348,10 @@ def test_convolution_holds_a_bounded_amount():
 layers = pytest.mark.parametrize(
     ("layer", "operator"),
     [
-        (partial(AWConv2d, 32, 64, 3, stride=(2, 1), padding=1), "augment_cli.attended"),
+        (partial(AWConv2d, 32, 64, 3, stride=(2, 1), padding=1), "augment_cli.attended_conv"),
         (
             partial(AAConv2d, 32, 32, 3, heads=2, key_channels=16, value_channels=8, resolution=7),
-            "augment_cli.attention",
+            "augment_cli.relative_attention",
         ),
     ],
     ids=["aw", "aa"],
@@ -379,11 +382,12 @@ def test_operators_are_what_torch_wants_of_them(layer, operator):
     q, k, v, *tables = (t.detach().clone().requires_grad_() for t in make_inputs(n=1, heads=1, dtype=torch.float32))
     if "attention" in operator:
         maps = (t.movedim(-1, 2).flatten(3).contiguous().detach().requires_grad_() for t in (q, k, v))
-        torch.library.opcheck(torch.ops.augment_cli.attention.default, (*maps, *tables))
+        torch.library.opcheck(torch.ops.augment_cli.relative_attention.default, (*maps, *tables))
     else:
-        shapes = (2, 32, 5, 6), (32, 32, 3, 3), (2, 32), (2, 2, 3, 3)
+        shapes = (2, 32, 5, 6), (32, 2, 16, 9), (32, 2, 1, 1), (2, 2, 1, 9)
         tensors = (normal(*shape, seed=i, dtype=torch.float32).requires_grad_() for i, shape in enumerate(shapes))
-        torch.library.opcheck(torch.ops.augment_cli.attended.default, (*tensors, [2, 1], [1, 0], [1, 1]))
+        arguments = *tensors, [3, 3], [2, 1], [1, 0], [1, 1], "native"
+        torch.library.opcheck(torch.ops.augment_cli.attended_conv.default, arguments)
 
 
 @layers

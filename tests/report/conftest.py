@@ -1,3 +1,5 @@
+import math
+
 import pytest
 
 from augment_cli.header import Header, Inheritance
@@ -9,11 +11,13 @@ HOSTILE = "<script>alert(1)</script>|`[red]x[/red]`\x1b[31m"
 
 
 def site(name: str, **changed) -> SitePlan:
-    """A 3x3 convolution of 128 channels, attention-augmented; its counts are made up."""
+    """A 3x3 convolution of 128 channels, attention-augmented."""
     attention = {"heads": 8, "key_channels": 160, "value_channels": 8, "attention_pool": 2}
-    counts = {"params_before": 1000, "params_after": 1100, "macs_before": 20_000, "macs_after": 19_000}
     shape = {"in_channels": 128, "out_channels": 128, "kernel_size": (3, 3), "stride": (1, 1), "resolution": (28, 28)}
-    return SitePlan(**{"name": name, "variant": "aa"} | shape | attention | counts | changed)
+    shape |= changed
+    weights = 9 * shape["in_channels"] * shape["out_channels"]
+    counts = {"params_before": weights, "macs_before": weights * math.prod(shape["resolution"])}
+    return SitePlan(**{"name": name, "variant": "aa"} | attention | counts | shape)
 
 
 def attended(name: str, **changed) -> SitePlan:
@@ -25,9 +29,8 @@ def attended(name: str, **changed) -> SitePlan:
 def plan(*sites: SitePlan, skipped: tuple[tuple[str, str], ...] = (), **changed) -> Plan:
     """A plan whose model has 50,000 parameters and 3,000,000,000 multiply-adds besides its sites."""
     totals = {
-        f"{count}_{side}": rest + sum(getattr(entry, f"{count}_{side}") for entry in sites)
+        f"{count}_before": rest + sum(getattr(entry, f"{count}_before") for entry in sites)
         for count, rest in (("params", 50_000), ("macs", 3_000_000_000))
-        for side in ("before", "after")
     }
     recipe = load_recipe("aa")
     values = {"model": "resnet50.a1_in1k", "input_size": (3, 224, 224), "recipe": "aa"} | totals
@@ -57,7 +60,7 @@ def small() -> Plan:
     """Two stages, one site that is unlike the others, three reasons to be skipped."""
     return plan(
         *(site(f"layer3.{i}.conv2") for i in range(6)),
-        site("layer4.0.conv2", stride=(2, 2), resolution=(14, 14), attention_pool=1, params_after=950, key_channels=80),
+        site("layer4.0.conv2", stride=(2, 2), resolution=(14, 14), attention_pool=1, key_channels=80),
         skipped=(
             ("conv1", "stem: reads the image"),
             *((f"layer3.{i}.conv1", "1x1 kernel, the recipe takes 3x3") for i in range(6)),
@@ -89,5 +92,6 @@ def hostile() -> Report:
 @pytest.fixture
 def many() -> Report:
     """As many sites as hrnet_w18 has, no two alike."""
-    made = plan(*(site(f"stage{i % 4}.{i // 40}.block.{i}.conv", params_after=1000 + i) for i in range(270)))
+    splits = [{"key_channels": 8 * (i % 30 + 1), "value_channels": 8 * (i // 30 + 1)} for i in range(270)]
+    made = plan(*(site(f"stage{i % 4}.{i // 40}.block.{i}.conv", **split) for i, split in enumerate(splits)))
     return Report.of(made, header(made))

@@ -71,7 +71,7 @@ def test_many_sites_share_bars_but_have_rows(many: Report):
 
 def test_headline_numbers(report: Report):
     text = to_html(report)
-    for number in ("57.55k", "of 15", "57,550", "\N{MINUS SIGN}550", "6.000G FLOPs", "90%"):
+    for number in ("1.299M", "of 15", "1,298,556", "\N{MINUS SIGN}216,364", "7.558G FLOPs", "90%"):
         assert number in text
 
 

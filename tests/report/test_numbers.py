@@ -11,10 +11,11 @@ from tests.report.conftest import attended, header, plan, site
 
 
 def test_sites_add_up_to_the_change_of_the_model(report: Report):
-    assert report.params == Change(57_000, 57_550)
-    assert report.params.delta == report.sites_params.delta == sum(entry.params.delta for entry in report.sites) == 550
-    assert report.macs.delta == report.sites_macs.delta == -7_000
-    assert report.sites_params.before == 7_000
+    assert report.params == Change(1_082_192, 1_298_556)
+    assert report.params.delta == report.sites_params.delta == sum(entry.params.delta for entry in report.sites)
+    assert report.params.delta == 6 * 33_912 + 12_892
+    assert report.macs.delta == report.sites_macs.delta == 56_328_832
+    assert report.sites_params.before == 7 * 147_456
 
 
 def test_flops_are_twice_the_multiply_adds(report: Report):
@@ -30,7 +31,7 @@ def test_percent_and_ratio():
 
 @pytest.mark.parametrize(
     ("asked", "most", "left"),
-    [("free", None, None), ("keep", 51_000, -100), ("+1%", 51_510, 410), ("60k", 60_000, 8_900)],
+    [("free", None, None), ("keep", 197_456, -33_912), ("+20%", 236_947, 5_579), ("300k", 300_000, 68_632)],
 )
 def test_what_is_left_of_a_budget(asked: str, most: int | None, left: int | None):
     report = Report.of(plan(site("a.conv"), budget=Budget(params=asked)))

@@ -20,9 +20,9 @@ def test_totals_are_all_there(report: Report, width: int, full: bool):
     text = shown(report, width, full)
     assert max(map(len, text.splitlines())) <= width
     lines = {line.split("  ")[0]: line for line in text.splitlines()}
-    assert lines["Parameters"].split()[1:] == ["57,000", "57,550", "+550", "+0.96%", "keep", "-550"]
-    assert "3.000G" in lines["Multiply-adds (MACs)"]
-    assert "6.000G" in lines["FLOPs"]
+    assert lines["Parameters"].split()[1:] == ["1,082,192", "1,298,556", "+216,364", "+20.0%", "keep", "-216,364"]
+    assert "3.779G" in lines["Multiply-adds (MACs)"]
+    assert "7.558G" in lines["FLOPs"]
     assert "FLOPs = 2 x multiply-adds" in text
 
 
@@ -74,4 +74,4 @@ def test_text_for_a_file(report: Report):
     text = plain_table(report)
     assert text.isascii() or set(text) - {"─"} <= set(map(chr, range(128)))
     assert all(line == line.rstrip() for line in text.splitlines())
-    assert "57,550" in text
+    assert "1,298,556" in text

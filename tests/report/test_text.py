@@ -13,14 +13,14 @@ from tests.report.conftest import HOSTILE, header, plan, site
 def test_json_has_the_numbers_as_numbers(report: Report):
     data = json.loads(to_json(report))
     assert data["totals"]["params"] == {
-        "before": 57_000,
-        "after": 57_550,
-        "delta": 550,
-        "percent": pytest.approx(100 * 550 / 57_000),
-        "ratio": pytest.approx(57_550 / 57_000),
+        "before": 1_082_192,
+        "after": 1_298_556,
+        "delta": 216_364,
+        "percent": pytest.approx(100 * 216_364 / 1_082_192),
+        "ratio": pytest.approx(1_298_556 / 1_082_192),
         "budget": "keep",
-        "limit": 57_000,
-        "left": -550,
+        "limit": 1_082_192,
+        "left": -216_364,
     }
     assert data["totals"]["macs"]["limit"] is None
     assert data["totals"]["flops"]["after"] == 2 * data["totals"]["macs"]["after"]
@@ -68,7 +68,7 @@ def test_markdown_has_every_site_and_reason(report: Report):
         assert f"| `{entry.name}` |" in text
     for group in report.skipped:
         assert f"| {len(group.names)} | {group.reason} |" in text
-    assert "57,550" in text
+    assert "1,298,556" in text
     assert "FLOPs = 2 x multiply-adds" in text
 
 

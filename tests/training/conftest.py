@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import timm
-from accelerate.state import AcceleratorState, GradientState, PartialState
+import torch
 from PIL import Image
 from safetensors.torch import save_file
 from typer.testing import CliRunner
@@ -46,17 +46,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A converted model of 1,000 classes for images of 32 x 32, whose source came from a file."""
     folder = tmp_path_factory.mktemp("model")
     path, source = folder / "aa", folder / "source.safetensors"
+    torch.manual_seed(0)
     save_file(timm.create_model("test_resnet").state_dict(), source)
     arguments = ["convert", "test_resnet", "--checkpoint", str(source), "--img-size", "32", "-o", str(path)]
     assert CliRunner().invoke(app, arguments).exit_code == 0
     return path
-
-
-@pytest.fixture(autouse=True)
-def _one_accelerator() -> None:
-    """Each test is a process of its own to accelerate."""
-    for state in (AcceleratorState, PartialState, GradientState):
-        state._reset_state()
 
 
 def short(model: Path | str, images: Path | str, output: Path | str, **changes) -> Settings:

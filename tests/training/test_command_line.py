@@ -97,11 +97,11 @@ def test_a_corrupt_image_ends_the_run_in_one_line(model, images, tmp_path, worke
     assert read_state(tmp_path / "run/state.safetensors")["position"] == [0, 0, 0]
 
 
-def test_tensorboard_that_is_not_installed_is_named(monkeypatch, model, images, tmp_path):
+def test_a_tracker_that_is_not_installed_is_named(monkeypatch, model, images, tmp_path):
     monkeypatch.setattr("augment_cli.training.finetune.find_spec", lambda name: None)
-    result = run("finetune", model, "--data", images, "-o", tmp_path / "run", *QUICK, "--tensorboard")
+    result = run("finetune", model, "--data", images, "-o", tmp_path / "run", *QUICK, "--log-with", "aim")
     assert result.exit_code == 2
-    assert "the package is not installed; pip install 'augment-cli[tensorboard]'" in result.stderr
+    assert "aim: the package is not installed" in result.stderr
 
 
 BAD = [
@@ -109,8 +109,10 @@ BAD = [
     (["finetune", "m"], "--data is missing"),
     (["finetune", "m", "--data", "d"], "--output is missing"),
     (["finetune", "--resume", "none"], "--resume none: no run here that could be resumed"),
-    (["finetune", "--resume", "none", "--lr", "1"], "--resume reads all settings from none: leave out --lr"),
-    (["finetune", "m", "--resume", "none"], "leave out MODEL"),
+    (["finetune", "--resume", "none", "--batch-size", "1"], "--batch-size cannot be another for a run that has begun"),
+    (["finetune", "m", "--resume", "none"], "MODEL cannot be another"),
+    (["finetune", "resnet51", "--data", "d", "-o", "o"], "timm has no model resnet51; did you mean"),
+    (["finetune", "m", "--data", "d", "-o", "o", "--log-with", "wandbb"], "no such tracker; did you mean wandb"),
     (["finetune", "none.safetensors", "--data", "d", "-o", "o"], "none.safetensors: no such file or folder"),
     (["finetune", "test_resnet", "--data", "d", "-o", "o"], "data d: no such folder or file"),
     (["finetune", "test_resnet", "--data", "d", "-o", "a/o"], "a/o cannot be written: there is no folder"),

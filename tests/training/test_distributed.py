@@ -9,6 +9,7 @@ import pytest
 from safetensors.torch import load_file
 
 from augment_cli.training.assess import Assessment, assess
+from augment_cli.training.state import read_state
 from tests.training.conftest import summary
 
 COMMON = ("--epochs", "3", "--workers", "0", "--cpu", "--freeze-norm", "--warmup-epochs", "0", "--opt", "sgd")
@@ -20,16 +21,19 @@ def free_port() -> str:
         return str(s.getsockname()[1])
 
 
-def on_two_processes(*arguments) -> subprocess.CompletedProcess:
+def distributed(*arguments) -> list[str]:
     launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port()]
-    command = [sys.executable, *launch, "-m", "augment_cli", *map(str, arguments)]
+    return [sys.executable, *launch, "-m", "augment_cli", *map(str, arguments)]
+
+
+def on_two_processes(*arguments) -> subprocess.CompletedProcess:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    return subprocess.run(distributed(*arguments), capture_output=True, text=True, check=False, env=environment)
 
 
 def test_two_processes_give_the_losses_of_one_with_twice_the_batch(model, images, tmp_path, command):
     """To rounding, with augmentation, where batch normalisation keeps its statistics."""
-    start = ("finetune", model, "--data", images, *COMMON)
+    start = ("finetune", model, "--data", images, *COMMON, "--new-first", "1")
     assert command(*start, "-b", "8", "-o", tmp_path / "one").exit_code == 0
     two = on_two_processes(*start, "-b", "4", "-o", tmp_path / "two")
     assert two.returncode == 0, two.stderr
@@ -53,3 +57,26 @@ def test_two_processes_validate_the_model_that_they_write(model, images, tmp_pat
     assert two.returncode == 0, two.stderr
     scores = assess(Assessment(str(tmp_path / "run/best"), str(images), workers=0, cpu=True)).scores
     assert float(summary(tmp_path / "run")[1][3]) == pytest.approx(scores.loss, rel=1e-4)
+
+
+def test_two_processes_stop_at_the_same_batch_and_go_on(model, images, tmp_path):
+    """A signal to the launcher; also where it waits in one process only."""
+    options = ("--epochs", "400", "--workers", "0", "--cpu", "-b", "4", "-o", tmp_path / "run")
+    process = subprocess.Popen(
+        distributed("finetune", model, "--data", images, *options),
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    lines = []
+    while not lines or not lines[-1].startswith("epoch 2/"):
+        lines.append(process.stderr.readline())
+        assert lines[-1], lines
+    process.terminate()
+    _, rest = process.communicate(timeout=120)
+    assert f"interrupted; --resume {tmp_path / 'run'} goes on" in rest
+    epoch, batch, _ = read_state(tmp_path / "run/state.safetensors")["position"]
+    assert epoch >= 2 or batch
+    more = on_two_processes("finetune", "--resume", tmp_path / "run", "--epochs", str(epoch + 1))
+    assert more.returncode == 0, more.stderr
+    assert len(summary(tmp_path / "run")) == 1 + epoch + 1

@@ -2,11 +2,14 @@ import csv
 import math
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, TensorDataset
+from typer.testing import CliRunner
 
+from augment_cli.cli import app
 from augment_cli.errors import AugmentError
 from augment_cli.training.assess import Assessment, Result, assess, write_confusion
 from augment_cli.training.evaluate import Scores, evaluate
@@ -106,3 +109,13 @@ def test_a_class_map_says_which_classes_the_data_have(model, images, tmp_path):
     asked = Assessment(str(model), str(images), class_map=tmp_path / "names.txt", confusion=True, workers=0, cpu=True)
     confusion = assess(asked).scores.confusion
     assert confusion.sum(1)[997:].tolist() == [4, 4, 4]
+
+
+def test_which_weights_of_a_checkpoint_were_taken_is_said(tmp_path, images):
+    weights = timm.create_model("test_resnet", num_classes=3).state_dict()
+    torch.save({"state_dict": weights, "state_dict_ema": weights}, tmp_path / "a.pth")
+    arguments = ["--data", str(images), "--checkpoint", str(tmp_path / "a.pth"), "-a", "num_classes=3", "--cpu"]
+    for command in (["evaluate"], ["finetune", "-b", "16", "--epochs", "1", "-o", str(tmp_path / "out")]):
+        result = CliRunner().invoke(app, [*command, "test_resnet", *arguments, "--img-size", "32", "-j", "0"])
+        assert result.exit_code == 0, result.output
+        assert "weights: checkpoint a.pth, the moving average" in result.stderr

@@ -4,12 +4,17 @@ import csv
 import errno
 import json
 import math
+import random
 import shutil
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import timm
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
+from timm.layers import DropPath
 
 import augment_cli
 from augment_cli.errors import AugmentError
@@ -17,6 +22,7 @@ from augment_cli.header import read_header
 from augment_cli.training import engine, state
 from augment_cli.training.assess import Assessment, assess
 from augment_cli.training.finetune import finetune
+from augment_cli.training.models import open_model, with_drop_path
 from augment_cli.training.settings import read_settings
 from tests.training.conftest import configuration, in_process, short, summary, weights
 
@@ -183,13 +189,90 @@ def test_a_teacher_is_believed_more_than_labels_as_its_share_says(tuned, model, 
     assert top1[0.0] < 40
 
 
-def test_tensorboard_gets_every_epoch_when_asked(model, images, tmp_path):
+def test_a_tracker_gets_every_epoch_and_every_so_many_updates(model, images, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    finetune(short(model, images, tmp_path / "run", tensorboard=True))
-    (events,) = (tmp_path / "run/tensorboard").rglob("events.out.*")
-    log = EventAccumulator(str(events.parent)).Reload()
-    assert [event.step for event in log.Scalars("val_top1")] == [1, 2]
+    finetune(short(model, images, tmp_path / "run", log_with=("tensorboard",), log_every=3))
+    log = EventAccumulator(str(tmp_path / "run/augment")).Reload()
+    assert [event.step for event in log.Scalars("val_top1")] == [4, 8]
+    assert [event.value for event in log.Scalars("epoch")] == [1, 2]
+    assert [event.step for event in log.Scalars("loss")] == [3, 6]
+
+
+def test_patience_ends_a_run_that_gets_no_better(model, images, tmp_path, capfd):
+    settings = short(model, images, tmp_path / "run", epochs=6, lr=0.0, patience=2, freeze_norm=True)
+    finetune(settings)
+    assert len(summary(tmp_path / "run")) == 1 + 3
+    assert "no better top-1 for 2 epochs" in capfd.readouterr().err
+    finetune(replace(settings, patience=0, epochs=4), resume=True)
+    assert len(summary(tmp_path / "run")) == 1 + 4
+
+
+def test_drop_path_is_for_training_alone(model, images, tmp_path):
+    for name, rate in (("without", 0.0), ("with", 0.5)):
+        finetune(short(model, images, tmp_path / name, drop_path=rate, epochs=1))
+    assert weights(tmp_path / "with") != weights(tmp_path / "without")
+    tuned = augment_cli.load(tmp_path / "with/last")
+    assert not any(isinstance(module, DropPath) for module in tuned.modules())
+    assert "drop_path_rate" not in configuration(tmp_path / "with/last")["model_args"]
+    with pytest.raises(AugmentError, match="has no stochastic depth"):
+        with_drop_path(open_model("densenet121"), 0.1)
+
+
+def test_a_compiled_model_learns_the_same(model, images, tmp_path, monkeypatch):
+    compiled = []
+    whole = torch.nn.Module.compile
+
+    def in_eager_mode(module):
+        compiled.append(module)
+        whole(module, backend="eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", in_eager_mode)
+    changes = {"epochs": 1, "ema_decay": 0.9, "augmentation": False}
+    for name, flag in (("plain", False), ("compiled", True)):
+        finetune(short(model, images, tmp_path / name, compile=flag, **changes))
+    assert len(compiled) == 1
+    plain, other = (load_file(tmp_path / name / "last/model.safetensors") for name in ("plain", "compiled"))
+    for name in plain:
+        torch.testing.assert_close(plain[name], other[name], rtol=1e-3, atol=1e-4)
+
+
+def test_random_states_are_the_callers_afterwards(model, images, tmp_path):
+    def drawn() -> list[float]:
+        return [random.random(), float(np.random.randn()), float(torch.rand(()))]
+
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    expected = drawn()
+    random.setstate(states[0]), np.random.set_state(states[1]), torch.set_rng_state(states[2])
+    finetune(short(model, images, tmp_path / "run", epochs=1))
+    assess(Assessment(str(tmp_path / "run/best"), str(images), workers=0, cpu=True))
+    assert drawn() == expected
+
+
+def test_precisions_do_not_meet_in_one_process(model, images, tmp_path):
+    own = Accelerator(cpu=True, gradient_accumulation_steps=7)
+    for precision in ("no", "bf16", "no"):
+        finetune(short(model, images, tmp_path / "run", precision=precision, epochs=1), overwrite=True)
+        assert assess(Assessment(str(tmp_path / "run/best"), str(images), workers=0, cpu=True)).scores.images == 12
+    assert own.mixed_precision == "no"
+    assert own.gradient_accumulation_steps == 7
+
+
+def test_new_first_computes_no_gradients_that_it_drops(model, images, tmp_path, monkeypatch):
+    seen = []
+    whole = engine._train_batch
+
+    def recorded(run, *batch):
+        whole(run, *batch)
+        kinds = {run.kinds[n] for n, p in run.trained.named_parameters() if p.requires_grad}
+        seen.append((run.epoch, sorted(kinds)))
+
+    monkeypatch.setattr(engine, "_train_batch", recorded)
+    finetune(short(model, images, tmp_path / "run", new_first=1))
+    assert sorted(set(map(str, seen))) == ["(0, ['new'])", "(1, ['carried', 'new'])"]
+    source = str(model.parent / "source.safetensors")
+    with pytest.raises(AugmentError, match="none would be trained"):
+        finetune(short("test_resnet", images, tmp_path / "no", new_first=1, num_classes=1000, checkpoint=source))
 
 
 def test_corrupt_images_are_skipped_counted_and_named(model, images, tmp_path, capfd):
@@ -260,9 +343,28 @@ def test_overwriting_replaces_the_run_and_nothing_else(model, images, tmp_path):
 def test_a_checkpoint_of_another_run_is_refused(tuned, tmp_path):
     shutil.copytree(tuned, tmp_path / "run")
     settings = json.loads((tmp_path / "run/settings.json").read_text())
-    (tmp_path / "run/settings.json").write_text(json.dumps(settings | {"lr": 0.5}))
-    with pytest.raises(AugmentError, match=r"is a checkpoint of another run than settings\.json"):
-        finetune(read_settings(tmp_path / "run/settings.json"), resume=True)
+    (tmp_path / "run/settings.json").write_text(json.dumps(settings | {"seed": 5}))
+    with pytest.raises(AugmentError, match=r"another run than .* --seed was 0, and is 5"):
+        finetune(replace(read_settings(tmp_path / "run/settings.json"), output=str(tmp_path / "run")), resume=True)
+
+
+def test_settings_of_another_version_are_read(tuned, tmp_path):
+    settings = json.loads((tuned / "settings.json").read_text())
+    del settings["patience"]
+    (tmp_path / "settings.json").write_text(json.dumps(settings | {"novelty": 3}))
+    assert read_settings(tmp_path / "settings.json") == read_settings(tuned / "settings.json")
+    for text, word in (("[1]", "no JSON object"), ('{"lr": 1}', "missing"), ("{", "cannot be read")):
+        (tmp_path / "settings.json").write_text(text)
+        with pytest.raises(AugmentError, match=word):
+            read_settings(tmp_path / "settings.json")
+
+
+def test_a_second_run_keeps_the_provenance_of_the_first(tuned, images, tmp_path):
+    finetune(short(tuned / "best", images, tmp_path / "run", epochs=1))
+    first, second = (state.read_state(folder / "state.safetensors")["kinds"] for folder in (tuned, tmp_path / "run"))
+    assert first == second
+    assert {"carried", "new"} == set(first.values())
+    assert first["fc.weight"] == "new"
 
 
 def test_data_that_changed_since_are_refused(model, images, tmp_path):

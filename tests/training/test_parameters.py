@@ -1,8 +1,13 @@
+import copy
+
 import pytest
 import timm
 import torch
+from timm.optim import create_optimizer_v2
 
+import augment_cli
 from augment_cli import conversion, source
+from augment_cli.errors import AugmentError
 from augment_cli.header import Inheritance
 from augment_cli.training.models import Opened, with_classes
 from augment_cli.training.parameters import make_optimizer, make_scheduler, parameter_groups, provenance
@@ -54,10 +59,12 @@ def test_weights_that_were_random_are_all_new():
     assert set(provenance(opened).values()) == {"new"}
 
 
-def test_a_model_that_was_tuned_before_is_carried_but_for_its_new_classifier():
-    opened = converted("resnet10t", "aw", weights="random, seed 0, fine-tuned on flowers")
-    assert set(provenance(opened).values()) == {"carried"}
-    assert of_kind(with_classes(opened, 7, 0), "new") == {"fc.weight", "fc.bias"}
+def test_fine_tuning_changes_no_provenance_and_a_new_classifier_stays_new():
+    first = converted("resnet10t", "aa", weights="pretrained, fine-tuned on flowers", kind="fitted")
+    assert provenance(first) == provenance(converted("resnet10t", "aa", kind="fitted"))
+    other = with_classes(first, 7, 0)
+    assert of_kind(other, "new") == set(other.header.fresh) == {"fc.weight", "fc.bias"}
+    assert of_kind(other, "fitted") == of_kind(first, "fitted")
 
 
 @pytest.mark.parametrize("name", ["resnet10t", "test_efficientnet", "test_vit", "levit_128s"])
@@ -118,3 +125,23 @@ def test_every_schedule_scales_the_groups_and_depends_on_the_update_alone(schedu
         assert found == rates(range(update + 1))
     assert rates([0])["new"] == pytest.approx(0.01)
     assert 0.75 < rates([11])["new"] <= 1.0
+
+
+@pytest.mark.parametrize("opt", ["adamw", "sgd"])
+def test_groups_for_any_trainer_are_those_of_fine_tuning(model, opt):
+    loaded = augment_cli.load(model)
+    groups = augment_cli.param_groups(loaded, lr=0.1, weight_decay=0.2, lr_carried=0.5)
+    assert {(group["provenance"], group["lr"]) for group in groups} == {("carried", 0.05), ("new", 0.1)}
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.2}
+    held = [id(p) for group in groups for p in group["params"]]
+    assert sorted(held) == sorted(id(p) for p in loaded.parameters())
+    optimizer = create_optimizer_v2(groups, opt=opt, lr=0.1, weight_decay=0.2)
+    for rates in (optimizer, torch.optim.SGD(groups, lr=7.0)):
+        assert {g["provenance"]: g["lr"] for g in rates.param_groups} == {"carried": 0.05, "new": 0.1}
+
+
+def test_groups_are_of_converted_models_alone():
+    with pytest.raises(AugmentError, match="load"):
+        augment_cli.param_groups(timm.create_model("test_resnet"), lr=0.1)
+    model = augment_cli.convert("test_resnet", "aw")
+    assert {group["provenance"] for group in augment_cli.param_groups(copy.deepcopy(model), lr=0.1)} == {"new"}

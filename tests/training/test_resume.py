@@ -3,10 +3,13 @@
 import io
 import json
 import tarfile
+from dataclasses import replace
 
 import pytest
 
+from augment_cli.errors import AugmentError
 from augment_cli.training.finetune import finetune
+from augment_cli.training.settings import read_settings
 from augment_cli.training.state import read_state
 from tests.training.conftest import in_process, short, summary, weights
 
@@ -103,3 +106,61 @@ def test_a_run_on_a_stream_goes_on_to_the_same_result(model, shards, tmp_path, w
     finetune(settings, resume=True)
     assert weights(tmp_path / "run") == weights(tmp_path / "unbroken")
     assert summary(tmp_path / "run") == summary(tmp_path / "unbroken")
+
+
+def test_epochs_workers_and_rates_can_be_others_and_are_recorded(model, images, tmp_path, command):
+    finetune(short(model, images, tmp_path / "run", epochs=1))
+    more = ("--epochs", "2", "--workers", "1", "--lr", "0.5", "--lr-carried", "0", "--weight-decay", "0.01")
+    result = command("finetune", "--resume", tmp_path / "run", *more)
+    assert result.exit_code == 0, result.output
+    recorded = read_settings(tmp_path / "run/settings.json")
+    assert (recorded.epochs, recorded.workers, recorded.lr) == (2, 1, 0.5)
+    saved = read_state(tmp_path / "run/state.safetensors")
+    assert saved["settings"]["lr"] == 0.5
+    assert len(saved["history"]) == 2
+    groups = saved["optimizer"]["param_groups"]
+    assert {g["lr_scale"] for g in groups} == {0.0, 1.0}
+    assert {g["weight_decay"] for g in groups} == {0.0, 0.01}
+
+
+def test_a_stream_within_an_epoch_keeps_its_workers(model, shards, tmp_path):
+    changes = {"num_classes": 3, "checkpoint_every": "2", "workers": 0, "batch_size": 4}
+    settings = short(model, f"wds/{shards}", tmp_path / "run", **changes)
+    assert in_process(settings, before=KILLED_AT_A_BATCH).returncode == -9
+    with pytest.raises(AugmentError, match="resume with --workers 0"):
+        finetune(replace(settings, workers=2), resume=True)
+
+
+# Between two groups of accumulated batches, within one, within validation; a signal waits until the group is whole.
+STOPPED = """
+import os, signal
+from augment_cli import signals
+from augment_cli.training import engine
+signals.install()
+whole, scores = engine._train_batch, engine.evaluate
+def train(run, *batch):
+    whole(run, *batch)
+    if (run.epoch, run.batch) == (1, {batch}):
+        os.kill(os.getpid(), signal.{name})
+def evaluate(model, loader, accelerator):
+    if {batch} is None and len(run_history) == 1:
+        os.kill(os.getpid(), signal.{name})
+    run_history.append(1)
+    return scores(model, loader, accelerator)
+run_history = []
+engine._train_batch, engine.evaluate = train, evaluate
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "batch", "position"),
+    [("SIGTERM", 3, [1, 4, 7]), ("SIGHUP", 4, [1, 6, 8]), ("SIGINT", 2, [1, 4, 7]), ("SIGTERM", None, [1, 9, 10])],
+)
+def test_a_signal_ends_a_run_with_a_checkpoint(model, images, unbroken, tmp_path, name, batch, position):
+    settings = short(model, images, tmp_path / "run", **{**CHANGES, "checkpoint_every": None}, workers=1)
+    stopped = in_process(settings, before=STOPPED.format(name=name, batch=batch))
+    assert "Stopped" in stopped.stderr.splitlines()[-1], stopped.stderr
+    assert read_state(tmp_path / "run/state.safetensors")["position"] == position
+    finetune(settings, resume=True)
+    assert weights(tmp_path / "run") == weights(unbroken)
+    assert summary(tmp_path / "run") == summary(unbroken)

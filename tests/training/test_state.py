@@ -1,5 +1,6 @@
 import json
 import struct
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -7,6 +8,8 @@ from safetensors.torch import save_file
 from timm.optim import create_optimizer_v2
 
 from augment_cli.errors import AugmentError
+from augment_cli.training.run import read_saved
+from augment_cli.training.settings import Settings, read_settings
 from augment_cli.training.state import read_state, write_state
 
 
@@ -71,5 +74,81 @@ def test_bad_files_are_refused(tmp_path):
     for name in ("none", "other", "cut"):
         with pytest.raises(AugmentError, match=f"{name} is no checkpoint of a run"):
             read_state(tmp_path / name)
-    with pytest.raises(AugmentError, match="has schema 9, and this version reads 1"):
+    with pytest.raises(AugmentError, match="has schema 9, and this version reads"):
         read_state(tmp_path / "newer")
+
+
+SAVED = {
+    "settings": "ab" * 32,
+    "processes": 1,
+    "images": 10,
+    "kinds": {"weight": "carried"},
+    "position": [0, 1, 1],
+    "seconds": 1.0,
+    "sums": [0.0, 0.0, 0.0],
+    "history": [],
+    "model": {"weight": torch.zeros(2)},
+    "ema": None,
+    "optimizer": {},
+    "scaler": None,
+}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"position": [0, 1]},
+        {"position": [-1, 0, 0]},
+        {"kinds": {"weight": "stolen"}},
+        {"sums": "x"},
+        {"history": [{"epoch": "x"}]},
+        {"seconds": float("nan")},
+        {"model": 3},
+        {"processes": None},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_checkpoint_of_another_shape_is_refused(tmp_path, change):
+    write_state(tmp_path / "s", SAVED)
+    assert read_saved(tmp_path / "s")["position"] == [0, 1, 1]
+    write_state(tmp_path / "s", SAVED | change)
+    with pytest.raises(AugmentError, match=next(iter(change))):
+        read_saved(tmp_path / "s")
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        "[" * 5000 + "]" * 5000,
+        "null",
+        "3",
+        '{"dict": 3}',
+        '{"tensor": "9"}',
+        '{"set": []}',
+        "{}",
+        '{"dict": [[[], 1]]}',
+    ],
+)
+def test_a_checkpoint_whose_contents_are_not_whole_is_refused(tmp_path, tree):
+    save_file({"0": torch.zeros(1)}, tmp_path / "s", metadata={"run": f'{{"schema": 1, "tree": {tree}}}'})
+    with pytest.raises(AugmentError, match="s is no checkpoint of a run"):
+        read_state(tmp_path / "s")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"epochs": value} for value in ("3", None, 1.5, True, 10**30, [])),
+        *({"lr": value} for value in (float("nan"), float("inf"), -1, "x")),
+        *({"img_size": value} for value in ([1], [1, "x"], 3, "224")),
+        *({"seed": -1}, {"mixup": 1e9}, {"model_args": []}, {"new_first": -5}, {"momentum": float("nan")}),
+    ],
+    ids=str,
+)
+def test_settings_of_other_types_and_ranges_are_refused(tmp_path, change):
+    data = asdict(Settings(model="m", data="d", output="o", img_size=(64, 96)))
+    (tmp_path / "settings.json").write_text(json.dumps(data))
+    assert read_settings(tmp_path / "settings.json").img_size == (64, 96)
+    (tmp_path / "settings.json").write_text(json.dumps(data | change))
+    with pytest.raises(AugmentError, match=next(iter(change)).replace("_", "[-_]")):
+        read_settings(tmp_path / "settings.json")

@@ -1,6 +1,7 @@
 """A script of the shape of timm's train.py and validate.py runs converted models."""
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -76,3 +77,14 @@ def test_a_script_ends_with_its_own_exit_code(tmp_path):
     result = outcome("-m", "augment_cli", "timm", tmp_path / "exits.py", "--", "--epochs", "2")
     assert result.returncode == 3
     assert result.stdout == "['--epochs', '2']\n"
+
+
+def test_a_script_sees_to_ctrl_c_itself(tmp_path):
+    code = (
+        "import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\nexcept KeyboardInterrupt:\n    print('seen')"
+    )
+    (tmp_path / "stops.py").write_text(code)
+    command = [sys.executable, "-m", "augment_cli", "timm", str(tmp_path / "stops.py")]
+    options = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    result = subprocess.run(command, capture_output=True, text=True, check=False, **options)
+    assert (result.returncode, result.stdout) == (0, "seen\n")

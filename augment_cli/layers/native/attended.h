@@ -12,6 +12,7 @@
 
 namespace {
 
+// A call's numbers, as augment_cli/layers/native/attended.py declares them.
 struct Conv {
     int batch, c1, c2, height, width, r, kernel_height, kernel_width;
     int stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x, out_height, out_width;
@@ -29,11 +30,5 @@ struct Conv {
 };
 
 constexpr int MOST_TAPS = 49;  // of a kernel
-
-[[maybe_unused]] Conv conv_of(const int *numbers) {
-    Conv s;
-    std::memcpy(&s, numbers, sizeof s);
-    return s;
-}
 
 }  // namespace

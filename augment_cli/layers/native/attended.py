@@ -5,7 +5,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from augment_cli.layers.native import kernels, lanes, pointer, takes
+from augment_cli.layers.native import Kernel, fields, lanes, takes
 from augment_cli.layers.per_sample import Geometry
 
 MOST_TAPS = 49
@@ -24,13 +24,27 @@ def takes_convolution(x: Tensor, kernel: Tensor, geometry: Geometry, groups: int
     return in_vectors and kernel[0, 0].numel() <= MOST_TAPS
 
 
+class _Numbers(ctypes.Structure):
+    """`struct Conv` in attended.h."""
+
+    _fields_ = fields(
+        ctypes.c_int,
+        "batch c1 c2 height width r kernel_height kernel_width stride_y stride_x padding_y padding_x "
+        "dilation_y dilation_x out_height out_width",
+    )
+
+
+_forward_kernel = Kernel("attended_forward", _Numbers, tensors=5)
+_backward_kernel = Kernel("attended_backward", _Numbers, tensors=9)
+
+
 def forward(x: Tensor, kernel: Tensor, mixing: Tensor, scales: Tensor, geometry: Geometry, out: Tensor) -> None:
     """Write conv(x[n], K_n) of every sample to `out`.
 
     Shapes, all dense: x (N, C1, H, W), K (C2, C1 h w), s (C1/r, C2), A2 (N, C1/r, h w), out (N, C2, H', W').
     """
-    numbers, place, threads = _call(x, kernel, mixing, geometry, backward=False)
-    kernels.attended_forward(numbers, *map(pointer, (x, kernel, mixing, scales, out, place)), threads)
+    numbers, inputs, of_out = _arguments((x, kernel, mixing, scales), geometry)
+    _forward_kernel(numbers, *inputs, (out, of_out))
 
 
 def backward(
@@ -40,84 +54,24 @@ def backward(
 
     Shapes: inputs as for `forward`, gradients as what they are of, dense too.
     """
+    numbers, arguments, of_out = _arguments(inputs, geometry)
+    shapes = [shape for _, shape in arguments]
+    of_inputs = None if dx is None else (dx, shapes[0])
+    of_rest = zip(rest, shapes[1:], strict=True) if rest else [None] * 3
+    _backward_kernel(numbers, *arguments, (d_out, of_out), of_inputs, *of_rest)
+
+
+def _arguments(inputs: tuple[Tensor, ...], geometry: Geometry) -> tuple[_Numbers, list, tuple[int, ...]]:
+    """Numbers and inputs of a call of either kernel, and the shape of the result."""
     x, kernel, mixing, _ = inputs
-    numbers, place, threads = _call(x, kernel, mixing, geometry, backward=True)
-    tensors = *inputs, d_out, dx, *(rest or [None] * 3), place
-    kernels.attended_backward(numbers, *map(pointer, tensors), threads)
-
-
-def _call(x: Tensor, kernel: Tensor, mixing: Tensor, geometry: Geometry, backward: bool):
-    """The numbers of `struct Conv` in attended.h, scratch memory, and the number of threads."""
-    channels = x.shape[1], len(kernel)
+    (batch, c1, height, width), c2, groups, taps = (
+        x.shape,
+        len(kernel),
+        len(mixing),
+        geometry.size[0] * geometry.size[1],
+    )
     over = *geometry.size, *geometry.stride, *geometry.padding, *geometry.dilation
-    numbers = len(x), *channels, *x.shape[2:], x.shape[1] // len(mixing), *over, *geometry.out_size(x)
-    numbers = (ctypes.c_int * len(numbers))(*numbers)
-    scratch = kernels.attended_backward_scratch if backward else kernels.attended_forward_scratch
-    threads = torch.get_num_threads()
-    return numbers, x.new_empty(scratch(numbers, threads)), threads
-
-
-@torch.library.custom_op("augment_cli::attended", mutates_args=(), device_types="cpu")
-def operator(
-    x: Tensor,
-    kernel: Tensor,
-    mixing: Tensor,
-    scales: Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-) -> Tensor:
-    """The same for torch.compile. Shapes: x (N, C1, H, W), K (C2, C1, h, w), s (C1/r, C2), A2 (N, C1/r, h, w)."""
-    inputs, geometry = _arguments(x, kernel, mixing, scales, stride, padding, dilation)
-    out = x.new_empty(len(x), len(kernel), *geometry.out_size(x))
-    forward(*inputs, geometry, out)
-    return out
-
-
-@operator.register_fake
-def _(x, kernel, mixing, scales, stride, padding, dilation):
-    geometry = Geometry(kernel.shape[2:], stride, padding, dilation)
-    return x.new_empty(x.shape[0], kernel.shape[0], *geometry.out_size(x))
-
-
-@torch.library.custom_op("augment_cli::attended_backward", mutates_args=(), device_types="cpu")
-def _operator_backward(
-    d_out: Tensor,
-    x: Tensor,
-    kernel: Tensor,
-    mixing: Tensor,
-    scales: Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    inputs, geometry = _arguments(x, kernel, mixing, scales, stride, padding, dilation)
-    dx, *rest = (t.new_empty(t.shape) for t in (x, kernel, mixing, scales))
-    backward(d_out.contiguous(), inputs, geometry, dx, tuple(rest))
-    return dx, *rest
-
-
-@_operator_backward.register_fake
-def _(d_out, x, kernel, mixing, scales, stride, padding, dilation):
-    return tuple(t.new_empty(t.shape) for t in (x, kernel, mixing, scales))
-
-
-def _save(ctx, inputs, output) -> None:
-    *tensors, ctx.stride, ctx.padding, ctx.dilation = inputs
-    ctx.save_for_backward(*tensors)
-
-
-operator.register_autograd(
-    lambda ctx, d_out: (
-        *_operator_backward(d_out, *ctx.saved_tensors, ctx.stride, ctx.padding, ctx.dilation),
-        None,
-        None,
-        None,
-    ),
-    setup_context=_save,
-)
-
-
-def _arguments(x, kernel, mixing, scales, stride, padding, dilation) -> tuple[tuple[Tensor, ...], Geometry]:
-    geometry = Geometry(tuple(kernel.shape[2:]), tuple(stride), tuple(padding), tuple(dilation))
-    return tuple(t.contiguous() for t in (x, kernel, mixing, scales)), geometry
+    out_size = geometry.out_size(x)
+    numbers = _Numbers(batch, c1, c2, height, width, c1 // groups, *over, *out_size)
+    shapes = (batch, c1, height, width), (c2, c1 * taps), (groups, c2), (batch, groups, taps)
+    return numbers, list(zip(inputs, shapes, strict=True)), (batch, c2, *out_size)

@@ -21,7 +21,7 @@ void pad(const Conv &s, const float *x, float *padded) {
     for (int c = 0; c < PAIR; ++c)
         for (int y = 0; y < s.height && y + s.padding_y < s.padded_height(); ++y)
             for (int i = 0; i < s.width && i + s.padding_x < s.padded_width(); ++i)
-                padded[((y + s.padding_y) * s.padded_width() + i + s.padding_x) * PAIR + c] =
+                padded[((long)(y + s.padding_y) * s.padded_width() + i + s.padding_x) * PAIR + c] =
                     x[((long)c * s.height + y) * s.width + i];
 }
 
@@ -31,7 +31,7 @@ void unpad(const Conv &s, const float *padded, float *x) {
             for (int i = 0; i < s.width; ++i) {
                 bool seen = y + s.padding_y < s.padded_height() && i + s.padding_x < s.padded_width();
                 x[((long)c * s.height + y) * s.width + i] =
-                    seen ? padded[((y + s.padding_y) * s.padded_width() + i + s.padding_x) * PAIR + c] : 0.f;
+                    seen ? padded[((long)(y + s.padding_y) * s.padded_width() + i + s.padding_x) * PAIR + c] : 0.f;
             }
 }
 
@@ -186,23 +186,23 @@ struct Backward {
 
 }  // namespace
 
-// Floats of scratch memory that a call needs. `numbers`: the members of Conv.
-EXPORT long attended_backward_scratch(const int *numbers, int threads) {
-    const Backward pass(conv_of(numbers), nullptr, nullptr, nullptr, nullptr, nullptr, nullptr);
+// Floats of scratch memory that a call needs.
+EXPORT long attended_backward_scratch(const Conv *conv, int threads) {
+    const Backward pass(*conv, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr);
     return pass.taken + threads * pass.each;
 }
 
 // Writes dx unless it is null, and, unless they are null, d_kernel, d_mixing and d_scales; shapes as of what they are
 // of.
-EXPORT void attended_backward(const int *numbers, const float *x, const float *kernel, const float *mixing,
+EXPORT void attended_backward(const Conv *conv, const float *x, const float *kernel, const float *mixing,
                               const float *scales, const float *d_out, float *dx, float *d_kernel, float *d_mixing,
                               float *d_scales, float *scratch, int threads) {
-    const Backward pass(conv_of(numbers), x, kernel, mixing, scales, d_out, scratch);
+    const Backward pass(*conv, x, kernel, mixing, scales, d_out, scratch);
     const Conv &s = pass.s;
     const int panels = pass.panels, taps = s.taps(), of_tap = s.groups() * s.c2;
     if (d_kernel) {
         std::memset(pass.d_packed, 0, sizeof(float) * (pass.of_kernel + pass.of_mixing));  // and d_mixed behind it
-        std::memset(d_scales, 0, sizeof(float) * s.batch * s.groups() * taps);
+        std::fill_n(d_scales, (long)s.batch * s.groups() * taps, 0.f);  // null where there are no samples
     }
 #pragma omp parallel num_threads(threads)
     {

@@ -141,16 +141,18 @@ void part_forward(const Conv &s, Part &part, int at_once, const float *x, const 
 
 }  // namespace
 
-// Floats of scratch memory that a call needs. `numbers`: the members of Conv.
-EXPORT long attended_forward_scratch(const int *numbers, int threads) {
-    const ForwardPlan plan(conv_of(numbers), threads);
+EXPORT int attended_numbers() { return sizeof(Conv); }
+
+// Floats of scratch memory that a call needs.
+EXPORT long attended_forward_scratch(const Conv *conv, int threads) {
+    const ForwardPlan plan(*conv, threads);
     return plan.packed + threads * plan.each;
 }
 
 // x (N, C1, H, W), kernel (C2, C1, h, w), mixing (C1/r, C2), scales (N, C1/r, h w); out (N, C2, H', W').
-EXPORT void attended_forward(const int *numbers, const float *x, const float *kernel, const float *mixing,
+EXPORT void attended_forward(const Conv *conv, const float *x, const float *kernel, const float *mixing,
                              const float *scales, float *out, float *scratch, int threads) {
-    const Conv s = conv_of(numbers);
+    const Conv &s = *conv;
     const ForwardPlan plan(s, threads);
     int panels = s.c2 / PAIR, tiles = s.tiles(), parts = (tiles + plan.together - 1) / plan.together;
     long depth = (long)s.c1 * s.taps();

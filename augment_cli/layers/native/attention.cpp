@@ -3,8 +3,10 @@
 // A task is a head and a block of queries, which lie along the lanes of two vectors; keys come TILE at a time. Logits
 // of a tile are made, exponentiated and multiplied with the values in registers and never stored. They are in powers of
 // two (the query carries log2 e and d^(-1/2)). The largest logit of a query is looked for only if the sum of its
-// weights shows that it has to be subtracted. The backward pass makes the tiles again from the saved log-sum-exp, a
-// chunk of keys at a time.
+// weights shows that it has to be subtracted. The backward pass makes the tiles again, a chunk of keys at a time.
+//
+// A query's weights are 2^(logit - shift) / sum, in both passes. Shift and sum are kept apart: one float32 log-sum-exp
+// of magnitude 10^8 is rounded to a multiple of 8, which would make the weights of the backward pass wrong by factors.
 //
 // Relative logits: for each row and each column of the map, tables are laid out along positions (`Tables`), so that
 // neighbouring queries find their entries next to each other.
@@ -25,11 +27,12 @@ constexpr float SAFE =
 
 // What one thread works with. What is [.][PAIR] is for the queries of the block.
 struct Work {
-    float *q, *rows, *columns;                  // [d], [H], [W][PAIR]
-    float *sums;                                // forward: [e + 2][PAIR], of values and weights, and peaks
-    float *d_q, *d_out, *d_rows, *d_columns;    // backward: as q, [e][PAIR], as rows and columns
-    float *lses, *deltas, *weights, *d_logits;  // [PAIR] twice, [CHUNK][PAIR] twice
-    float *keys, *d_k, *d_v;                    // of the head: [padded HW][d], [d], [e][padded HW]
+    float *q, *rows, *columns;                // [d], [H], [W][PAIR]
+    float *sums;                              // forward: [e + 2][PAIR], of values and weights, and peaks
+    float *d_q, *d_out, *d_rows, *d_columns;  // backward: as q, [e][PAIR], as rows and columns
+    float *shifts, *deltas;                   // [PAIR] twice
+    float *weights, *d_logits;                // [CHUNK][PAIR] twice
+    float *keys, *d_k, *d_v;                  // of the head: [padded HW][d], [d], [e][padded HW]
 
     Work(const Shape &s, float *place, bool backward) { lay_out(s, place, backward); }
     static long size(const Shape &s, bool backward) { return Work(s, nullptr, backward).taken; }
@@ -45,7 +48,8 @@ struct Work {
         }
         d_q = take((long)PAIR * s.d), d_out = take((long)PAIR * s.e);
         d_rows = take((long)PAIR * s.height), d_columns = take((long)PAIR * s.width);
-        lses = take(PAIR), deltas = take(PAIR), weights = take((long)PAIR * CHUNK), d_logits = take((long)PAIR * CHUNK);
+        shifts = take(PAIR), deltas = take(PAIR);
+        weights = take((long)PAIR * CHUNK), d_logits = take((long)PAIR * CHUNK);
         keys = take((long)s.padded() * s.d), d_k = take((long)s.padded() * s.d), d_v = take((long)s.padded() * s.e);
     }
 };
@@ -142,19 +146,20 @@ bool is_safe(const float *totals, int n) {
     return std::all_of(totals, totals + n, [](float t) { return t > 1 / SAFE && t < SAFE; });
 }
 
-// Weights of a chunk of keys and the gradients of their logits, to w.weights and w.d_logits.
+// Weights of a chunk of keys, times the query's sum, and the gradients of their logits, to w.weights and w.d_logits.
 void weights_backward(const Shape &s, const float *k, const float *v, const Work &w, int begin, int end) {
     each_tile(begin, end, [&](auto n, int key) {
         Tile<decltype(n)::value> tile, d_tile;
         float *weights = w.weights + (key - begin) * PAIR;
         logits(s, k, w, key, tile);
-        subtract(tile, w.lses);
+        subtract(tile, w.shifts);
         UNROLL for (auto &row : tile.at) row[0] = exp2(row[0]), row[1] = exp2(row[1]);
         tile.write(weights);
-        d_tile.fill(load(w.deltas), load(w.deltas + LANES));
+        d_tile.fill(all(0.f), all(0.f));
         for (int c = 0; c < s.e; ++c)
             d_tile.add_products(v + (long)c * s.positions() + key, load(w.d_out + c * PAIR),
                                 load(w.d_out + c * PAIR + LANES));
+        subtract(d_tile, w.deltas);
         tile.read(weights);  // there were too many numbers for the registers
         UNROLL for (int j = 0; j < decltype(n)::value; ++j) d_tile.at[j][0] *= tile.at[j][0],
             d_tile.at[j][1] *= tile.at[j][1];
@@ -210,20 +215,33 @@ void keys_backward(const float *numbers, int channels, const float *chunk, int b
         }
 }
 
-// What a call is given, and where one head's part of it is.
+// A call's numbers, as augment_cli/layers/native/attention.py declares them; steps are from sample to sample.
+struct Attention {
+    int batch, heads, d, e, height, width;
+    float scale;
+    long q_step, k_step, v_step;
+
+    Shape shape() const { return {heads, d, e, height, width}; }
+};
+
+// The maps of a call, and where one head's part of each is.
 struct Maps {
     Shape s;
     float scale;
     const float *q, *k, *v;
     long q_step, k_step, v_step;
 
+    Maps(const Attention &a, const float *q, const float *k, const float *v)
+        : s(a.shape()), scale(a.scale), q(q), k(k), v(v), q_step(a.q_step), k_step(a.k_step), v_step(a.v_step) {}
     long at(int task, int channels) const { return (long)task * channels * s.positions(); }
     const float *of_q(int task) const { return q + task / s.heads * q_step + at(task % s.heads, s.d); }
     const float *of_k(int task) const { return k + task / s.heads * k_step + at(task % s.heads, s.d); }
     const float *of_v(int task) const { return v + task / s.heads * v_step + at(task % s.heads, s.e); }
 };
 
-void block_forward(const Maps &maps, const Tables &tables, Work &w, int task, int query, float *out, float *lse) {
+// One block of queries: writes its part of out, shifts and sums.
+void block_forward(const Maps &maps, const Tables &tables, Work &w, int task, int query, float *out, float *shifts,
+                   float *sums) {
     const Shape &s = maps.s;
     const float *k = maps.of_k(task), *v = maps.of_v(task);
     float *totals = w.sums + s.e * PAIR, *peaks = totals + PAIR;
@@ -236,30 +254,45 @@ void block_forward(const Maps &maps, const Tables &tables, Work &w, int task, in
         find_peaks(s, k, w, peaks);
         attend(s, k, v, w, peaks, w.sums);
     }
-    out += maps.at(task, s.e) + query;
+    out += maps.at(task, s.e) + query, shifts += maps.at(task, 1) + query, sums += maps.at(task, 1) + query;
     for (int i = 0; i < present; ++i) {
         float inverse = 1 / totals[i];
         for (int c = 0; c < s.e; ++c) out[(long)c * positions + i] = w.sums[c * PAIR + i] * inverse;
-        if (lse) lse[maps.at(task, 1) + query + i] = std::log2(totals[i]) + (safe ? 0.f : peaks[i]);
+        Split split = split_power(totals[i]);
+        shifts[i] = safe ? split.exponent : peaks[i];
+        sums[i] = safe ? split.significand : totals[i];
+    }
+}
+
+// Fills w.shifts, w.d_out = d_out / sum and w.deltas = w.d_out . out of a block's queries. Deltas are added up in the
+// order in which weights_backward adds up w.d_out . v: where one key has all the weight, out is its v, and the gradient
+// of its logit, the difference of the two, is zero, not a rounding error that is multiplied by the query.
+void take_queries_backward(const Maps &maps, Work &w, int task, int query, const float *out, const float *shifts,
+                           const float *sums, const float *d_out) {
+    const Shape &s = maps.s;
+    int positions = s.positions(), present = std::min(PAIR, positions - query);
+    out += maps.at(task, s.e) + query, shifts += maps.at(task, 1) + query, sums += maps.at(task, 1) + query;
+    take_block(d_out + maps.at(task, s.e), s.e, positions, query, 1.f, w.d_out);
+    for (int i = 0; i < PAIR; ++i) {
+        float inverse = i < present ? 1 / sums[i] : 0.f;
+        w.shifts[i] = i < present ? shifts[i] : 0.f, w.deltas[i] = 0.f;
+        for (int c = 0; c < s.e && i < present; ++c) {
+            w.d_out[c * PAIR + i] *= inverse;
+            w.deltas[i] = std::fma(w.d_out[c * PAIR + i], out[(long)c * positions + i], w.deltas[i]);
+        }
     }
 }
 
 // Adds to w.d_k, w.d_v and totals; writes the block's part of d_q.
 void block_backward(const Maps &maps, const Tables &tables, const Tables &totals, Work &w, int task, int query,
-                    const float *out, const float *lse, const float *d_out, float *d_q) {
+                    const float *out, const float *shifts, const float *sums, const float *d_out, float *d_q) {
     const Shape &s = maps.s;
     int positions = s.positions(), present = std::min(PAIR, positions - query);
-    out += maps.at(task, s.e) + query, d_out += maps.at(task, s.e), lse += maps.at(task, 1) + query;
     take_block(maps.of_q(task), s.d, positions, query, maps.scale * LOG2_E, w.q);
-    take_block(d_out, s.e, positions, query, 1.f, w.d_out);
+    take_queries_backward(maps, w, task, query, out, shifts, sums, d_out);
     relative_logits(tables, w, query);
     std::memset(w.d_q, 0, sizeof(float) * PAIR * s.d);
     std::memset(w.d_rows, 0, sizeof(float) * PAIR * (s.height + s.width));  // and d_columns behind it
-    for (int i = 0; i < PAIR; ++i) {
-        w.lses[i] = i < present ? lse[i] : 0.f, w.deltas[i] = 0.f;
-        for (int c = 0; c < s.e && i < present; ++c)
-            w.deltas[i] -= w.d_out[c * PAIR + i] * out[(long)c * positions + i];
-    }
     for (int begin = 0; begin < positions; begin += CHUNK) {
         int end = std::min(begin + CHUNK, positions), missing = round_up(end - begin, LANES) - (end - begin);
         weights_backward(s, maps.of_k(task), maps.of_v(task), w, begin, end);
@@ -277,7 +310,7 @@ void block_backward(const Maps &maps, const Tables &tables, const Tables &totals
 }
 
 void head_backward(const Maps &maps, const Tables &tables, const Tables &totals, Work &w, int task, const float *out,
-                   const float *lse, const float *d_out, float *d_q, float *d_k, float *d_v) {
+                   const float *shifts, const float *sums, const float *d_out, float *d_q, float *d_k, float *d_v) {
     const Shape &s = maps.s;
     int positions = s.positions(), padded = s.padded();
     const float *k = maps.of_k(task);
@@ -285,7 +318,7 @@ void head_backward(const Maps &maps, const Tables &tables, const Tables &totals,
         for (int i = 0; i < positions; ++i) w.keys[(long)i * s.d + c] = k[(long)c * positions + i];
     std::memset(w.d_k, 0, sizeof(float) * padded * (s.d + s.e));  // and d_v behind it
     for (int query = 0; query < positions; query += PAIR)
-        block_backward(maps, tables, totals, w, task, query, out, lse, d_out, d_q);
+        block_backward(maps, tables, totals, w, task, query, out, shifts, sums, d_out, d_q);
     d_k += maps.at(task, s.d), d_v += maps.at(task, s.e);
     for (int c = 0; c < s.d; ++c)
         for (int i = 0; i < positions; ++i) *d_k++ = w.d_k[(long)c * padded + i] * LN_2;
@@ -303,41 +336,49 @@ Tables laid_out(const Shape &s, const float *rel_height, const float *rel_width,
 
 }  // namespace
 
+EXPORT int attention_numbers() { return sizeof(Attention); }
+
 // Floats of scratch memory that a call needs.
-EXPORT long attention_scratch(int heads, int d, int e, int height, int width, int backward, int threads) {
-    Shape s{heads, d, e, height, width};
-    long tables = Tables(s, nullptr).size();
-    return tables + threads * (Work::size(s, backward) + (backward ? tables : 0));
+EXPORT long attention_forward_scratch(const Attention *a, int threads) {
+    const Shape s = a->shape();
+    return Tables(s, nullptr).size() + threads * Work::size(s, false);
 }
 
-// out (N, heads, e, HW); lse (N, heads, HW), in powers of two, unless null.
-EXPORT void attention_forward(int batch, int heads, int d, int e, int height, int width, float scale, const float *q,
-                              const float *k, const float *v, long q_step, long k_step, long v_step,
-                              const float *rel_height, const float *rel_width, float *out, float *lse, float *scratch,
-                              int threads) {
-    const Maps maps{{heads, d, e, height, width}, scale, q, k, v, q_step, k_step, v_step};
+EXPORT long attention_backward_scratch(const Attention *a, int threads) {
+    const Shape s = a->shape();
+    long tables = Tables(s, nullptr).size();
+    return tables + threads * (Work::size(s, true) + tables);
+}
+
+// q, k (N, heads, d, HW), v (N, heads, e, HW), rel_height (2H - 1, d), rel_width (2W - 1, d);
+// out (N, heads, e, HW), shifts and sums (N, heads, HW).
+EXPORT void attention_forward(const Attention *a, const float *q, const float *k, const float *v,
+                              const float *rel_height, const float *rel_width, float *out, float *shifts, float *sums,
+                              float *scratch, int threads) {
+    const Maps maps(*a, q, k, v);
     const Tables tables = laid_out(maps.s, rel_height, rel_width, scratch);
     scratch += tables.size();
-    int blocks = round_up(height * width, PAIR) / PAIR;
+    int tasks = a->batch * a->heads, blocks = round_up(maps.s.positions(), PAIR) / PAIR;
 #pragma omp parallel num_threads(threads)
     {
         Work w(maps.s, scratch + Work::size(maps.s, false) * omp_get_thread_num(), false);
 #pragma omp for collapse(2) schedule(static)
-        for (int task = 0; task < batch * heads; ++task)
-            for (int block = 0; block < blocks; ++block) block_forward(maps, tables, w, task, block * PAIR, out, lse);
+        for (int task = 0; task < tasks; ++task)
+            for (int block = 0; block < blocks; ++block)
+                block_forward(maps, tables, w, task, block * PAIR, out, shifts, sums);
     }
 }
 
-// Writes gradients, dense and shaped as what they are of.
-EXPORT void attention_backward(int batch, int heads, int d, int e, int height, int width, float scale, const float *q,
-                               const float *k, const float *v, long q_step, long k_step, long v_step,
-                               const float *rel_height, const float *rel_width, const float *out, const float *lse,
-                               const float *d_out, float *d_q, float *d_k, float *d_v, float *d_rel_height,
-                               float *d_rel_width, float *scratch, int threads) {
-    const Maps maps{{heads, d, e, height, width}, scale, q, k, v, q_step, k_step, v_step};
+// Inputs and results as above, d_out as out; writes gradients, dense, of the shapes of the inputs.
+EXPORT void attention_backward(const Attention *a, const float *q, const float *k, const float *v,
+                               const float *rel_height, const float *rel_width, const float *out, const float *shifts,
+                               const float *sums, const float *d_out, float *d_q, float *d_k, float *d_v,
+                               float *d_rel_height, float *d_rel_width, float *scratch, int threads) {
+    const Maps maps(*a, q, k, v);
     const Shape &s = maps.s;
     const Tables tables = laid_out(s, rel_height, rel_width, scratch);
     scratch += tables.size();
+    int tasks = a->batch * a->heads;
     long each = Work::size(s, true) + tables.size();
     int used = 1;
 #pragma omp parallel num_threads(threads)
@@ -349,13 +390,13 @@ EXPORT void attention_backward(int batch, int heads, int d, int e, int height, i
         Tables totals(s, place + Work::size(s, true));
         std::memset(totals.columns, 0, sizeof(float) * totals.size());
 #pragma omp for schedule(static)
-        for (int task = 0; task < batch * heads; ++task)
-            head_backward(maps, tables, totals, w, task, out, lse, d_out, d_q, d_k, d_v);
+        for (int task = 0; task < tasks; ++task)
+            head_backward(maps, tables, totals, w, task, out, shifts, sums, d_out, d_q, d_k, d_v);
     }
-    std::memset(d_rel_height, 0, sizeof(float) * (2 * height - 1) * d);
-    std::memset(d_rel_width, 0, sizeof(float) * (2 * width - 1) * d);
+    std::memset(d_rel_height, 0, sizeof(float) * (2 * s.height - 1) * s.d);
+    std::memset(d_rel_width, 0, sizeof(float) * (2 * s.width - 1) * s.d);
     for (int t = 0; t < used; ++t)
         Tables(s, scratch + each * t + Work::size(s, true)).each([&](float &entry, bool of_width, int row, int c) {
-            (of_width ? d_rel_width : d_rel_height)[row * d + c] += entry * LN_2;
+            (of_width ? d_rel_width : d_rel_height)[row * s.d + c] += entry * LN_2;
         });
 }

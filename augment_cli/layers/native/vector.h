@@ -1,6 +1,7 @@
 // Vectors of LANES floats, and what the kernels need of them beyond + - *. Compiled once for AVX-512, once for AVX2.
 #pragma once
 #include <immintrin.h>
+#include <cstring>
 
 #define INLINE inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
@@ -90,6 +91,19 @@ static inline vec exp2(vec a) {
     p = fused(p, f, all(6.931471825e-1f));
     p = fused(p, f, all(1.f));
     return times_power(p, whole);
+}
+
+// A normal positive number as significand 2^exponent, 1 <= significand < 2: std::frexp, but many at a time.
+struct Split {
+    float significand, exponent;
+};
+static inline Split split_power(float a) {
+    unsigned bits, one = 0x3f800000, fraction = 0x7fffff;
+    std::memcpy(&bits, &a, sizeof bits);
+    float exponent = (int)(bits >> 23) - 127;
+    bits = (bits & fraction) | one;
+    std::memcpy(&a, &bits, sizeof bits);
+    return {a, exponent};
 }
 
 // Rows become columns, LANES x LANES: at every step blocks of half the width change places across the diagonal.

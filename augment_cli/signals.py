@@ -1,0 +1,90 @@
+"""SIGINT, SIGTERM and SIGHUP end the program the same way: by an exception, never inside a block that must be whole.
+
+Only the command line installs these handlers; a library call leaves the caller's signals alone.
+"""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+
+# Launchers such as torchrun repeat to their processes what the terminal sent to all of them: seconds.
+_REPEATED = 1.0
+
+
+class Stopped(BaseException):
+    """A signal asked the program to end; `exit_code` is 128 plus its number."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.exit_code = 128 + number
+
+
+_holding = 0
+_waiting: int | None = None
+_raised_at: float | None = None
+
+
+def install() -> None:
+    """Have the signals raise `Stopped` in this process; one that is ignored, as by nohup, stays ignored."""
+    for number in SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, partial(_receive, os.getpid()))
+
+
+def restore() -> None:
+    """Have the signals do what they do in any Python program, for code that is not ours."""
+    for number in SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+
+def ignore() -> None:
+    """Ignore the signals from now on: where all is done, and in worker processes, which their parent ends."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def pending() -> bool:
+    """Whether a signal waits for the end of a `held` block."""
+    return _waiting is not None
+
+
+def stop() -> None:
+    """Raise `Stopped` for the signal that waits, or as SIGTERM does where another process got it."""
+    _raise(_waiting or signal.SIGTERM)
+
+
+@contextmanager
+def held() -> Iterator[None]:
+    """Let signals wait until the block has ended, however it ends."""
+    global _holding
+    _holding += 1
+    try:
+        yield
+    finally:
+        _holding -= 1
+        if not _holding and _waiting is not None:
+            _raise(_waiting)
+
+
+def _receive(owner: int, number: int, frame: object) -> None:
+    global _waiting
+    if os.getpid() != owner:  # a forked worker
+        return
+    if _raised_at is not None and time.monotonic() - _raised_at < _REPEATED:
+        return
+    if _holding:
+        _waiting = number
+    else:
+        _raise(number)
+
+
+def _raise(number: int) -> None:
+    global _waiting, _raised_at
+    _waiting, _raised_at = None, time.monotonic()
+    raise Stopped(number)

@@ -1,0 +1,81 @@
+"""What a user calls models and data by, checked before torch and timm are imported."""
+
+import re
+from importlib.util import find_spec
+from pathlib import Path
+
+from augment_cli.errors import AugmentError, nearest
+from augment_cli.support import model_names
+
+KINDS = ("hfds", "hfids", "wds", "tfds", "torch")
+STREAMS = ("hfids", "wds", "tfds")
+COLUMNS = ("hfds", "hfids", "wds", "tfds")
+
+
+def kind_of(spec: str) -> str | None:
+    """timm's kind of a data set's spec, such as `hfds`; None for a folder or a tar file."""
+    kind = spec.partition("/")[0].lower()
+    return kind if kind in KINDS else None
+
+
+def check_data(spec: str) -> None:
+    """Refuse a folder or tar file of images that is not there.
+
+    Raises:
+        AugmentError: there is none.
+    """
+    path = Path(spec)
+    if kind_of(spec) is None and not path.exists():
+        near = nearest(path.name, [p.name for p in path.absolute().parent.glob("*")]) if path.parent.is_dir() else ""
+        raise AugmentError(f"data {path}: no such folder or file{near}")
+
+
+def check_model(spec: str) -> None:
+    """Refuse a model that is neither a file or folder nor known to timm, or a missing `local-dir:`.
+
+    Raises:
+        AugmentError: there is none.
+    """
+    if Path(spec).exists():
+        return
+    if Path(spec).suffix == ".safetensors" or spec.startswith((".", "/")):
+        raise AugmentError(f"{spec}: no such file or folder")
+    check_name(spec)
+
+
+def check_name(name: str) -> None:
+    """Refuse a model's name that timm does not have; tags and models on a hub are left to timm.
+
+    The support table may be older than timm. So a name that it does not list is looked for in timm's own files.
+
+    Raises:
+        AugmentError: there is none.
+    """
+    if name.startswith("local-dir:"):
+        config = Path(name.removeprefix("local-dir:")) / "config.json"
+        if not config.is_file():
+            raise AugmentError(f"{name} cannot be created: Config file not found: {config}")
+    elif ":" not in name:
+        architecture = name.partition(".")[0]
+        known = model_names()
+        if architecture not in known and not _in_timm(architecture):
+            raise AugmentError(f"timm has no model {name}{nearest(architecture, known)}")
+
+
+def check_file(option: str, path: str | Path | None) -> None:
+    """Refuse a missing input file.
+
+    Raises:
+        AugmentError: there is none.
+    """
+    if path is not None and not Path(path).is_file():
+        raise AugmentError(f"{option} {path}: no such file")
+
+
+def _in_timm(architecture: str) -> bool:
+    """Whether a file of timm's models defines or aliases this name."""
+    found = find_spec("timm")
+    folders = found.submodule_search_locations if found else ()
+    word = re.compile(rf"\b{re.escape(architecture)}\b")
+    files = (file for folder in folders for file in Path(folder, "models").glob("*.py"))
+    return any(word.search(file.read_text(encoding="utf-8")) for file in files)
