@@ -98,9 +98,10 @@ def load_checkpoint(model: nn.Module, path: Path, ema: bool | None = None) -> st
     """
     if not path.is_file():
         raise AugmentError(f"checkpoint {path}: no such file")
+    contents = read_checkpoint(path)
     if path.suffix == ".safetensors" and KEY in read_metadata(path):
         raise AugmentError(f"checkpoint {path} is a converted model already: give its source's weights")
-    found = find_weights(read_checkpoint(path), model, path, ema)
+    found = find_weights(contents, model, path, ema)
     try:
         model.load_state_dict(found.state_dict)
     except Exception as error:  # other names or shapes; tensors that are sparse, quantised or on no device

@@ -126,10 +126,11 @@ def _set_mode(run: Run) -> None:
 
 def _set_trained(run: Run) -> None:
     """Compute no gradients for what was carried over in the epochs of --new-first."""
-    model = run.accelerator.unwrap_model(run.model, keep_fp32_wrapper=False)
+    accelerator = run.accelerator
+    model = accelerator.unwrap_model(run.model)
     changed = freeze_carried(model, run.kinds, frozen=run.epoch < run.settings.new_first)
-    if changed and run.accelerator.num_processes > 1:  # DDP expects the gradients that it was made with
-        run.model = run.accelerator.prepare_model(model)
+    if changed and accelerator.num_processes > 1:  # DDP expects the gradients that it was made with
+        run.model = accelerator.prepare_model(accelerator.unwrap_model(run.model, keep_fp32_wrapper=False))
 
 
 def _set_epoch(run: Run) -> None:

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from augment_cli.recipe import load_recipe
@@ -45,7 +47,7 @@ def test_front_matter_is_yaml(report: Report):
     [("resnet50", "pretrained"), ("resnet50.a1_in1k", "random, seed 0"), ("a.b\nlicense: mit", "pretrained")],
 )
 def test_no_base_model_where_it_is_not_known(model: str, weights: str):
-    report = made(site("a"), model=model, weights=weights)
+    report = replace(made(site("a"), weights=weights), model=model)
     assert base_model(report) is None
     assert "base_model" not in front_matter(model_card(report))
     assert "license" not in front_matter(model_card(report))

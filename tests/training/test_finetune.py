@@ -258,6 +258,22 @@ def test_precisions_do_not_meet_in_one_process(model, images, tmp_path):
     assert own.gradient_accumulation_steps == 7
 
 
+def test_mixed_precision_is_that_of_every_epoch(model, images, tmp_path, monkeypatch):
+    seen = []
+    whole = engine._train_batch
+
+    def recorded(run, *batch):
+        whole(run, *batch)
+        with torch.no_grad():
+            run.trained.fc.register_forward_hook(lambda m, i, out: seen.append((run.epoch, out.dtype)), prepend=True)
+            run.model(batch[0])
+        run.trained.fc._forward_hooks.clear()
+
+    monkeypatch.setattr(engine, "_train_batch", recorded)
+    finetune(short(model, images, tmp_path / "run", precision="bf16", new_first=1))
+    assert set(seen) == {(0, torch.bfloat16), (1, torch.bfloat16)}
+
+
 def test_new_first_computes_no_gradients_that_it_drops(model, images, tmp_path, monkeypatch):
     seen = []
     whole = engine._train_batch
