@@ -41,7 +41,7 @@ class Settings:
 
     # Augmentation.
     augmentation: bool = True
-    crop_scale: float = 0.35
+    crop_scale: float = 0.7
     flip: float = 0.5
     color_jitter: float = 0.4
     auto_augment: str | None = None
@@ -74,8 +74,8 @@ class Settings:
     patience: int = 0
 
     # Learning rates by provenance.
-    lr_carried: float = 0.1
-    lr_fitted: float = 0.3
+    lr_carried: float = 1.0
+    lr_fitted: float = 3.0
     lr_new: float = 1.0
     layer_decay: float = 1.0
     new_first: int = 0
