@@ -168,16 +168,17 @@ def test_a_plain_model_is_tuned_for_comparison_and_read_again(images, tmp_path):
     assert load_file(tmp_path / "more/best/model.safetensors").keys() == again.state_dict().keys()
 
 
-def test_a_teacher_is_believed_more_than_labels_as_its_share_says(tuned, model, images, tmp_path):
+def test_a_teacher_is_believed_more_than_labels_as_its_share_says(model, images, tmp_path):
     """Labels are all wrong: a model that learns from the teacher alone is right, one that learns from them is not."""
     for split in ("train", "val"):
         for name, wrong in (("red", "blue"), ("green", "red"), ("blue", "green")):
             shutil.copytree(images / split / name, tmp_path / "wrong" / split / wrong)
+    finetune(short(model, images, tmp_path / "teacher", epochs=10, lr_carried=1.0))
     top1 = {}
     for share in (1.0, 0.0):
         folder = tmp_path / str(share)
-        teaching = {"teacher": str(tuned / "best"), "distill": share}
-        finetune(short(model, tmp_path / "wrong", folder, epochs=6, lr_carried=1.0, **teaching))
+        teaching = {"teacher": str(tmp_path / "teacher" / "best"), "distill": share}
+        finetune(short(model, tmp_path / "wrong", folder, epochs=12, lr_carried=1.0, **teaching))
         top1[share] = assess(Assessment(str(folder / "last"), str(images), workers=0, cpu=True)).scores.top1
     assert top1[1.0] > 60
     assert top1[0.0] < 40
