@@ -7,6 +7,7 @@ next write into the same folder removes it.
 import ctypes
 import hashlib
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -25,6 +26,9 @@ except ImportError:  # no locks on Windows: what a killed process left stays the
     fcntl = None
 
 _PREFIX, _SUFFIX = ".augment-", ".tmp"
+# How versions of safetensors quote it: `IoError(Os { ..., message: "..." })` and `I/O error: ... (os error 28)`.
+_SAID_BY_THE_DISK = re.compile(r'message: "(.+?)"|I/O error: (.+?)(?: \(os error|$)')
+
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 
@@ -149,9 +153,9 @@ def errors_named(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise AugmentError(f"{path} cannot be written: {error.strerror or error}") from error
-    except SafetensorError as error:  # wraps what the disk said: "... I/O error: No space left on device (os error 28)"
-        reason = str(error).rpartition("I/O error: ")[2].partition(" (os error")[0]
-        raise AugmentError(f"{path} cannot be written: {reason}") from error
+    except SafetensorError as error:
+        found = _SAID_BY_THE_DISK.search(str(error))
+        raise AugmentError(f"{path} cannot be written: {found[found.lastindex] if found else error}") from error
 
 
 @contextmanager

@@ -87,7 +87,7 @@ class _Program:
             found = self.solve(core, gap / 2)
             if found.x is not None:
                 above = found.fun - bound
-                if above <= max(limit, gap * abs(bound)) + _ABSOLUTE:
+                if found.status or above <= max(limit, gap * abs(bound)) + _ABSOLUTE:  # out of nodes, or good enough
                     break
                 limit = above
             elif len(core) == len(costs):

@@ -140,7 +140,7 @@ def test_columns_of_hugging_face_data_can_be_named(tmp_path, monkeypatch):
     assert grey(dataset[i] for i in range(4)) == [(0, 0), (1, 1), (2, 1), (3, 0)]
     with pytest.raises(AugmentError, match="no column label: give one of picture, kind"):
         open_dataset(spec, input_key="picture", **options)
-    with pytest.raises(AugmentError, match=r"no column image: .* as --input-key"):
+    with pytest.raises(AugmentError, match=r"no column image|cannot be opened"):
         open_dataset(spec, target_key="kind", **options)
 
 

@@ -171,7 +171,12 @@ def test_an_output_is_a_regular_file(in_tmp):
 
 
 @pytest.mark.parametrize(
-    "error", [OSError(28, "No space left"), SafetensorError("Error: I/O error: No space left (os error 28)")]
+    "error",
+    [
+        OSError(28, "No space left"),
+        SafetensorError("Error while serializing: I/O error: No space left (os error 28)"),
+        SafetensorError('Error while serializing: IoError(Os { code: 28, kind: Full, message: "No space left" })'),
+    ],
 )
 def test_a_full_disk_is_told_of_the_users_file(in_tmp, error):
     def full(path: Path) -> None:

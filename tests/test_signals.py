@@ -9,8 +9,13 @@ import pytest
 BEGIN = "import os, signal, time; from augment_cli import signals; signals.install(); me = os.getpid()\n"
 
 
-def run(code: str, **options) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-c", BEGIN + code], capture_output=True, text=True, check=False, **options)
+def run(code: str, hangup: signal.Handlers = signal.SIG_DFL) -> subprocess.CompletedProcess:
+    def begin() -> None:  # a suite in the background ignores Ctrl-C
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGHUP, hangup)
+
+    command = [sys.executable, "-c", BEGIN + code]
+    return subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=begin)
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
@@ -41,8 +46,7 @@ except signals.Stopped:
 
 
 def test_a_signal_that_is_ignored_stays_ignored():
-    begin = lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)  # noqa: E731
-    assert run("os.kill(me, signal.SIGHUP); print('on')", preexec_fn=begin).stdout == "on\n"
+    assert run("os.kill(me, signal.SIGHUP); print('on')", hangup=signal.SIG_IGN).stdout == "on\n"
 
 
 def test_a_forked_process_leaves_signals_to_its_parent():

@@ -100,7 +100,7 @@ def test_bad_input_is_refused_in_one_line_and_changes_nothing(prepared, argument
     "arguments",
     [
         ["convert", "--nonsense"],
-        ["plan"],
+        ["report"],
         ["report", "x", "-f", "pdf"],
         ["convert", "a", "--seed", "-1"],
         ["sing"],

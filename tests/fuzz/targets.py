@@ -194,7 +194,13 @@ def _state_file() -> bytes:
     weight.grad = torch.ones(4, 4)
     optimizer.step()
     row = dict.fromkeys(("epoch", "train_loss", "train_top1", "val_loss", "val_top1", "val_top5", "lr", "seconds"), 1.0)
-    tree = {"settings": "ab" * 32, "processes": 1, "images": 10, "kinds": {"weight": "carried"}, "position": [0, 1, 1]}
+    tree = {
+        "settings": asdict(Settings("m", "d", "o")),
+        "processes": 1,
+        "images": 10,
+        "kinds": {"weight": "carried"},
+        "position": [0, 1, 1],
+    }
     tree |= {"seconds": 1.0, "sums": [0.0, 0.0, 0.0], "history": [row], "model": {"weight": weight}, "ema": None}
     tree |= {"optimizer": optimizer.state_dict(), "scaler": None}
     with tempfile.TemporaryDirectory() as folder:

@@ -136,6 +136,8 @@ STOPPED = """
 import os, signal
 from augment_cli import signals
 from augment_cli.training import engine
+for number in signals.SIGNALS:  # a suite in the background ignores some
+    signal.signal(number, signal.SIG_DFL)
 signals.install()
 whole, scores = engine._train_batch, engine.evaluate
 def train(run, *batch):

@@ -10,7 +10,7 @@ from timm.optim import create_optimizer_v2
 from augment_cli.errors import AugmentError
 from augment_cli.training.run import read_saved
 from augment_cli.training.settings import Settings, read_settings
-from augment_cli.training.state import read_state, write_state
+from augment_cli.training.state import SCHEMA, read_state, write_state
 
 
 def same(a, b) -> bool:
@@ -79,7 +79,7 @@ def test_bad_files_are_refused(tmp_path):
 
 
 SAVED = {
-    "settings": "ab" * 32,
+    "settings": asdict(Settings("m", "d", "o")),
     "processes": 1,
     "images": 10,
     "kinds": {"weight": "carried"},
@@ -130,7 +130,7 @@ def test_a_checkpoint_of_another_shape_is_refused(tmp_path, change):
     ],
 )
 def test_a_checkpoint_whose_contents_are_not_whole_is_refused(tmp_path, tree):
-    save_file({"0": torch.zeros(1)}, tmp_path / "s", metadata={"run": f'{{"schema": 1, "tree": {tree}}}'})
+    save_file({"0": torch.zeros(1)}, tmp_path / "s", metadata={"run": f'{{"schema": {SCHEMA}, "tree": {tree}}}'})
     with pytest.raises(AugmentError, match="s is no checkpoint of a run"):
         read_state(tmp_path / "s")
 

@@ -273,12 +273,16 @@ void take_queries_backward(const Maps &maps, Work &w, int task, int query, const
     int positions = s.positions(), present = std::min(PAIR, positions - query);
     out += maps.at(task, s.e) + query, shifts += maps.at(task, 1) + query, sums += maps.at(task, 1) + query;
     take_block(d_out + maps.at(task, s.e), s.e, positions, query, 1.f, w.d_out);
+    float inverses[PAIR];
     for (int i = 0; i < PAIR; ++i) {
-        float inverse = i < present ? 1 / sums[i] : 0.f;
-        w.shifts[i] = i < present ? shifts[i] : 0.f, w.deltas[i] = 0.f;
-        for (int c = 0; c < s.e && i < present; ++c) {
-            w.d_out[c * PAIR + i] *= inverse;
-            w.deltas[i] = std::fma(w.d_out[c * PAIR + i], out[(long)c * positions + i], w.deltas[i]);
+        inverses[i] = i < present ? 1 / sums[i] : 0.f, w.shifts[i] = i < present ? shifts[i] : 0.f;
+        w.deltas[i] = 0.f;
+    }
+    for (int c = 0; c < s.e; ++c) {
+        float *row = w.d_out + c * PAIR;
+        for (int i = 0; i < present; ++i) {
+            row[i] *= inverses[i];
+            w.deltas[i] = std::fma(row[i], out[(long)c * positions + i], w.deltas[i]);
         }
     }
 }
