@@ -102,6 +102,7 @@ def test_the_command_shows_a_column_draws_a_plot_and_keeps_the_numbers_in_the_pl
     ],
 )
 def test_options_that_do_not_go_together_are_refused_in_one_line(options, message, in_tmp):
+    (in_tmp / "x").mkdir()
     result = CliRunner().invoke(app, ["plan", "test_resnet", *options])
     assert result.exit_code == 2
     assert message in result.stderr
