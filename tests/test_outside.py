@@ -156,7 +156,7 @@ OVERRIDES = [
     ("sites.heads=" + "9" * 5000, "digits"),
     ("sites.heads=0x" + "f" * 5000, "heads"),
     ("sites.min_key_channels=65", "min_key_channels"),
-    ("sites.names=" + "[" * 500 + "]" * 500, "nested too deeply"),
+    ("sites.names=" + "[" * 500 + "]" * 500, "nested too deeply|valid string"),
     ("sites.names=" + "[" * 60 + "]" * 60, "sites.names"),
     ("sites.kernel=1000000", "kernel"),
     ("sites.stages=[" + "1," * 2000 + "]", "stages"),
@@ -186,7 +186,7 @@ def test_every_value_of_a_recipe_is_bounded(override, message):
     [
         ("heads = " + "9" * 5000, "not a TOML file"),
         ("heads = 0x" + "f" * 5000, "heads"),
-        ("names = " + "[" * 500 + "]" * 500, "nested too deeply"),
+        ("names = " + "[" * 500 + "]" * 500, "nested too deeply|valid string"),
         ("names = [" + "'a'," * 1001 + "]", "at most 1000"),
         ("a" + ".a" * 2000 + " = 1", "unknown key"),
         ("x = " + "{a = " * 400 + "1" + "}" * 400, "nested too deeply|unknown key"),

@@ -62,7 +62,7 @@ def test_each_site_is_measured_alone_and_the_model_stays_what_it_is():
     steps = []
     found = measure_sensitivity(model, plan, graph, calibration, lambda *step: steps.append(step))
     assert list(found) == [site.name for site in plan.sites]
-    assert [done for _, done, _ in steps] == list(range(len(plan.sites)))
+    assert [done for what, done, _ in steps if what.startswith("measuring")] == list(range(len(plan.sites)))
     assert all(0 <= s.agreement <= 1 for s in found.values())
     assert len({s.divergence for s in found.values() if s.divergence > 0}) > 1, found
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

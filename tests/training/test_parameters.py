@@ -110,7 +110,7 @@ def test_norms_biases_and_position_tables_are_not_decayed(layer_decay):
 @pytest.mark.parametrize("schedule", ["cosine", "tanh", "poly", "step", "wsd", "rsqrt", "constant"])
 def test_every_schedule_scales_the_groups_and_depends_on_the_update_alone(schedule):
     opened = converted("resnet10t", "aa")
-    settings = short("m", "d", "o", epochs=10, schedule=schedule, warmup_epochs=2.0, lr=1.0, opt="sgd")
+    settings = short("m", "d", "o", epochs=10, schedule=schedule, warmup_epochs=2.0, lr=1.0, opt="sgd", lr_carried=0.1)
 
     def rates(updates):
         optimizer = make_optimizer(opened.model, provenance(opened), settings)
