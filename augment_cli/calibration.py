@@ -28,10 +28,6 @@ class Calibration:
     def held(self) -> int:
         return len(self.images) // 5
 
-    @property
-    def held_out_share(self) -> float:
-        return self.held / len(self.images)
-
     def fitting(self) -> Iterator[Tensor]:
         """Batches of images to fit on, (n, C, H, W) in single precision."""
         return self._batches(self.images[: len(self.images) - self.held])

@@ -12,11 +12,11 @@ import timm
 import torch
 from torch import nn
 
+from augment_cli.arguments import freeze_arguments
 from augment_cli.bounds import MOST_SIDE
 from augment_cli.errors import AugmentError, boundary, first_line, nearest
 from augment_cli.guard import limited
 from augment_cli.header import KEY, read_metadata
-from augment_cli.plan import freeze_arguments
 from augment_cli.seeds import preserved, seeded
 from augment_cli.timm_plugin import NAME
 from augment_cli.weights import find_weights, misfit, read_checkpoint

@@ -28,7 +28,6 @@ from measure import RESULTS, machine, write_results
 
 ROOT = Path(__file__).parent.parent
 OUT = ROOT / "out" / "retrofit"
-SE = """block_args={"attn_layer": "se"}"""
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,6 @@ class Row:
 
     recipe: str | None = None
     fit: bool = False
-    finetune: tuple[str, ...] = ()
 
 
 ROWS = {
@@ -109,7 +107,7 @@ def chain(task: str, name: str, seed: int, setup: Setup) -> dict[str, Any]:
     if row.recipe:
         model = folder.with_name(folder.name + ".safetensors")
         found = converted(task, row, seed, source, model)
-    tuning = ("--epochs", str(setup.epochs), "--seed", str(seed), *row.finetune, *common(task))
+    tuning = ("--epochs", str(setup.epochs), "--seed", str(seed), *common(task))
     found["curve"] = finetuned(folder, str(model), *tuning)
     found["seconds"] = round(time.monotonic() - started)
     return {"task": task, "setup": setup.key, "row": name, "seed": seed, **found}

@@ -12,7 +12,7 @@ from augment_cli.inherit.fisher import fisher_roots
 from augment_cli.inherit.fitted import fit_sites, install
 from augment_cli.inherit.heads import fit_heads
 from augment_cli.inherit.moments import Moments
-from augment_cli.inherit.polish import answers, polish
+from augment_cli.inherit.polish import outputs_on, polish
 from augment_cli.inherit.sampling import head_maps, observe
 from augment_cli.layers import AAConv2d
 from augment_cli.plan import make_plan
@@ -129,7 +129,7 @@ def test_observed_sums_are_those_of_every_position():
 
 def divergence(source: nn.Module, model: nn.Module, images: Calibration) -> float:
     """Mean KL(source || model) on the fitting images, nats."""
-    p, q = (answers(m.eval(), images.fitting()).log_softmax(1) for m in (source, model))
+    p, q = (outputs_on(m.eval(), images.fitting()).log_softmax(1) for m in (source, model))
     return float((p.exp() * (p - q)).sum(1).mean())
 
 
@@ -142,18 +142,18 @@ def test_each_step_of_a_fit_brings_the_model_nearer_to_its_source():
     carry(models[0], plan, graph)
     install(models[1], plan, graph, fit_sites(models[1], plan, graph, images, silent))
     carried, fitted = (divergence(source, model, images) for model in models)
-    polish(models[1], plan, images, answers(source.eval(), images.fitting()), silent)
+    polish(models[1], plan, images, outputs_on(source.eval(), images.fitting()), silent)
     assert divergence(source, models[1], images) < 0.7 * fitted < 0.7 * carried
 
 
 def test_polishing_changes_attention_alone_and_leaves_no_trace():
     model, images = Net(), calibration()
     plan, graph = planned(model, *RATIOS, recipe="aa-aw")
-    taught = answers(model.eval(), images.fitting())
+    targets = outputs_on(model.eval(), images.fitting())
     install(model, plan, graph, fit_sites(model, plan, graph, images, silent))
     model.bn1.weight.requires_grad_(False)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    polish(model, plan, images, taught, silent)
+    polish(model, plan, images, targets, silent)
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     attention = (
         "conv2.qkv.",
@@ -242,8 +242,11 @@ def test_sites_of_every_kind_are_fitted(options, overrides, recipe):
 def test_aw_is_exact_and_needs_no_fit():
     model = Net()
     plan, graph = planned(model, recipe="aw")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
     (record,) = fit(model, plan, graph, calibration())
     assert (record.kind, record.error) == ("exact", None)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items() if name in before)
+    assert not model.conv2.expand.weight.any()
 
 
 def test_the_same_seed_gives_the_same_weights():

@@ -68,10 +68,9 @@ app.command("models")(models.models)
 
 def main() -> None:
     try:
-        signals.install()
         app()
     except signals.Stopped as stop:
-        typer.echo("interrupted", err=True)
+        say("interrupted")
         sys.exit(stop.exit_code)
     finally:
         signals.ignore()  # all is done or undone: a late signal only spoils the way out

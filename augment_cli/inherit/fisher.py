@@ -6,11 +6,12 @@ the diagonal is used, averaged over images and positions: an error e in channel 
 """
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from augment_cli.inherit.calls import recorded
 
 _IMAGES, _BATCH = 128, 8
 
@@ -25,11 +26,10 @@ def fisher_roots(model: nn.Module, names: Iterable[str], batches: Iterable[Tenso
     names = list(names)
     sums = {name: torch.zeros(model.get_submodule(name).out_channels, dtype=torch.float64) for name in names}
     for batch in _first(batches):
-        with _outputs(model, names) as outputs, torch.enable_grad():
+        with recorded(model, names) as calls, torch.enable_grad():
             loss = _drawn_loss(model(batch.requires_grad_()), getattr(model, "num_classes", 0), generator)
-        gradients = torch.autograd.grad(loss, [out for outs in outputs.values() for out in outs], allow_unused=True)
-        owners = [name for name, outs in outputs.items() for _ in outs]
-        for name, gradient in zip(owners, gradients, strict=True):
+        owners, outputs = zip(*((name, out) for name, made in calls.items() for _, out in made), strict=True)
+        for name, gradient in zip(owners, torch.autograd.grad(loss, outputs, allow_unused=True), strict=True):
             if gradient is not None:
                 sums[name] += gradient.double().square().sum((0, 2, 3)).cpu()
     return {name: _usable(total.sqrt().float()) for name, total in sums.items()}
@@ -43,26 +43,6 @@ def _first(batches: Iterable[Tensor]) -> Iterator[Tensor]:
         count += len(batch)
         if count >= _IMAGES:
             return
-
-
-@contextmanager
-def _outputs(model: nn.Module, names: list[str]) -> Iterator[dict[str, list[Tensor]]]:
-    """What convolutions put out while the context is open; the model goes on with copies, which it may change."""
-    outputs: dict[str, list[Tensor]] = {name: [] for name in names}
-
-    def recorder(name: str):
-        def record(module: nn.Module, args: tuple[Tensor], out: Tensor) -> Tensor:
-            outputs[name].append(out)
-            return out.clone()
-
-        return record
-
-    handles = [model.get_submodule(name).register_forward_hook(recorder(name)) for name in names]
-    try:
-        yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _drawn_loss(answer: Tensor, classes: int, generator: torch.Generator) -> Tensor:

@@ -26,7 +26,7 @@ from augment_cli.header import Inheritance
 from augment_cli.inherit.carried import importance, record
 from augment_cli.inherit.fisher import fisher_roots
 from augment_cli.inherit.heads import Heads, choose_ridge, fit_heads
-from augment_cli.inherit.polish import answers, polish
+from augment_cli.inherit.polish import outputs_on, polish
 from augment_cli.inherit.sampling import Seen, observe, outputs
 from augment_cli.inherit.spread import spread
 from augment_cli.layers import AAConv2d
@@ -60,10 +60,10 @@ def fit(
     fits = fit_sites(model, plan, graph, calibration, progress)
     given_up = {name: found.given_up for name, found in fits.items()}
     wanted = outputs(model, given_up, calibration.held_out())
-    taught = answers(model, calibration.fitting())
+    targets = outputs_on(model, calibration.fitting())
     records = install(model, plan, graph, fits)
-    if taught is not None:
-        polish(model, plan, calibration, taught, progress)
+    if fits and targets is not None:
+        polish(model, plan, calibration, targets, progress)
     got = outputs(model, given_up, calibration.held_out())
     errors = {name: _error(got[name], wanted[name], found.shortfall) for name, found in fits.items()}
     model.train(training)
@@ -193,7 +193,7 @@ def _fit_site(site: SitePlan, conv: nn.Conv2d, probe: AAConv2d, centred: bool, f
     own = scale[given_up]
     heads = fit_heads(moments.targets(given_up, own), rank, ridge, _LAST_SWEEPS)
     features, targets = sums.means()
-    shortfall = targets[given_up] - heads.answer(features) / own if centred else torch.zeros_like(own)
+    shortfall = targets[given_up] - heads.predict(features) / own if centred else torch.zeros_like(own)
     return Fit(probe, kept, given_up, heads, own, shortfall)
 
 

@@ -32,7 +32,7 @@ class Heads:
         zz = value @ features @ value.T
         return moments.tt.diagonal() + ((out @ zz - 2 * moments.ty.flatten(1) @ value.T) * out).sum(1)
 
-    def answer(self, features: Tensor) -> Tensor:
+    def predict(self, features: Tensor) -> Tensor:
         """The heads' sum for features (heads, in_channels). Shape: (targets,)."""
         return torch.einsum("thr,hrc,hc->t", self.out, self.value, features)
 

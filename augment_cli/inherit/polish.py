@@ -23,7 +23,7 @@ _MOST_MACS = 3e12
 
 
 @torch.no_grad()
-def answers(model: nn.Module, batches: Iterable[Tensor]) -> Tensor | None:
+def outputs_on(model: nn.Module, batches: Iterable[Tensor]) -> Tensor | None:
     """A model's outputs on images, (n, ...); None where they are not one tensor."""
     outputs = [model(batch) for batch in batches]
     return torch.cat(outputs) if all(isinstance(out, Tensor) for out in outputs) else None
@@ -33,7 +33,7 @@ def polish(
     model: nn.Module,
     plan: Plan,
     calibration: Calibration,
-    taught: Tensor,
+    targets: Tensor,
     progress: Callable[[str, int, int], None],
 ) -> None:
     """Train a converted model's attention, in place and in evaluation mode.
@@ -41,7 +41,7 @@ def polish(
     Larger models take fewer and smaller steps: see `_MOST_MACS`.
 
     Args:
-        taught: the source's outputs on the fitting images, in their order.
+        targets: the source's outputs on the fitting images, in their order.
     """
     batch = _BATCH if _STEPS * _BATCH * plan.macs_after <= _MOST_MACS else _SMALLEST_BATCH
     steps = max(_FEWEST_STEPS, min(_STEPS, int(_MOST_MACS / (batch * max(plan.macs_after, 1)))))
@@ -58,7 +58,7 @@ def polish(
     for step, drawn in enumerate(_batches(len(images), steps, batch)):
         for group in optimizer.param_groups:
             group["lr"] = RATE * (1 - step / steps)
-        loss = _distance(model(images[drawn]), taught[drawn], bool(getattr(model, "num_classes", 0)))
+        loss = _distance(model(images[drawn]), targets[drawn], bool(getattr(model, "num_classes", 0)))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -68,10 +68,10 @@ def polish(
         p.grad = None
 
 
-def _distance(out: Tensor, taught: Tensor, classes: bool) -> Tensor:
+def _distance(out: Tensor, target: Tensor, classes: bool) -> Tensor:
     if classes and out.ndim == 2:
-        return F.kl_div(out.log_softmax(1), taught.log_softmax(1), reduction="batchmean", log_target=True)
-    return F.mse_loss(out, taught) / taught.var().clamp_min(1e-12)
+        return F.kl_div(out.log_softmax(1), target.log_softmax(1), reduction="batchmean", log_target=True)
+    return F.mse_loss(out, target) / target.var().clamp_min(1e-12)
 
 
 def _batches(images: int, steps: int, batch: int) -> Iterator[Tensor]:

@@ -1,7 +1,6 @@
 """Sums over calibration images of what attention heads see and what filters compute, from one pass of the source."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -9,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from augment_cli.errors import AugmentError
+from augment_cli.inherit.calls import recorded
 from augment_cli.inherit.moments import Covariance, Moments
 from augment_cli.layers import AAConv2d
 from augment_cli.layers.attention import attention
@@ -59,13 +59,13 @@ def observe(
     generator = torch.Generator().manual_seed(0)
     done = 0
     for number, batch in enumerate(batches):
-        with inputs_of(model, layers) as inputs:
+        with recorded(model, layers) as calls:
             model(batch)
         for name, layer in layers.items():
-            x, computed = inputs.pop(name)
-            _check_finite(name, x, computed)
-            features, targets = _drawn(layer, x, computed, images, generator)
-            seen[name].half(number).add(features, targets)
+            for x, computed in calls.pop(name):
+                _check_finite(name, x, computed)
+                features, targets = _drawn(layer, x, computed, images, generator)
+                seen[name].half(number).add(features, targets)
         done += len(batch)
         advance(done)
     return seen
@@ -88,35 +88,15 @@ def _drawn(
     return features[drawn], targets[drawn]
 
 
-@contextmanager
-def inputs_of(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """Input and output of convolutions while the context is open."""
-    inputs: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def recorder(name: str):
-        def record(module: nn.Module, args: tuple[Tensor], out: Tensor) -> Tensor:
-            inputs[name] = args[0].clone(), out  # an activation may change its input in place
-            return out.clone()
-
-        return record
-
-    handles = [model.get_submodule(name).register_forward_hook(recorder(name)) for name in names]
-    try:
-        yield inputs
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 @torch.no_grad()
 def outputs(model: nn.Module, channels: Mapping[str, Tensor], batches: Iterable[Tensor]) -> dict[str, Tensor]:
     """Some output channels of some modules on images. Shape of each: (N, channels, H', W')."""
     found: dict[str, list[Tensor]] = {name: [] for name in channels}
     for batch in batches:
-        with inputs_of(model, channels) as inputs:
+        with recorded(model, channels) as calls:
             model(batch)
-        for name, chosen in channels.items():
-            found[name].append(inputs.pop(name)[1][:, chosen])
+        for name, indices in channels.items():
+            found[name] += [out[:, indices] for _, out in calls.pop(name)]
     return {name: torch.cat(parts) for name, parts in found.items()}
 
 

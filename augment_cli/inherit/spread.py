@@ -1,8 +1,8 @@
-"""Attention maps that depend on the content from the start: logits of a chosen spread on calibration images.
+"""Scale keys and relative tables so that attention maps depend on the content from the start.
 
-Freshly initialised layers attend almost evenly behind most normalisations, whose outputs are small: even attention is
-global pooling, and passes hardly a content-dependent signal on. Keys are scaled, head by head, and relative tables, so
-that the logits' standard deviation over the keys of a query is `content` and `position` on average.
+Behind most normalisations, whose outputs are small, a freshly initialised layer attends almost evenly. Even attention
+is global pooling: its output says little about the content. So the keys of each head and the tables of a layer are
+scaled until a query's logits have a standard deviation over the keys of `content` and `position`, on average. [ours]
 """
 
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from augment_cli.inherit.sampling import inputs_of
+from augment_cli.inherit.calls import recorded
 from augment_cli.layers import AAConv2d
 from augment_cli.layers.relative import relative_logits
 
@@ -25,11 +25,12 @@ def spread(
     content: float = CONTENT,
     position: float = POSITION,
 ) -> None:
-    """Scale the keys and tables of layers, in place, by what they see of some images (n, C, H, W) in a model."""
-    with inputs_of(model, layers) as inputs:
+    """Scale the keys and tables of layers, in place, by the input that each gets from images (n, C, H, W)."""
+    with recorded(model, layers) as calls:
         model(images)
     for name, layer in layers.items():
-        seen = layer.pool_for_attention(layer.reduce_to_output(inputs.pop(name)[0]))
+        x, _ = calls.pop(name)[-1]
+        seen = layer.pool_for_attention(layer.reduce_to_output(x))
         own, relative = deviations(layer, seen)
         keys = layer.qkv.weight[layer.key_channels : 2 * layer.key_channels].unflatten(0, (layer.heads, -1))
         keys *= (content / own.clamp_min(1e-6)).clamp_max(1e3).view(-1, 1, 1, 1, 1)

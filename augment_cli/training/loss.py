@@ -9,8 +9,6 @@ from torch import Tensor, nn
 from augment_cli.training.models import logits_of
 from augment_cli.training.settings import Settings
 
-LOSSES = ("ce", "bce")
-
 
 def make_mixup(settings: Settings, num_classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
     """timm's mixup and cutmix; None where neither is asked for."""
