@@ -22,6 +22,7 @@ def evaluate(
     ] = None,
     pretrained: Annotated[bool, typer.Option("--pretrained", help="timm's weights for a name.")] = False,
     checkpoint: Annotated[Path | None, typer.Option(metavar="FILE", help="A file's weights for a name.")] = None,
+    ema: common.Ema = None,
     model_args: common.ModelArguments = None,
     against: Annotated[
         str | None, typer.Option(metavar="MODEL", help="Agreement with this model; a name has timm's weights.")
@@ -50,6 +51,7 @@ def evaluate(
         raise AugmentError(f"--on-corrupt {on_corrupt}: it is fail or skip")
     if confusion is not None and confusion.suffix not in (".csv", ".png"):
         raise AugmentError(f"--confusion {confusion}: the name ends in .csv or .png")
+    common.check_ema(ema, checkpoint)
     specs.check_model(model)
     specs.check_data(data)
     if against:
@@ -70,6 +72,7 @@ def evaluate(
         class_map=class_map,
         pretrained=pretrained,
         checkpoint=checkpoint,
+        ema=ema,
         model_args=common.parse_arguments(model_args),
         against=against,
         against_checkpoint=against_checkpoint,

@@ -63,6 +63,7 @@ def finetune(
     checkpoint: Annotated[
         str | None, _model(metavar="FILE", help="A file's weights for a timm model's name: safetensors or torch.")
     ] = None,
+    ema: common.Ema = None,
     num_classes: Annotated[
         int | None, _model(min=2, help="Classes to train; as many as the data have, if not given.")
     ] = None,
@@ -221,6 +222,7 @@ def _check(settings: Settings, resume: bool, overwrite: bool) -> None:
     from augment_cli.training.folder import check_free
 
     if not resume:
+        common.check_ema(settings.ema, settings.checkpoint)
         check_free(Path(settings.output), overwrite, settings.inputs())
         specs.check_model(settings.model)
         specs.check_file("checkpoint", settings.checkpoint)

@@ -28,6 +28,7 @@ class Assessment:
     class_map: Path | None = None
     pretrained: bool = False
     checkpoint: Path | None = None
+    ema: bool | None = None
     model_args: dict[str, Any] = field(default_factory=dict)
     against: str | None = None
     against_checkpoint: Path | None = None
@@ -62,7 +63,8 @@ def assess(asked: Assessment) -> Result | None:
 
 
 def _assess(asked: Assessment, accelerator: Accelerator) -> Result | None:
-    opened = open_model(asked.model, pretrained=asked.pretrained, weights=asked.checkpoint, args=asked.model_args)
+    weights = {"pretrained": asked.pretrained, "weights": asked.checkpoint, "ema": asked.ema}
+    opened = open_model(asked.model, **weights, args=asked.model_args)
     data = _data(asked, opened)
     other = _other(asked, opened)
     config = data_config(opened.model, opened.input_size, asked.img_size)

@@ -48,6 +48,7 @@ def open_model(
     *,
     pretrained: bool = False,
     weights: str | Path | None = None,
+    ema: bool | None = None,
     args: dict[str, Any] | None = None,
     seed: int = 0,
 ) -> Opened:
@@ -56,6 +57,7 @@ def open_model(
     Args:
         spec: a converted model's file or folder, a folder that timm's `local-dir:` loads, or a timm model's name.
         pretrained, weights, args: for a name: timm's weights, a file's, and arguments of timm.create_model.
+        ema: as of `source.load_checkpoint`.
         seed: of random weights.
 
     Raises:
@@ -65,13 +67,13 @@ def open_model(
     if not path.exists():
         if path.suffix == ".safetensors" or spec.startswith((".", "/")):
             raise AugmentError(f"{spec}: no such file or folder")
-        return _by_name(spec, pretrained, weights, args or {}, seed)
+        return _by_name(spec, pretrained, weights, ema, args or {}, seed)
     if given := [name for name, value in (("--pretrained", pretrained), ("--checkpoint", weights)) if value]:
         raise AugmentError(f"{spec} has its own weights: leave out {given[0]}")
     if args:
         raise AugmentError(f"{spec} knows its own arguments: leave out --model-arg")
     if path.is_dir() and _architecture(path) not in (None, rebuild.NAME):
-        return _by_name(f"local-dir:{spec}", True, None, {}, seed)
+        return _by_name(f"local-dir:{spec}", True, None, None, {}, seed)
     header = read_header(path)
     fresh = frozenset(header.fresh)
     return Opened(checkpoint.load(path), header.plan.model, header, header.plan.input_size, fresh)
@@ -90,12 +92,14 @@ def _architecture(folder: Path) -> str | None:
         return None
 
 
-def _by_name(name: str, pretrained: bool, weights: str | Path | None, args: dict[str, Any], seed: int) -> Opened:
+def _by_name(
+    name: str, pretrained: bool, weights: str | Path | None, ema: bool | None, args: dict[str, Any], seed: int
+) -> Opened:
     if pretrained and weights:
         raise AugmentError("--pretrained and --checkpoint both name weights: give one of them")
     described, _ = source.describe(name, args)
     model = source.create(described, seed, origin=name if pretrained else None)
-    taken = source.load_checkpoint(model, Path(weights)) if weights else None
+    taken = source.load_checkpoint(model, Path(weights), ema) if weights else None
     fresh = frozenset() if pretrained or weights else frozenset(n for n, _ in model.named_parameters())
     return Opened(model, described.name, None, described.input_size, fresh, taken)
 

@@ -116,7 +116,7 @@ def _open_both(settings: Settings, resumed: bool) -> tuple[Opened, Splits]:
     if resumed:
         opened = open_model(Path(settings.output) / "last")
     else:
-        weights = {"pretrained": settings.pretrained, "weights": settings.checkpoint}
+        weights = {"pretrained": settings.pretrained, "weights": settings.checkpoint, "ema": settings.ema}
         opened = open_model(settings.model, **weights, args=settings.model_args, seed=settings.seed)
     splits = open_splits(settings, opened.input_size[0])
     if not resumed:

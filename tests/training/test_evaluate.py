@@ -115,7 +115,15 @@ def test_which_weights_of_a_checkpoint_were_taken_is_said(tmp_path, images):
     weights = timm.create_model("test_resnet", num_classes=3).state_dict()
     torch.save({"state_dict": weights, "state_dict_ema": weights}, tmp_path / "a.pth")
     arguments = ["--data", str(images), "--checkpoint", str(tmp_path / "a.pth"), "-a", "num_classes=3", "--cpu"]
-    for command in (["evaluate"], ["finetune", "-b", "16", "--epochs", "1", "-o", str(tmp_path / "out")]):
+    for command in (
+        ["evaluate"],
+        ["finetune", "-b", "16", "--epochs", "1", "--overwrite", "-o", str(tmp_path / "out")],
+    ):
         result = CliRunner().invoke(app, [*command, "test_resnet", *arguments, "--img-size", "32", "-j", "0"])
         assert result.exit_code == 0, result.output
         assert "weights: checkpoint a.pth, the moving average" in result.stderr
+        asked = CliRunner().invoke(
+            app, [*command, "test_resnet", *arguments, "--img-size", "32", "-j", "0", "--no-ema"]
+        )
+        assert asked.exit_code == 0, asked.output
+        assert "weights: checkpoint a.pth, not the moving average" in asked.stderr
