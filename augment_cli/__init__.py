@@ -16,7 +16,7 @@ from wrapt import register_post_import_hook
 from augment_cli.errors import AugmentError
 
 _HOMES = {
-    "load": "checkpoint",
+    "load": "checkpoint.files",
     "convert": "conversion",
     "param_groups": "training.groups",
     "AAConv2d": "layers",
@@ -32,4 +32,4 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
 
 
-register_post_import_hook(lambda _: importlib.import_module(f"{__name__}.timm_plugin"), "timm.models")
+register_post_import_hook(lambda _: importlib.import_module(f"{__name__}.checkpoint.timm_plugin"), "timm.models")

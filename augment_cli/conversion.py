@@ -4,16 +4,19 @@ from typing import Any
 
 from torch import nn
 
-from augment_cli import checkpoint, rebuild, source, surgery
-from augment_cli.calibration import Calibration, compare, load_images, predictions
+from augment_cli.analysis import source
+from augment_cli.analysis.graph import ModelGraph, analyze
+from augment_cli.checkpoint import rebuild
+from augment_cli.checkpoint.files import versions
+from augment_cli.checkpoint.metadata import Metadata
 from augment_cli.errors import AugmentError
-from augment_cli.graph import ModelGraph, analyze
-from augment_cli.header import Header
-from augment_cli.inherit import carry, fit
-from augment_cli.inherit.fitted import Progress
-from augment_cli.plan import Plan, make_plan
-from augment_cli.recipe import load_recipe
+from augment_cli.planning.plan import Plan, make_plan
+from augment_cli.planning.recipe import load_recipe
 from augment_cli.seeds import seeded
+from augment_cli.surgery import replace
+from augment_cli.surgery.calibration import Calibration, compare, load_images, predictions
+from augment_cli.surgery.inherit import carry, fit
+from augment_cli.surgery.inherit.fitted import Progress
 
 
 def convert(
@@ -47,7 +50,7 @@ def convert(
     described, meta_model = source.describe(name, args, image_size)
     graph = analyze(meta_model, described.input_size)
     plan, _ = make_plan(described.name, graph, load_recipe(recipe, overrides), described.args)
-    surgery.verify(meta_model, plan, graph)
+    replace.verify(meta_model, plan, graph)
     calibration = None
     if calibrate is not None:
         check_fittable(plan)
@@ -78,7 +81,7 @@ def operate(
     calibration: Calibration | None = None,
     progress: Progress | None = None,
     seed: int = 0,
-) -> Header:
+) -> Metadata:
     """Convert a model with weights in place, by a verified plan, and say what its file will say of it.
 
     With calibration images attention is fitted, and the whole model held against its source.
@@ -102,7 +105,7 @@ def _operate(
     weights: str,
     calibration: Calibration | None,
     progress: Progress | None,
-) -> Header:
+) -> Metadata:
     digest = source.weights_digest(model)
     fidelity = None
     if calibration is None:
@@ -112,12 +115,12 @@ def _operate(
         inheritance = fit(model, plan, graph, calibration, progress)
         fidelity = compare(before, predictions(model, calibration), calibration)
     rebuild.adopt(model, plan)
-    model.augment_metadata = Header(
+    model.augment_metadata = Metadata(
         plan=plan,
         weights=weights,
         source_sha256=digest,
         inheritance=inheritance,
         fidelity=fidelity,
-        versions=checkpoint.versions(),
+        versions=versions(),
     )
     return model.augment_metadata

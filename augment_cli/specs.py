@@ -4,8 +4,8 @@ import re
 from importlib.util import find_spec
 from pathlib import Path
 
+from augment_cli.analysis.support import model_names
 from augment_cli.errors import AugmentError, nearest
-from augment_cli.support import model_names
 
 KINDS = ("hfds", "hfids", "wds", "tfds", "torch")
 STREAMS = ("hfids", "wds", "tfds")

@@ -23,12 +23,13 @@ import torch.nn.functional as F
 from measure import machine, write_results
 from torch import Tensor, nn
 
-from augment_cli import source, surgery
-from augment_cli.calibration import Calibration
-from augment_cli.graph import analyze
-from augment_cli.inherit import carry, fit
-from augment_cli.plan import make_plan
-from augment_cli.recipe import load_recipe
+from augment_cli.analysis import source
+from augment_cli.analysis.graph import analyze
+from augment_cli.planning.plan import make_plan
+from augment_cli.planning.recipe import load_recipe
+from augment_cli.surgery import replace
+from augment_cli.surgery.calibration import Calibration
+from augment_cli.surgery.inherit import carry, fit
 
 SIZE = 96
 MODEL, WIDTHS = "resnet18", (32, 64, 128, 256)
@@ -179,7 +180,7 @@ def run_task(task: str, epochs: int, count: int) -> list[dict]:
         recipe = load_recipe("aa", ("budget.params=free", "sites.stages=[2,3,4]", *ratios))
         plan, _ = make_plan(trained.described.name, graph, recipe, trained.described.args)
         ways = {
-            "last, untrained": lambda model, plan=plan: surgery.apply_plan(model, plan),
+            "last, untrained": lambda model, plan=plan: replace.apply_plan(model, plan),
             "carry": lambda model, plan=plan: carry(model, plan, graph),
             "fit": lambda model, plan=plan: fit(model, plan, graph, calibration),
         }

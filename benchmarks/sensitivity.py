@@ -13,10 +13,10 @@ import time
 from inherit import TASKS, Trained
 from measure import machine, write_results
 
-from augment_cli.inherit import fit
-from augment_cli.plan import Plan, Sensitivity, make_plan
-from augment_cli.recipe import load_recipe
-from augment_cli.sensitivity import measure_sensitivity
+from augment_cli.planning.plan import Plan, Sensitivity, make_plan
+from augment_cli.planning.recipe import load_recipe
+from augment_cli.surgery.inherit import fit
+from augment_cli.surgery.sensitivity import measure_sensitivity
 
 BUDGETS = ("keep", "-5%")
 

@@ -14,8 +14,8 @@ from measure import machine, quartiles, write_results
 
 ANALYSE = """
 import time, timm
-from augment_cli import source
-from augment_cli.graph import analyze
+from augment_cli.analysis import source
+from augment_cli.analysis.graph import analyze
 start = time.process_time()
 described, model = source.describe("resnet152")
 analyze(model, described.input_size)

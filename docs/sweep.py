@@ -22,9 +22,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 import augment_cli
+from augment_cli.analysis.support import RECIPES, Outcome, Support, SupportTable
 from augment_cli.files import write_file
-from augment_cli.recipe import builtin_recipes
-from augment_cli.support import RECIPES, Outcome, Support, SupportTable
+from augment_cli.planning.recipe import builtin_recipes
 
 DOCS = Path(__file__).parent
 STATE = DOCS.parent / "out" / "sweep.jsonl"
@@ -32,8 +32,7 @@ STATE = DOCS.parent / "out" / "sweep.jsonl"
 
 def survey(name: str) -> Support:
     import torch
-
-    from augment_cli.survey import survey
+    from survey import survey
 
     torch.set_num_threads(1)
     return survey(name)
@@ -42,7 +41,7 @@ def survey(name: str) -> Support:
 def code_digest() -> str:
     """Of what a survey's result depends on, as far as it is ours."""
     package = Path(augment_cli.__file__).parent
-    files = [*package.glob("*.py"), *package.glob("layers/*.py"), *builtin_recipes().values()]
+    files = [*package.rglob("*.py"), DOCS / "survey.py", *builtin_recipes().values()]
     return hashlib.sha256(b"".join(f.read_bytes() for f in sorted(files))).hexdigest()
 
 

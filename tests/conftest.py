@@ -4,10 +4,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from augment_cli import source
-from augment_cli.graph import ModelGraph, analyze
-from augment_cli.plan import Plan, make_plan
-from augment_cli.recipe import load_recipe
+from augment_cli.analysis import source
+from augment_cli.analysis.graph import ModelGraph, analyze
+from augment_cli.planning.plan import Plan, make_plan
+from augment_cli.planning.recipe import load_recipe
 
 # The workers of a parallel run share the cores: one thread each.
 torch.set_num_threads(1)

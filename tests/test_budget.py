@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from augment_cli import cost
-from augment_cli.budget import Counts, attainable, solve
-from augment_cli.choices import distance, options, written
 from augment_cli.errors import AugmentError
-from augment_cli.plan import make_plan
-from augment_cli.recipe import Budget, load_recipe
-from augment_cli.selection import select
+from augment_cli.planning import cost
+from augment_cli.planning.budget import Counts, attainable, solve
+from augment_cli.planning.choices import distance, options, written
+from augment_cli.planning.plan import make_plan
+from augment_cli.planning.recipe import Budget, load_recipe
+from augment_cli.planning.selection import select
 from tests.conftest import graph_of, plan_of
 
 KEEP = [

@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from augment_cli.calibration import Calibration, compare, load_images, predictions
 from augment_cli.errors import AugmentError
+from augment_cli.surgery.calibration import Calibration, compare, load_images, predictions
 
 
 def picture_folder(folder: Path, count: int, size: tuple[int, int] = (40, 48)) -> Path:

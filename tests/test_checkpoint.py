@@ -9,11 +9,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import augment_cli
-from augment_cli import conversion, source
-from augment_cli.checkpoint import save_weights
+from augment_cli import conversion
+from augment_cli.analysis import source
+from augment_cli.checkpoint.files import save_weights
+from augment_cli.checkpoint.metadata import Metadata, read_metadata
 from augment_cli.errors import AugmentError
-from augment_cli.header import KEY, Header, read_header
-from augment_cli.output import write_model
+from augment_cli.formats import METADATA_KEY
+from augment_cli.report.output import write_model
 from tests.conftest import graph_of, plan_of
 
 
@@ -26,8 +28,8 @@ def converted(name: str = "resnet18", recipe: str = "aa", seed: int = 0, **args)
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("saved") / "resnet18-aa.safetensors"
-    model, header = converted()
-    write_model(model, header, path)
+    model, metadata = converted()
+    write_model(model, metadata, path)
     return path
 
 
@@ -35,18 +37,18 @@ def rewritten(saved: Path, path: Path, change) -> Path:
     """A copy of a saved file with its `augment` metadata changed by hand."""
     with safe_open(saved, "pt") as opened:
         metadata = opened.metadata()
-    data = json.loads(metadata[KEY])
+    data = json.loads(metadata[METADATA_KEY])
     data = change(data) or data
-    save_file(load_file(saved), path, metadata | {KEY: data if isinstance(data, str) else json.dumps(data)})
+    save_file(load_file(saved), path, metadata | {METADATA_KEY: data if isinstance(data, str) else json.dumps(data)})
     return path
 
 
 @pytest.mark.parametrize("name", ["resnet18", "tf_efficientnetv2_b0", "test_nfnet"])
 @pytest.mark.parametrize("recipe", ["aa", "aw", "aa-aw"])
 def test_loading_gives_the_same_logits_bit_for_bit(tmp_path, name, recipe):
-    model, header = converted(name, recipe)
-    write_model(model, header, tmp_path / "m.safetensors")
-    write_model(model, header, tmp_path / "folder")
+    model, metadata = converted(name, recipe)
+    write_model(model, metadata, tmp_path / "m.safetensors")
+    write_model(model, metadata, tmp_path / "folder")
     x = torch.randn(2, 3, 160, 160)
     with torch.no_grad():
         expected = model.eval()(x)
@@ -69,14 +71,14 @@ def test_the_same_seed_gives_the_same_bytes_and_another_one_does_not(tmp_path):
 def test_the_header_says_what_the_model_is_made_of(saved):
     with safe_open(saved, "pt") as opened:
         assert opened.metadata()["format"] == "pt"
-    header = read_header(saved)
+    metadata = read_metadata(saved)
     described, _ = source.describe("resnet18")
-    assert header.plan == plan_of("resnet18", "aa")
-    assert header.source_sha256 == source.weights_digest(source.create(described, 0))
-    assert header.weights == "random, seed 0"
-    assert {"torch", "timm", "augment-cli", "python"} <= header.versions.keys()
-    assert [i.name for i in header.inheritance] == [s.name for s in header.plan.sites]
-    assert Header.model_validate_json(header.to_metadata()[KEY]) == header
+    assert metadata.plan == plan_of("resnet18", "aa")
+    assert metadata.source_sha256 == source.weights_digest(source.create(described, 0))
+    assert metadata.weights == "random, seed 0"
+    assert {"torch", "timm", "augment-cli", "python"} <= metadata.versions.keys()
+    assert [i.name for i in metadata.inheritance] == [s.name for s in metadata.plan.sites]
+    assert Metadata.model_validate_json(metadata.to_metadata()[METADATA_KEY]) == metadata
 
 
 def test_the_folder_has_what_timm_and_people_need(tmp_path):
@@ -180,7 +182,7 @@ def test_nothing_is_executed_or_unpickled_while_loading(saved, monkeypatch):
 
 
 def test_channels_last_weights_are_saved_as_the_same_values(tmp_path):
-    model, header = converted()
-    save_weights(model.to(memory_format=torch.channels_last), header, tmp_path / "m.safetensors")
+    model, metadata = converted()
+    save_weights(model.to(memory_format=torch.channels_last), metadata, tmp_path / "m.safetensors")
     again = augment_cli.load(tmp_path / "m.safetensors").state_dict()
     assert all(torch.equal(again[key], value) for key, value in model.state_dict().items())

@@ -5,10 +5,10 @@ import random
 
 import numpy as np
 import pytest
+import survey
 import torch
 
 import augment_cli
-from augment_cli import survey
 from augment_cli.errors import AugmentError
 
 
@@ -41,7 +41,7 @@ def test_converting_changes_neither_random_state_nor_logger(monkeypatch):
 
 
 def test_loading_checking_and_surveying_change_neither(file, monkeypatch):
-    from augment_cli.verification import verify_file
+    from augment_cli.checkpoint.check import verify_file
 
     monkeypatch.setattr(logging.getLogger("timm"), "level", logging.INFO)
     before = states()

@@ -7,11 +7,13 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from augment_cli import cost, source, surgery
-from augment_cli.graph import analyze, count_parameters, meta_copy
-from augment_cli.plan import Plan
-from augment_cli.recipe import builtin_recipes
-from augment_cli.site import ConvSite
+from augment_cli.analysis import source
+from augment_cli.analysis.graph import analyze, count_parameters, meta_copy
+from augment_cli.analysis.site import ConvSite
+from augment_cli.planning import cost
+from augment_cli.planning.plan import Plan
+from augment_cli.planning.recipe import builtin_recipes
+from augment_cli.surgery import replace
 from tests.conftest import plan_of
 
 MODELS = [
@@ -58,7 +60,7 @@ def test_planned_counts_of_other_kernels_are_the_built_models(model, recipe, ove
 
 def assert_counted(plan: Plan) -> None:
     _, built = source.describe(plan.model)
-    surgery.apply_plan(built, plan)
+    replace.apply_plan(built, plan)
     counted = analyze(built, plan.input_size)
     assert plan.params_after == counted.params
     assert plan.macs_after == counted.macs
@@ -81,7 +83,7 @@ def test_a_count_on_a_processor_is_the_plans(model, recipe, overrides):
     """With compiled kernels, or without."""
     plan = plan_of(model, recipe, *overrides)
     _, built = source.describe(plan.model)
-    surgery.apply_plan(built, plan)
+    replace.apply_plan(built, plan)
     built = built.to_empty(device="cpu").eval()
     with torch.no_grad():
         for tensor in built.state_dict().values():
@@ -144,7 +146,7 @@ def test_a_single_site_costs_what_the_module_counts(data):
         draw(st.integers(1, 3)) if aa else 1,
         draw(st.sampled_from([r for r in range(1, 25) if conv.in_channels % r == 0])) if aw else 0,
     )
-    module = surgery.replacement(meta_copy(conv), _as_plan(site, choice))
+    module = replace.replacement(meta_copy(conv), _as_plan(site, choice))
     assert count_parameters(module) == cost.params(site, choice)
     with FlopCounterMode(display=False) as flops:
         module(torch.empty(1, conv.in_channels, *size, device="meta"))
@@ -152,7 +154,7 @@ def test_a_single_site_costs_what_the_module_counts(data):
 
 
 def _as_plan(site: ConvSite, choice: cost.Choice):
-    from augment_cli.plan import SitePlan
+    from augment_cli.planning.plan import SitePlan
 
     variant = "+".join(v for v, there in (("aa", choice.value_channels), ("aw", choice.reduction)) if there)
     fields = {key: getattr(site, key) for key in ("in_channels", "out_channels", "kernel_size", "stride", "resolution")}

@@ -3,9 +3,9 @@ import timm
 import torch
 from torch import nn
 
-from augment_cli import source
+from augment_cli.analysis import source
+from augment_cli.analysis.graph import analyze, count_parameters, meta_copy
 from augment_cli.errors import AugmentError
-from augment_cli.graph import analyze, count_parameters, meta_copy
 from tests.conftest import graph_of
 
 

@@ -5,9 +5,9 @@ import timm
 import torch
 from torch import nn
 
-from augment_cli import source
+from augment_cli.analysis import source
+from augment_cli.analysis.guard import Limit, limited
 from augment_cli.errors import AugmentError
-from augment_cli.guard import Limit, limited
 
 
 def stack(depth: int, width: int = 1) -> nn.Module:

@@ -2,7 +2,7 @@ import timm
 import torch
 from torch import nn
 
-from augment_cli.inherit import carry, importance
+from augment_cli.surgery.inherit import carry, importance
 from tests.conftest import graph_of, plan_of
 from tests.test_surgery import randomized
 

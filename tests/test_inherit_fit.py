@@ -4,19 +4,19 @@ import pytest
 import torch
 from torch import nn
 
-from augment_cli.calibration import Calibration
+from augment_cli.analysis.graph import analyze
 from augment_cli.errors import AugmentError
-from augment_cli.graph import analyze
-from augment_cli.inherit import carry, fit
-from augment_cli.inherit.fisher import fisher_roots
-from augment_cli.inherit.fitted import fit_sites, install
-from augment_cli.inherit.heads import fit_heads
-from augment_cli.inherit.moments import Moments
-from augment_cli.inherit.polish import outputs_on, polish
-from augment_cli.inherit.sampling import head_maps, observe
 from augment_cli.layers import AAConv2d
-from augment_cli.plan import make_plan
-from augment_cli.recipe import load_recipe
+from augment_cli.planning.plan import make_plan
+from augment_cli.planning.recipe import load_recipe
+from augment_cli.surgery.calibration import Calibration
+from augment_cli.surgery.inherit import carry, fit
+from augment_cli.surgery.inherit.fisher import fisher_roots
+from augment_cli.surgery.inherit.fitted import fit_sites, install
+from augment_cli.surgery.inherit.heads import fit_heads
+from augment_cli.surgery.inherit.moments import Moments
+from augment_cli.surgery.inherit.polish import outputs_on, polish
+from augment_cli.surgery.inherit.sampling import head_maps, observe
 
 
 def calibration(count: int = 40, size: int = 32, seed: int = 0) -> Calibration:

@@ -3,8 +3,8 @@ import json
 import pytest
 
 from augment_cli.errors import AugmentError
-from augment_cli.plan import Plan, check_budget, fit_plan, natural, parse_plan
-from augment_cli.recipe import override_budget
+from augment_cli.planning.plan import Plan, check_budget, fit_plan, natural, parse_plan
+from augment_cli.planning.recipe import override_budget
 from tests.conftest import graph_of, plan_of
 
 TOP = ["schema", "model", "recipe", "params_before", "params_after", "macs_before", "macs_after", "sites", "skipped"]

@@ -10,18 +10,20 @@ import timm
 import torch
 from safetensors.torch import load_file
 
-from augment_cli import conversion, rebuild, source
+from augment_cli import conversion
+from augment_cli.analysis import source
+from augment_cli.checkpoint import rebuild
 from augment_cli.errors import AugmentError
 from augment_cli.layers import AAConv2d
-from augment_cli.output import write_model
+from augment_cli.report.output import write_model
 from tests.conftest import graph_of, plan_of
 
 
 def folder(path: Path, name: str, recipe: str = "aa"):
     described, _ = source.describe(name)
     model = source.create(described, 0)
-    header = conversion.operate(model, plan_of(name, recipe), graph_of(name), "random, seed 0")
-    write_model(model, header, path)
+    metadata = conversion.operate(model, plan_of(name, recipe), graph_of(name), "random, seed 0")
+    write_model(model, metadata, path)
     return model.eval()
 
 
@@ -165,7 +167,7 @@ def test_importing_the_package_is_enough_in_either_order_and_costs_no_timm(tmp_p
 
 
 def test_the_plugin_alone_registers_the_architecture():
-    code = "import augment_cli.timm_plugin, timm; print(timm.is_model('augmented'))"
+    code = "import augment_cli.checkpoint.timm_plugin, timm; print(timm.is_model('augmented'))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out == "True\n"
 

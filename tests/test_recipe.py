@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from augment_cli.errors import AugmentError
-from augment_cli.recipe import builtin_recipes, load_recipe, resolve_amount
+from augment_cli.planning.recipe import builtin_recipes, load_recipe, resolve_amount
 
 BUILTIN = [
     "aa",

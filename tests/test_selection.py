@@ -3,10 +3,10 @@ from dataclasses import replace
 
 import pytest
 
-from augment_cli.choices import attention_pool
 from augment_cli.errors import AugmentError
-from augment_cli.recipe import load_recipe
-from augment_cli.selection import select
+from augment_cli.planning.choices import attention_pool
+from augment_cli.planning.recipe import load_recipe
+from augment_cli.planning.selection import select
 from tests.conftest import graph_of, plan_of
 
 

@@ -7,13 +7,13 @@ import timm
 import torch
 from typer.testing import CliRunner
 
-from augment_cli.calibration import Calibration
+from augment_cli.analysis.graph import analyze
 from augment_cli.cli import app
 from augment_cli.errors import AugmentError
-from augment_cli.graph import analyze
-from augment_cli.plan import Sensitivity, make_plan
-from augment_cli.recipe import load_recipe
-from augment_cli.sensitivity import measure_sensitivity
+from augment_cli.planning.plan import Sensitivity, make_plan
+from augment_cli.planning.recipe import load_recipe
+from augment_cli.surgery.calibration import Calibration
+from augment_cli.surgery.sensitivity import measure_sensitivity
 from tests.conftest import graph_of, plan_of
 from tests.test_calibration import picture_folder
 from tests.test_surgery import randomized

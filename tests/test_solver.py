@@ -10,7 +10,7 @@ import scipy.optimize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from augment_cli.solver import Row, minimise
+from augment_cli.planning.solver import Row, minimise
 
 GROUPS, OPTIONS = np.repeat([0, 1], 4), range(4)
 

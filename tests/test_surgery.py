@@ -3,11 +3,11 @@ import timm
 import torch
 from torch import nn
 
-from augment_cli import surgery
+from augment_cli.analysis.graph import analyze
 from augment_cli.errors import AugmentError
-from augment_cli.graph import analyze
 from augment_cli.layers import AAConv2d, AWConv2d
-from augment_cli.plan import Plan
+from augment_cli.planning.plan import Plan
+from augment_cli.surgery import replace
 from tests.conftest import graph_of, plan_of
 
 
@@ -38,7 +38,7 @@ def test_an_aw_model_is_the_sources_function(name, recipe, training):
     x = torch.randn(2, 3, 96, 96, dtype=torch.float64)
     plan = plan_of(name, recipe)
     expected = _logits(source, x, training)
-    surgery.apply_plan(source, plan)
+    replace.apply_plan(source, plan)
     assert sum(isinstance(m, AWConv2d) for m in source.modules()) == len(plan.sites)
     assert (_logits(source, x, training) - expected).abs().max() < 1e-10
 
@@ -47,7 +47,7 @@ def test_attention_takes_channels_of_every_group_and_the_others_stay_what_they_w
     plan = plan_of("resnext50_32x4d", "aa", "sites.groups=grouped", "sites.value_ratio=0.25", "budget.params=free")
     source, converted = (randomized("resnext50_32x4d").eval() for _ in range(2))
     converted.load_state_dict(source.state_dict())
-    surgery.apply_plan(converted, plan)
+    replace.apply_plan(converted, plan)
     site = plan.sites[-1]
     conv, new = source.get_submodule(site.name), converted.get_submodule(site.name)
     assert new.conv.groups == 32
@@ -83,7 +83,7 @@ def test_the_convolution_branch_keeps_class_and_kept_filters_in_place(name, bran
     plan = plan_of(name, "aa")
     source, converted = (randomized(name) for _ in range(2))
     converted.load_state_dict(source.state_dict())
-    surgery.apply_plan(converted, plan, lambda name, conv, count: [*range(conv.out_channels)][-count:])
+    replace.apply_plan(converted, plan, lambda name, conv, count: [*range(conv.out_channels)][-count:])
     classes = set()
     for site in plan.sites:
         old, new = source.get_submodule(site.name), converted.get_submodule(site.name)
@@ -97,7 +97,7 @@ def test_the_convolution_branch_keeps_class_and_kept_filters_in_place(name, bran
 def test_select_filters_cuts_every_parameter_and_leaves_the_source_alone():
     conv = timm.layers.ScaledStdConv2d(4, 6, 3)
     nn.init.uniform_(conv.gain)
-    kept = surgery.select_filters(conv, [1, 4, 5])
+    kept = replace.select_filters(conv, [1, 4, 5])
     x = torch.randn(1, 4, 7, 9)
     assert type(kept) is type(conv)
     assert (kept.out_channels, conv.out_channels) == (3, 6)
@@ -105,12 +105,12 @@ def test_select_filters_cuts_every_parameter_and_leaves_the_source_alone():
 
 
 def test_channel_order_undoes_the_concatenation():
-    assert surgery.channel_order([0, 2, 5], 6) == [0, 3, 1, 4, 5, 2]
+    assert replace.channel_order([0, 2, 5], 6) == [0, 3, 1, 4, 5, 2]
 
 
 def test_the_result_is_the_timm_model_with_its_interface():
     model = timm.create_model("resnet18", num_classes=7)
-    surgery.apply_plan(model, plan_of("resnet18", "aa"))
+    replace.apply_plan(model, plan_of("resnet18", "aa"))
     x = torch.randn(2, 3, 64, 64)
     assert type(model).__name__ == "ResNet"
     assert model.forward_features(x).shape == (2, 512, 2, 2)
@@ -129,7 +129,7 @@ def test_the_result_is_the_timm_model_with_its_interface():
 @pytest.mark.parametrize("recipe", ["aa", "aw", "aa-aw"])
 def test_gradients_reach_every_parameter(recipe):
     model = randomized("resnet18")
-    surgery.apply_plan(model, plan_of("resnet18", recipe))
+    replace.apply_plan(model, plan_of("resnet18", recipe))
     model(torch.randn(2, 3, 64, 64)).square().sum().backward()
     without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
     assert without == []
@@ -137,7 +137,7 @@ def test_gradients_reach_every_parameter(recipe):
 
 def test_other_image_sizes_work():
     model = timm.create_model("resnet18")
-    surgery.apply_plan(model, plan_of("resnet18", "aa"))
+    replace.apply_plan(model, plan_of("resnet18", "aa"))
     for size in ((64, 64), (96, 160), (288, 224)):
         assert model.eval()(torch.randn(1, 3, *size)).isfinite().all()
 
@@ -145,26 +145,26 @@ def test_other_image_sizes_work():
 def test_verification_passes_what_fits_and_refuses_what_changes_a_shape(monkeypatch):
     graph, plan = graph_of("resnet18"), plan_of("resnet18", "aa")
     model = timm.create_model("resnet18")
-    surgery.verify(model, plan, graph)
+    replace.verify(model, plan, graph)
     assert not any(isinstance(m, AAConv2d) for m in model.modules())
     forward = AAConv2d.forward
     monkeypatch.setattr(AAConv2d, "forward", lambda self, x: forward(self, x).repeat(2, 1, 1, 1))
     with pytest.raises(AugmentError, match=r"changes the shape of features_4 from \(1, 128, 112, 112\) to \(2, 128"):
-        surgery.verify(timm.create_model("vgg11_bn"), plan_of("vgg11_bn", "aa"), graph_of("vgg11_bn"))
+        replace.verify(timm.create_model("vgg11_bn"), plan_of("vgg11_bn", "aa"), graph_of("vgg11_bn"))
 
 
 def test_a_plan_for_another_model_is_refused_by_name():
     with pytest.raises(AugmentError, match=r"VGG has no convolution layer1\.0\.conv1"):
-        surgery.apply_plan(timm.create_model("vgg11"), plan_of("resnet18", "aa"))
+        replace.apply_plan(timm.create_model("vgg11"), plan_of("resnet18", "aa"))
     wide = timm.create_model("resnet18")
     wide.layer1[0].conv1 = nn.Conv2d(32, 64, 3)
     with pytest.raises(AugmentError, match=r"layer1\.0\.conv1 has in_channels 32, and 64 in the plan"):
-        surgery.apply_plan(wide, plan_of("resnet18", "aa"))
+        replace.apply_plan(wide, plan_of("resnet18", "aa"))
 
 
 def test_a_model_traced_by_timm_after_conversion_sees_the_layers_as_leaves():
     model = timm.create_model("resnet18")
-    surgery.apply_plan(model, plan_of("resnet18", "aa"))
+    replace.apply_plan(model, plan_of("resnet18", "aa"))
     names = {s.name for s in analyze(model, (3, 64, 64)).sites}
     assert "layer1.0.conv1.conv" in names
     assert isinstance(plan_of("resnet18", "aa"), Plan)

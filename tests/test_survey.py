@@ -2,12 +2,13 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+import survey
 import torch
 from torch import nn
 
-from augment_cli import source, survey
+from augment_cli.analysis import source
+from augment_cli.analysis.support import Support, read_table, table_file
 from augment_cli.layers import AWConv2d
-from augment_cli.support import Support, read_table, table_file
 from tests.conftest import graph_of, plan_of
 
 
@@ -44,8 +45,8 @@ def test_a_trial_finds_other_counts_and_parameters_without_a_gradient(monkeypatc
 
 
 def _built(model, plan):
-    from augment_cli.graph import meta_copy
-    from augment_cli.surgery import apply_plan
+    from augment_cli.analysis.graph import meta_copy
+    from augment_cli.surgery.replace import apply_plan
 
     built = meta_copy(model)
     apply_plan(built, plan)

@@ -5,11 +5,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from augment_cli import conversion, cost, source
+from augment_cli import conversion
+from augment_cli.analysis import source
+from augment_cli.checkpoint.check import verify_file
 from augment_cli.errors import AugmentError
-from augment_cli.header import KEY
-from augment_cli.output import write_model
-from augment_cli.verification import verify_file
+from augment_cli.formats import METADATA_KEY
+from augment_cli.planning import cost
+from augment_cli.report.output import write_model
 from tests.conftest import graph_of, plan_of
 
 
@@ -17,18 +19,18 @@ from tests.conftest import graph_of, plan_of
 def saved(tmp_path):
     described, _ = source.describe("test_resnet")
     model = source.create(described)
-    header = conversion.operate(model, plan_of("test_resnet", "aa"), graph_of("test_resnet"), "random, seed 0")
-    write_model(model, header, tmp_path / "m.safetensors")
+    metadata = conversion.operate(model, plan_of("test_resnet", "aa"), graph_of("test_resnet"), "random, seed 0")
+    write_model(model, metadata, tmp_path / "m.safetensors")
     return tmp_path / "m.safetensors"
 
 
 def rewrite(path, change_plan=lambda plan: None, change_tensors=lambda tensors: None):
     with safe_open(path, "pt") as opened:
         metadata = opened.metadata()
-    data, tensors = json.loads(metadata[KEY]), load_file(path)
+    data, tensors = json.loads(metadata[METADATA_KEY]), load_file(path)
     change_plan(data["plan"])
     change_tensors(tensors)
-    save_file(tensors, path, metadata | {KEY: json.dumps(data)})
+    save_file(tensors, path, metadata | {METADATA_KEY: json.dumps(data)})
 
 
 def failed(path) -> list[str]:

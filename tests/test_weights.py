@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import save_file
 from timm.utils import CheckpointSaver, ModelEmaV3
 
-from augment_cli import source
+from augment_cli.analysis import source
+from augment_cli.analysis.source import load_checkpoint
+from augment_cli.checkpoint.metadata import read_metadata
 from augment_cli.errors import AugmentError
-from augment_cli.header import read_header
-from augment_cli.source import load_checkpoint
 from tests.cli.helpers import ok, run
 
 NAME = "test_resnet"
@@ -187,7 +187,7 @@ def test_which_weights_were_taken_is_said_and_written_into_file_and_card(trained
     result = ok("convert", NAME, "--checkpoint", "last.pth.tar", *flag, "-o", "out")
     assert f"source weights: checkpoint last.pth.tar, {note} of its weights" in result.stderr
     assert f"checkpoint last.pth.tar, {note} of its weights" in (in_tmp / "out" / "README.md").read_text()
-    assert read_header(in_tmp / "out").weights == f"checkpoint last.pth.tar, {note} of its weights"
+    assert read_metadata(in_tmp / "out").weights == f"checkpoint last.pth.tar, {note} of its weights"
 
 
 def test_ema_without_a_checkpoint_is_refused(in_tmp):

@@ -20,11 +20,11 @@ def check(
 
     augment check resnet50-aa.safetensors
     """
-    from augment_cli.header import read_header
+    from augment_cli.checkpoint.metadata import read_metadata
 
-    plan = read_header(path).plan
+    plan = read_metadata(path).plan
     with common.working(f"reloading {path}"):
-        command = [sys.executable, "-m", "augment_cli.verification", str(path)]
+        command = [sys.executable, "-m", "augment_cli.checkpoint.check", str(path)]
         run = subprocess.run(command, capture_output=True, text=True, check=False)
     if run.returncode:
         raise AugmentError((run.stderr.strip() or f"ended by signal {-run.returncode}").splitlines()[-1])

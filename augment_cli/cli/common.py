@@ -12,10 +12,10 @@ from augment_cli.errors import AugmentError, boundary
 from augment_cli.terminal import echo, say
 
 if TYPE_CHECKING:
-    from augment_cli.budget import Solution
-    from augment_cli.graph import ModelGraph
-    from augment_cli.plan import Plan
-    from augment_cli.recipe import Recipe
+    from augment_cli.analysis.graph import ModelGraph
+    from augment_cli.planning.budget import Solution
+    from augment_cli.planning.plan import Plan
+    from augment_cli.planning.recipe import Recipe
 
 ModelName = Annotated[str | None, typer.Argument(metavar="[MODEL]", help="A timm model's name.")]
 RecipeName = Annotated[
@@ -112,7 +112,7 @@ def parse_arguments(pairs: list[str] | None) -> dict[str, Any]:
 
 def announce(graph: "ModelGraph", plan: "Plan", solution: "Solution | None", recipe: "Recipe | None" = None) -> None:
     """What was found and solved, and what a user should know before relying on it."""
-    from augment_cli.selection import missing_kernels
+    from augment_cli.planning.selection import missing_kernels
 
     say(f"{plan.model}: {len(graph.sites)} convolutions, {len(plan.sites)} to replace (recipe {plan.recipe})")
     if solution is not None:
@@ -128,8 +128,8 @@ def read_given_plan(
     file: Path, model: str | None, recipe: str | None, overrides: list[str] | None, *others: list[str] | str | None
 ) -> "Plan":
     """The plan of --plan, its budget as --set has it; `others` are --img-size and --model-arg."""
-    from augment_cli.plan import read_plan
-    from augment_cli.recipe import override_budget
+    from augment_cli.planning.plan import read_plan
+    from augment_cli.planning.recipe import override_budget
 
     given = zip((model, recipe, *others), ("MODEL", "--recipe", "--img-size", "--model-arg"), strict=True)
     for value, option in given:
@@ -141,7 +141,7 @@ def read_given_plan(
 
 def fit_given_plan(plan: "Plan", graph: "ModelGraph", file: Path) -> "Plan":
     """The plan of --plan held against its model and its budget."""
-    from augment_cli.plan import check_budget, fit_plan
+    from augment_cli.planning.plan import check_budget, fit_plan
 
     fitted = fit_plan(plan, graph, f"plan {file}")
     check_budget(fitted, f"plan {file}")
@@ -149,6 +149,6 @@ def fit_given_plan(plan: "Plan", graph: "ModelGraph", file: Path) -> "Plan":
 
 
 def load_named_recipe(name: str, overrides: list[str] | None) -> "Recipe":
-    from augment_cli.recipe import load_recipe
+    from augment_cli.planning.recipe import load_recipe
 
     return load_recipe(name, tuple(overrides or ()))

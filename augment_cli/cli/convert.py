@@ -8,6 +8,7 @@ import typer
 
 from augment_cli.cli import common
 from augment_cli.errors import AugmentError
+from augment_cli.surgery import replace
 
 _FITTED = "Attention that is fitted to what it replaces"
 
@@ -71,7 +72,7 @@ def convert(
     augment convert resnet50 --recipe aa-resnet --set budget.params=keep --pretrained -o resnet50-aa
     """
     from augment_cli import specs
-    from augment_cli.output import check_target, write_model
+    from augment_cli.report.output import check_target, write_model
 
     if pretrained and checkpoint:
         raise AugmentError("--pretrained and --checkpoint both name weights: give one of them")
@@ -95,12 +96,13 @@ def convert(
         check_target(output or Path(f"{model}-{named}.safetensors"), overwrite, (plan_file, checkpoint))
 
     with common.working("importing torch and timm"):
-        from augment_cli import conversion, source, surgery
-        from augment_cli.calibration import load_images
-        from augment_cli.graph import analyze
-        from augment_cli.plan import make_plan
+        from augment_cli import conversion
+        from augment_cli.analysis import source
+        from augment_cli.analysis.graph import analyze
+        from augment_cli.planning.plan import make_plan
         from augment_cli.report import Report
         from augment_cli.report.table import table
+        from augment_cli.surgery.calibration import load_images
 
     with common.working(f"planning {model}"):
         described, meta_model = source.describe(model, arguments, size)
@@ -109,7 +111,7 @@ def convert(
             plan, solution = common.fit_given_plan(given, graph, plan_file), None
         else:
             plan, solution = make_plan(described.name, graph, settings, described.args)
-        surgery.verify(meta_model, plan, graph)
+        replace.verify(meta_model, plan, graph)
     common.announce(graph, plan, solution, None if given else settings)
     target = output or Path(f"{plan.model}-{plan.recipe}.safetensors")
     check_target(target, overwrite, (plan_file, checkpoint))
@@ -126,9 +128,9 @@ def convert(
         origin = source.weights_origin(pretrained, seed)
         if checkpoint:
             origin = source.load_checkpoint(weights, checkpoint, ema)
-        header = conversion.operate(weights, plan, graph, origin, calibration, progress, seed)
-        write_model(weights, header, target)
-    common.show(table(Report.of(plan, header), full=full))
+        metadata = conversion.operate(weights, plan, graph, origin, calibration, progress, seed)
+        write_model(weights, metadata, target)
+    common.show(table(Report.of(plan, metadata), full=full))
     if checkpoint:
         common.say(f"source weights: {origin}")
     common.say(f"wrote {target}")

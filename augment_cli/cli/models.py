@@ -11,7 +11,7 @@ from augment_cli.cli import common
 from augment_cli.errors import AugmentError, nearest
 
 if TYPE_CHECKING:
-    from augment_cli.support import Support
+    from augment_cli.analysis.support import Support
 
 
 def models(
@@ -25,7 +25,7 @@ def models(
 
     augment models 'resnet*'
     """
-    from augment_cli.support import read_table
+    from augment_cli.analysis.support import read_table
 
     table = read_table()
     names = [model.model for model in table.models]
@@ -46,7 +46,7 @@ def models(
 def _rows(found: list["Support"]):
     from rich.table import Table
 
-    from augment_cli.support import RECIPES
+    from augment_cli.analysis.support import RECIPES
 
     rows = Table(box=None, header_style="bold")
     for column in ("model", "image", "parameters", *RECIPES, "aa can have", "why not"):

@@ -10,7 +10,7 @@ from augment_cli.cli import common
 from augment_cli.errors import AugmentError
 
 if TYPE_CHECKING:
-    from augment_cli.plan import Plan
+    from augment_cli.planning.plan import Plan
 
 _measured = partial(typer.Option, rich_help_panel="Sensitivity")
 
@@ -65,9 +65,9 @@ def plan(
     if calibrate:
         specs.check_data(calibrate)
     with common.working("importing torch and timm"):
-        from augment_cli import source
-        from augment_cli.graph import analyze
-        from augment_cli.plan import make_plan
+        from augment_cli.analysis import source
+        from augment_cli.analysis.graph import analyze
+        from augment_cli.planning.plan import make_plan
 
     described, meta_model = source.describe(model, arguments, size)
     graph = analyze(meta_model, described.input_size)
@@ -89,8 +89,8 @@ def plan(
 def _fitted(given: "Plan", file: Path) -> "Plan":
     """A plan that was read, held against its model and its budget."""
     with common.working("importing torch and timm"):
-        from augment_cli import source
-        from augment_cli.graph import analyze
+        from augment_cli.analysis import source
+        from augment_cli.analysis.graph import analyze
 
     described, meta_model = source.describe(given.model, dict(given.model_args), given.input_size[1:])
     graph = analyze(meta_model, described.input_size)
@@ -131,12 +131,12 @@ def _check_measured(sensitivity, calibrate, pretrained, checkpoint, plot) -> Non
 
 def _measure(described, meta_model, graph, settings, images, origin, checkpoint, ema):
     """Sensitivities under the splits that the recipe writes."""
-    from augment_cli import source
-    from augment_cli.calibration import load_images
+    from augment_cli.analysis import source
     from augment_cli.conversion import check_fittable
-    from augment_cli.plan import make_plan
-    from augment_cli.recipe import Budget
-    from augment_cli.sensitivity import measure_sensitivity
+    from augment_cli.planning.plan import make_plan
+    from augment_cli.planning.recipe import Budget
+    from augment_cli.surgery.calibration import load_images
+    from augment_cli.surgery.sensitivity import measure_sensitivity
 
     written, _ = make_plan(described.name, graph, settings.model_copy(update={"budget": Budget()}), described.args)
     check_fittable(written)

@@ -23,7 +23,7 @@ def recipes(ctx: typer.Context) -> None:
 @app.command("list")
 def list_recipes(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
     """The built-in recipes, a line each."""
-    from augment_cli.recipe import builtin_recipes, load_recipe
+    from augment_cli.planning.recipe import builtin_recipes, load_recipe
 
     known = [load_recipe(name) for name in builtin_recipes()]
     if as_json:
@@ -63,7 +63,7 @@ def copy(
 
 
 def _text(name: str) -> str:
-    from augment_cli.recipe import builtin_recipes
+    from augment_cli.planning.recipe import builtin_recipes
 
     known = builtin_recipes()
     if name not in known:

@@ -44,9 +44,9 @@ def report(
 
     augment report resnet50-aa -o report.html
     """
+    from augment_cli.checkpoint.metadata import read_metadata, weights_file
     from augment_cli.files import check_output, write_file
-    from augment_cli.header import read_header, weights_file
-    from augment_cli.plan import read_plan
+    from augment_cli.planning.plan import read_plan
     from augment_cli.report import FORMATS, Report
     from augment_cli.report.table import plain_table, table
 
@@ -57,8 +57,8 @@ def report(
     if is_plan:
         numbers = Report.of(read_plan(path))
     else:
-        header = read_header(path)
-        numbers = Report.of(header.plan, header)
+        metadata = read_metadata(path)
+        numbers = Report.of(metadata.plan, metadata)
     if form is Format.table and not output:
         common.show(table(numbers, full=full))
         return

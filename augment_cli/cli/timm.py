@@ -21,7 +21,7 @@ def timm(
 
     augment timm validate.py -- --model local-dir:resnet50-aa --pretrained --data-dir imagenet
 
-    For train.py, the same as its own option --device-modules augment_cli.timm_plugin.
+    For train.py, the same as its own option --device-modules augment_cli.checkpoint.timm_plugin.
     """
     if not script.is_file():
         raise AugmentError(f"{script}: no such script; timm's are in its repository, not in its package")

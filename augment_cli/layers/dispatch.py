@@ -1,7 +1,7 @@
 """The layers' operators in torch's dispatcher: compilers keep them whole, and torch.utils.flop_counter counts them.
 
 A formula counts the multiply-adds of the plain operations that an operator stands for, in a forward pass as the plan
-does (`augment_cli.cost`), and not those of the way in which it is computed. FLOPs are twice as many.
+does (`augment_cli.planning.cost`), and not those of the way in which it is computed. FLOPs are twice as many.
 """
 
 from collections.abc import Callable

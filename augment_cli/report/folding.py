@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import prod
 
-from augment_cli.plan import natural
+from augment_cli.planning.plan import natural
 from augment_cli.report.numbers import Change, SiteRow
 
 # Numbers as one would count them: those with leading zeros stay part of the name.

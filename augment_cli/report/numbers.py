@@ -1,4 +1,4 @@
-"""The numbers of a report: made once from a plan and a header, and only shown by everything else here."""
+"""The numbers of a report: made once from a plan and metadata, and only shown by everything else here."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable
@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from augment_cli.header import Fidelity, Header, Inheritance
-from augment_cli.plan import Plan, Sensitivity, SitePlan
-from augment_cli.recipe import resolve_amount
+from augment_cli.analysis.site import Size
+from augment_cli.checkpoint.metadata import Metadata
+from augment_cli.planning.plan import Plan, Sensitivity, SitePlan
+from augment_cli.planning.recipe import resolve_amount
 from augment_cli.report.provenance import RecipeOrigin
-from augment_cli.site import Size
+from augment_cli.surgery.records import Fidelity, Inheritance
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +121,7 @@ class SkippedGroup:
 
 @dataclass(frozen=True)
 class Report:
-    """What a plan makes of a model, in numbers. What only a converted model has is None without a header."""
+    """What a plan makes of a model, in numbers. What only a converted model has is None without metadata."""
 
     model: str
     model_args: dict[str, Any]
@@ -139,9 +140,9 @@ class Report:
     fidelity: Fidelity | None = None
 
     @classmethod
-    def of(cls, plan: Plan, header: Header | None = None) -> "Report":
-        """The report of a plan, or with its header that of a converted model."""
-        inherited = {record.name: record for record in header.inheritance} if header else {}
+    def of(cls, plan: Plan, metadata: Metadata | None = None) -> "Report":
+        """The report of a plan, or with its metadata that of a converted model."""
+        inherited = {record.name: record for record in metadata.inheritance} if metadata else {}
         params = Change(plan.params_before, plan.params_after)
         macs = Change(plan.macs_before, plan.macs_after)
         return cls(
@@ -156,10 +157,10 @@ class Report:
             macs_limit=Limit.of(plan.budget.macs, macs),
             sites=tuple(SiteRow.of(site, inherited.get(site.name)) for site in plan.sites),
             skipped=_by_reason(plan),
-            weights=header.weights if header else None,
-            source_sha256=header.source_sha256 if header else None,
-            versions=dict(header.versions) if header else {},
-            fidelity=header.fidelity if header else None,
+            weights=metadata.weights if metadata else None,
+            source_sha256=metadata.source_sha256 if metadata else None,
+            versions=dict(metadata.versions) if metadata else {},
+            fidelity=metadata.fidelity if metadata else None,
         )
 
     @property
@@ -198,7 +199,7 @@ class Report:
 
     @cached_property
     def inheritance(self) -> dict[str, int] | None:
-        """Sites by what they kept: exact, carried, fitted, new; None without a header."""
+        """Sites by what they kept: exact, carried, fitted, new; None without metadata."""
         kinds = Counter(site.inheritance.kind for site in self.sites if site.inheritance)
         return {kind: kinds[kind] for kind in ("exact", "carried", "fitted", "new")} if kinds else None
 

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
-from augment_cli.header import Fidelity
-from augment_cli.plan import Plan
-from augment_cli.recipe import Provenance, builtin_recipes, load_recipe
+from augment_cli.planning.plan import Plan
+from augment_cli.planning.recipe import Provenance, builtin_recipes, load_recipe
 from augment_cli.report.units import share
+from augment_cli.surgery.records import Fidelity
 
 AA_PAPER = "Attention Augmented Convolutional Networks, arXiv 1904.09925"
 AW_PAPER = "An Attention Module for Convolutional Neural Networks, arXiv 2108.08205"

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from augment_cli.files import write_file
-from augment_cli.plan import Plan
+from augment_cli.planning.plan import Plan
 
 
 def draw(plan: Plan, path: Path) -> None:

@@ -4,8 +4,8 @@ from typing import Any
 
 from torch import nn
 
+from augment_cli.checkpoint.metadata import Metadata
 from augment_cli.errors import AugmentError
-from augment_cli.header import Header
 from augment_cli.training.models import Opened
 from augment_cli.training.parameters import parameter_groups, provenance
 from augment_cli.training.settings import Settings
@@ -40,14 +40,14 @@ def param_groups(
         >>> sorted({group["provenance"]: group["lr"] for group in groups})
         ['new']
     """
-    header = getattr(model, "augment_metadata", None)
-    if not isinstance(header, Header):
+    metadata = getattr(model, "augment_metadata", None)
+    if not isinstance(metadata, Metadata):
         raise AugmentError(
             f"{type(model).__name__} does not say where its parameters come from: take a model from augment_cli.load "
             f"or augment_cli.convert"
         )
     rates = {"lr_carried": lr_carried, "lr_fitted": lr_fitted, "lr_new": lr_new, "layer_decay": layer_decay}
     settings = Settings(model="", data="", output="", lr=lr, weight_decay=weight_decay, **rates)
-    opened = Opened(model, header.plan.model, header, header.plan.input_size, frozenset(header.fresh))
+    opened = Opened(model, metadata.plan.model, metadata, metadata.plan.input_size, frozenset(metadata.fresh))
     groups = parameter_groups(model, provenance(opened), settings)
     return [{**group, "lr": lr * group.pop("lr_scale")} for group in groups]

@@ -11,13 +11,16 @@ from timm.layers import DropPath
 from timm.models import get_model_args
 from torch import nn
 
-from augment_cli import checkpoint, rebuild, source
+from augment_cli.analysis import source
+from augment_cli.analysis.graph import analyze
+from augment_cli.checkpoint import rebuild
+from augment_cli.checkpoint.files import load
+from augment_cli.checkpoint.metadata import WEIGHTS, Metadata, read_metadata
 from augment_cli.errors import AugmentError
 from augment_cli.files import read_text, write_folder
-from augment_cli.graph import analyze
-from augment_cli.header import WEIGHTS, Header, read_header
-from augment_cli.output import write_config, write_model
-from augment_cli.plan import Plan, fit_plan
+from augment_cli.formats import ARCHITECTURE
+from augment_cli.planning.plan import Plan, fit_plan
+from augment_cli.report.output import write_config, write_model
 from augment_cli.seeds import seed_all
 
 FINETUNED = "fine-tuned on"
@@ -27,13 +30,14 @@ FINETUNED = "fine-tuned on"
 class Opened:
     """A model and what is known of it.
 
-    header: None for a plain timm model. input_size: (channels, height, width). fresh: parameters that began at random,
-    in this run or one before, such as those of a new classifier. weights: which of a checkpoint's were taken, or None.
+    metadata: None for a plain timm model. input_size: (channels, height, width). fresh: parameters that began at
+    random, in this run or one before, such as those of a new classifier. weights: which of a checkpoint's were taken,
+    or None.
     """
 
     model: nn.Module
     name: str
-    header: Header | None
+    metadata: Metadata | None
     input_size: tuple[int, int, int]
     fresh: frozenset[str] = frozenset()
     weights: str | None = None
@@ -72,11 +76,11 @@ def open_model(
         raise AugmentError(f"{spec} has its own weights: leave out {given[0]}")
     if args:
         raise AugmentError(f"{spec} knows its own arguments: leave out --model-arg")
-    if path.is_dir() and _architecture(path) not in (None, rebuild.NAME):
+    if path.is_dir() and _architecture(path) not in (None, ARCHITECTURE):
         return _by_name(f"local-dir:{spec}", True, None, None, {}, seed)
-    header = read_header(path)
-    fresh = frozenset(header.fresh)
-    return Opened(checkpoint.load(path), header.plan.model, header, header.plan.input_size, fresh)
+    metadata = read_metadata(path)
+    fresh = frozenset(metadata.fresh)
+    return Opened(load(path), metadata.plan.model, metadata, metadata.plan.input_size, fresh)
 
 
 def open_companion(spec: str, weights: str | Path | None) -> Opened:
@@ -107,23 +111,23 @@ def _by_name(
 def with_classes(opened: Opened, num_classes: int, seed: int) -> Opened:
     """The model with a classifier for so many classes, new from the seed where its own has another number.
 
-    Its header describes it as it is then.
+    Its metadata describes it as it is then.
     """
     if num_classes == opened.num_classes:
         return opened
     seed_all(seed, "classifier")
-    header = opened.header
-    if header is not None:
-        header = header.model_copy(update={"plan": plan_for_classes(header.plan, num_classes)})
-        other = rebuild.build(header.plan)
+    metadata = opened.metadata
+    if metadata is not None:
+        metadata = metadata.model_copy(update={"plan": plan_for_classes(metadata.plan, num_classes)})
+        other = rebuild.build(metadata.plan)
     else:
         args = {**get_model_args(opened.model), "num_classes": num_classes}
         other = timm.create_model(opened.name, **args)
         other.pretrained_cfg = other.default_cfg = opened.model.pretrained_cfg
     fresh = opened.fresh | transfer(opened.model, other)
-    if header is not None:
-        header = header.model_copy(update={"fresh": tuple(sorted(fresh))})
-    return Opened(other, opened.name, header, opened.input_size, fresh, opened.weights)
+    if metadata is not None:
+        metadata = metadata.model_copy(update={"fresh": tuple(sorted(fresh))})
+    return Opened(other, opened.name, metadata, opened.input_size, fresh, opened.weights)
 
 
 def with_drop_path(opened: Opened, rate: float) -> Opened:
@@ -133,7 +137,7 @@ def with_drop_path(opened: Opened, rate: float) -> Opened:
         AugmentError: the architecture has none.
     """
     args = {**get_model_args(opened.model), "drop_path_rate": rate}
-    name = rebuild.NAME if opened.header is not None else opened.name
+    name = ARCHITECTURE if opened.metadata is not None else opened.name
     try:
         other = timm.create_model(name, **args)
     except (TypeError, AugmentError) as error:
@@ -189,8 +193,8 @@ def write_trained(model: nn.Module, opened: Opened, folder: Path) -> None:
     Raises:
         AugmentError: the disk is full or refuses.
     """
-    if opened.header is not None:
-        write_model(model, opened.header, folder)
+    if opened.metadata is not None:
+        write_model(model, opened.metadata, folder)
     else:
         write_folder(folder, lambda temporary: _fill_plain(temporary, model, opened))
 

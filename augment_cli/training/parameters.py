@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from torch import nn
 
+from augment_cli.checkpoint.metadata import Metadata
 from augment_cli.errors import AugmentError, nearest
-from augment_cli.header import Header
-from augment_cli.surgery import added_parameters
+from augment_cli.surgery.replace import added_parameters
 from augment_cli.training.models import Opened
 from augment_cli.training.settings import Settings
 
@@ -24,17 +24,17 @@ _UNDECAYED = ("*.rel_height", "*.rel_width")
 def provenance(opened: Opened) -> dict[str, Provenance]:
     """Where each parameter's value comes from, by the parameter's name; fine-tuning does not change it."""
     kinds: dict[str, Provenance] = {name: "carried" for name, _ in opened.model.named_parameters()}
-    if opened.header is not None:
-        if opened.header.weights.startswith("random"):
+    if opened.metadata is not None:
+        if opened.metadata.weights.startswith("random"):
             return dict.fromkeys(kinds, "new")
-        kinds |= _of_sites(opened.model, opened.header)
+        kinds |= _of_sites(opened.model, opened.metadata)
     return kinds | dict.fromkeys(opened.fresh, "new")
 
 
-def _of_sites(model: nn.Module, header: Header) -> dict[str, Provenance]:
-    fitted = {record.name for record in header.inheritance if record.kind == "fitted"}
+def _of_sites(model: nn.Module, metadata: Metadata) -> dict[str, Provenance]:
+    fitted = {record.name for record in metadata.inheritance if record.kind == "fitted"}
     kinds: dict[str, Provenance] = {}
-    for site in header.plan.sites:
+    for site in metadata.plan.sites:
         kind: Provenance = "fitted" if site.name in fitted else "new"
         kinds |= dict.fromkeys(added_parameters(model, site), kind)
     return kinds

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from augment_cli.dataset import ImageStream
 from augment_cli.errors import AugmentError, boundary
-from augment_cli.recipe import describe_errors
+from augment_cli.planning.recipe import describe_errors
 from augment_cli.training import state
 from augment_cli.training.data import Splits, data_config, evaluation_loader, open_splits, training_loader
 from augment_cli.training.folder import STATE
@@ -139,11 +139,11 @@ def _loaders(
 
 
 def _mark(opened: Opened, settings: Settings) -> Opened:
-    """Have the header say that the weights are no longer as converted."""
-    if opened.header is None or FINETUNED in opened.header.weights:
+    """Have the metadata say that the weights are no longer as converted."""
+    if opened.metadata is None or FINETUNED in opened.metadata.weights:
         return opened
-    weights = f"{opened.header.weights}, {FINETUNED} {Path(settings.data).name}"
-    return replace(opened, header=opened.header.model_copy(update={"weights": weights}))
+    weights = f"{opened.metadata.weights}, {FINETUNED} {Path(settings.data).name}"
+    return replace(opened, metadata=opened.metadata.model_copy(update={"weights": weights}))
 
 
 def count_classes(settings: Settings, classes: dict[str, int] | None, own: int) -> int:

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from augment_cli.checkpoint import save_weights
+from augment_cli.checkpoint.files import save_weights
 from augment_cli.cli import app
 
 
@@ -150,11 +150,11 @@ def test_a_full_disk_leaves_the_old_output_and_no_half_file(in_tmp, target):
 def test_ctrl_c_while_the_file_is_written_leaves_the_old_one(in_tmp, monkeypatch):
     (in_tmp / "m.safetensors").write_text("precious")
 
-    def interrupted(model, header, path):
-        save_weights(model, header, path)
+    def interrupted(model, metadata, path):
+        save_weights(model, metadata, path)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("augment_cli.checkpoint.save_weights", interrupted)
+    monkeypatch.setattr("augment_cli.checkpoint.files.save_weights", interrupted)
     result = CliRunner().invoke(app, [*CONVERT, "--overwrite"])
     assert result.exit_code == 130
     assert result.stderr.splitlines()[-1] == "interrupted"

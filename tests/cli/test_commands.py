@@ -9,7 +9,7 @@ import tomllib
 
 import pytest
 
-from augment_cli.recipe import builtin_recipes
+from augment_cli.planning.recipe import builtin_recipes
 from tests.cli.helpers import ok, run
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from augment_cli.header import read_header
+from augment_cli.checkpoint.metadata import read_metadata
 from tests.cli.helpers import ok, run
 from tests.test_calibration import picture_folder
 
@@ -21,13 +21,13 @@ def test_a_fitted_model_says_how_near_it_is_to_its_source(pictures, in_tmp):
     result = ok(*CONVERT, "--init", "fit", "--calibrate", "pictures", "-o", "out")
     assert "Error" in result.stdout
     assert "6 held-out calibration images" in result.stdout
-    header = read_header(in_tmp / "out")
-    assert {record.kind for record in header.inheritance} == {"fitted"}
-    assert all(record.error >= 0 for record in header.inheritance)
-    assert (header.fidelity.images, header.fidelity.fitted_on) == (6, 24)
+    metadata = read_metadata(in_tmp / "out")
+    assert {record.kind for record in metadata.inheritance} == {"fitted"}
+    assert all(record.error >= 0 for record in metadata.inheritance)
+    assert (metadata.fidelity.images, metadata.fidelity.fitted_on) == (6, 24)
     data = json.loads(ok("report", "out", "--format", "json").stdout)
-    assert data["fidelity"] == header.fidelity.model_dump()
-    assert [site["inheritance"]["error"] for site in data["sites"]] == [r.error for r in header.inheritance]
+    assert data["fidelity"] == metadata.fidelity.model_dump()
+    assert [site["inheritance"]["error"] for site in data["sites"]] == [r.error for r in metadata.inheritance]
     card = (in_tmp / "out" / "README.md").read_text()
     assert "Fitted, not fine-tuned" in card
     assert "untrained" not in card
@@ -42,9 +42,9 @@ def test_the_same_command_writes_the_same_bytes(pictures, in_tmp):
 
 def test_carry_is_the_default_and_has_no_error(in_tmp):
     ok(*CONVERT, "-o", "m.safetensors")
-    header = read_header(in_tmp / "m.safetensors")
-    assert {(record.kind, record.error) for record in header.inheritance} == {("carried", None)}
-    assert header.fidelity is None
+    metadata = read_metadata(in_tmp / "m.safetensors")
+    assert {(record.kind, record.error) for record in metadata.inheritance} == {("carried", None)}
+    assert metadata.fidelity is None
 
 
 BAD = [

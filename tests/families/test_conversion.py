@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 import augment_cli
-from augment_cli import conversion, source
-from augment_cli.graph import ModelGraph, analyze
-from augment_cli.output import write_model
-from augment_cli.plan import Plan, make_plan
-from augment_cli.recipe import load_recipe
+from augment_cli import conversion
+from augment_cli.analysis import source
+from augment_cli.analysis.graph import ModelGraph, analyze
+from augment_cli.planning.plan import Plan, make_plan
+from augment_cli.planning.recipe import load_recipe
+from augment_cli.report.output import write_model
 
 
 @dataclass(frozen=True)
@@ -120,14 +121,14 @@ def test_from_the_name_to_the_reloaded_logits(case, recipe, tmp_path):
     images = torch.randn(2, *described.input_size)
 
     before = run(model, images)
-    header = conversion.operate(model, plan, graph, "random, seed 0")
+    metadata = conversion.operate(model, plan, graph, "random, seed 0")
     after = run(model, images)
     check_shapes(plan, before, after)
     if all(site.variant == "aw" for site in plan.sites):
         check_equal(plan, before, after)
     check_gradients(model, plan, images)
 
-    write_model(model, header, tmp_path / "model.safetensors")
+    write_model(model, metadata, tmp_path / "model.safetensors")
     again = augment_cli.load(tmp_path / "model.safetensors")
     assert torch.equal(run(again, images)[""], run(model, images)[""])
 

@@ -16,14 +16,16 @@ from typing import Any
 import torch
 
 import augment_cli
-from augment_cli import conversion, source, surgery
-from augment_cli.graph import analyze
-from augment_cli.header import read_header
-from augment_cli.output import write_model
-from augment_cli.plan import fit_plan, make_plan, parse_plan, read_plan
-from augment_cli.recipe import builtin_recipes, load_recipe
+from augment_cli import conversion
+from augment_cli.analysis import source
+from augment_cli.analysis.graph import analyze
+from augment_cli.checkpoint.metadata import read_metadata
+from augment_cli.planning.plan import fit_plan, make_plan, parse_plan, read_plan
+from augment_cli.planning.recipe import builtin_recipes, load_recipe
 from augment_cli.report import FORMATS, Report
+from augment_cli.report.output import write_model
 from augment_cli.report.table import plain_table
+from augment_cli.surgery import replace
 from augment_cli.training.run import read_saved
 from augment_cli.training.settings import Settings, read_settings
 from augment_cli.training.state import write_state
@@ -51,9 +53,9 @@ def _model_file(recipe: str) -> bytes:
     described, graph = _graph()
     plan, _ = make_plan(MODEL, graph, load_recipe(recipe))
     model = source.create(described)
-    header = conversion.operate(model, plan, graph, "random, seed 0")
+    metadata = conversion.operate(model, plan, graph, "random, seed 0")
     with tempfile.TemporaryDirectory() as folder:
-        write_model(model, header, Path(folder) / "m.safetensors")
+        write_model(model, metadata, Path(folder) / "m.safetensors")
         return (Path(folder) / "m.safetensors").read_bytes()
 
 
@@ -92,7 +94,7 @@ def _mutated_header(rng: random.Random, header: dict) -> dict:
 
 def _read_model(path: Path) -> None:
     path = path.rename(path.with_suffix(".safetensors"))
-    header = read_header(path)
+    header = read_metadata(path)
     _show(Report.of(header.plan, header))
     augment_cli.load(path)
 
@@ -122,7 +124,7 @@ def _read_plan(path: Path) -> None:
     described, model = source.describe(plan.model, dict(plan.model_args), plan.input_size[1:])
     graph = analyze(model, described.input_size)
     fitted = fit_plan(plan, graph, "plan")
-    surgery.verify(model, fitted, graph)
+    replace.verify(model, fitted, graph)
     assert parse_plan(fitted.to_json(), "plan") == fitted
 
 

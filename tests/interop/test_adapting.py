@@ -5,11 +5,12 @@ import timm
 import torch
 
 import augment_cli
-from augment_cli import conversion, source
-from augment_cli.graph import analyze
-from augment_cli.output import write_model
-from augment_cli.plan import make_plan
-from augment_cli.recipe import load_recipe
+from augment_cli import conversion
+from augment_cli.analysis import source
+from augment_cli.analysis.graph import analyze
+from augment_cli.planning.plan import make_plan
+from augment_cli.planning.recipe import load_recipe
+from augment_cli.report.output import write_model
 from tests.interop.models import RECIPES, converted, images, replaced
 
 

@@ -2,10 +2,11 @@ import math
 
 import pytest
 
-from augment_cli.header import Header, Inheritance
-from augment_cli.plan import Plan, SitePlan, Skipped
-from augment_cli.recipe import Budget, load_recipe
+from augment_cli.checkpoint.metadata import Metadata
+from augment_cli.planning.plan import Plan, SitePlan, Skipped
+from augment_cli.planning.recipe import Budget, load_recipe
 from augment_cli.report import Report
+from augment_cli.surgery.records import Inheritance
 
 HOSTILE = "<script>alert(1)</script>|`[red]x[/red]`\x1b[31m"
 
@@ -39,7 +40,7 @@ def plan(*sites: SitePlan, skipped: tuple[tuple[str, str], ...] = (), **changed)
     return Plan(**values | changed)
 
 
-def header(made: Plan, weights: str = "pretrained") -> Header:
+def metadata(made: Plan, weights: str = "pretrained") -> Metadata:
     kinds = {True: "carried", False: "exact"}
     records = tuple(
         Inheritance(
@@ -52,7 +53,7 @@ def header(made: Plan, weights: str = "pretrained") -> Header:
         for entry in made.sites
     )
     versions = {"python": "3.11.0", "torch": "2.9.0"}
-    return Header(plan=made, weights=weights, source_sha256="ab" * 32, inheritance=records, versions=versions)
+    return Metadata(plan=made, weights=weights, source_sha256="ab" * 32, inheritance=records, versions=versions)
 
 
 @pytest.fixture
@@ -71,7 +72,7 @@ def small() -> Plan:
 
 @pytest.fixture
 def report(small: Plan) -> Report:
-    return Report.of(small, header(small))
+    return Report.of(small, metadata(small))
 
 
 @pytest.fixture
@@ -85,8 +86,8 @@ def hostile() -> Report:
         model_args={HOSTILE: HOSTILE},
         budget=Budget(params="keep", macs="-10%"),
     )
-    made_header = header(made, weights=HOSTILE)
-    return Report.of(made, made_header.model_copy(update={"versions": {HOSTILE: HOSTILE}}))
+    made_metadata = metadata(made, weights=HOSTILE)
+    return Report.of(made, made_metadata.model_copy(update={"versions": {HOSTILE: HOSTILE}}))
 
 
 @pytest.fixture
@@ -94,4 +95,4 @@ def many() -> Report:
     """As many sites as hrnet_w18 has, no two alike."""
     splits = [{"key_channels": 8 * (i % 30 + 1), "value_channels": 8 * (i // 30 + 1)} for i in range(270)]
     made = plan(*(site(f"stage{i % 4}.{i // 40}.block.{i}.conv", **split) for i, split in enumerate(splits)))
-    return Report.of(made, header(made))
+    return Report.of(made, metadata(made))

@@ -2,10 +2,10 @@ from dataclasses import replace
 
 import pytest
 
-from augment_cli.recipe import load_recipe
+from augment_cli.planning.recipe import load_recipe
 from augment_cli.report import Report, model_card
 from augment_cli.report.card import base_model
-from tests.report.conftest import attended, header, plan, site
+from tests.report.conftest import attended, metadata, plan, site
 
 
 def front_matter(card: str) -> dict[str, object]:
@@ -25,7 +25,7 @@ def front_matter(card: str) -> dict[str, object]:
 def made(*sites, weights: str = "pretrained", recipe: str = "aa", **changed) -> Report:
     own = load_recipe(recipe)
     result = plan(*sites, recipe=recipe, recipe_sha256=own.digest(), budget=own.budget, **changed)
-    return Report.of(result, header(result, weights))
+    return Report.of(result, metadata(result, weights))
 
 
 def test_front_matter(report: Report):

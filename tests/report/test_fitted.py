@@ -6,20 +6,21 @@ import json
 
 import pytest
 
-from augment_cli.header import Fidelity, Header, Inheritance
-from augment_cli.plan import Plan
+from augment_cli.checkpoint.metadata import Metadata
+from augment_cli.planning.plan import Plan
 from augment_cli.report import Report, model_card
 from augment_cli.report.html import to_html
 from augment_cli.report.table import plain_table
 from augment_cli.report.text import to_csv, to_json, to_markdown
-from tests.report.conftest import header
+from augment_cli.surgery.records import Fidelity, Inheritance
+from tests.report.conftest import metadata
 
 SENTENCE = "98.5% of 102 held-out calibration images"
 
 
 @pytest.fixture
 def fitted(small: Plan) -> Report:
-    made = header(small)
+    made = metadata(small)
     records = tuple(
         Inheritance(**{**record.model_dump(), "kind": "fitted", "error": 0.05 * (i + 1)})
         for i, record in enumerate(made.inheritance)
@@ -69,10 +70,10 @@ def test_nothing_of_it_is_shown_where_nothing_was_fitted(report: Report):
 
 
 def test_a_header_comes_back_from_its_metadata_and_an_older_one_still_loads(fitted: Report, small: Plan):
-    made = header(small).model_copy(update={"fidelity": fitted.fidelity})
+    made = metadata(small).model_copy(update={"fidelity": fitted.fidelity})
     data = json.loads(made.to_metadata()["augment"])
-    assert Header.model_validate(data) == made
+    assert Metadata.model_validate(data) == made
     del data["fidelity"]
     for record in data["inheritance"]:
         del record["error"]
-    assert Header.model_validate(data) == header(small)
+    assert Metadata.model_validate(data) == metadata(small)

@@ -6,7 +6,7 @@ import pytest
 from augment_cli.report import Report
 from augment_cli.report.html import to_html
 from augment_cli.report.markup import Markup, tag
-from tests.report.conftest import attended, header, plan, site
+from tests.report.conftest import attended, metadata, plan, site
 
 VOID = {"meta", "br"}
 
@@ -42,7 +42,7 @@ def one_site() -> Report:
 
 def exact() -> Report:
     made = plan(attended("a.0.conv"), attended("a.1.conv"))
-    return Report.of(made, header(made))
+    return Report.of(made, metadata(made))
 
 
 @pytest.mark.parametrize("name", ["report", "hostile", "many"])

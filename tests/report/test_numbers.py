@@ -3,11 +3,11 @@ import sys
 
 import pytest
 
-from augment_cli.plan import Plan
-from augment_cli.recipe import Budget, load_recipe
+from augment_cli.planning.plan import Plan
+from augment_cli.planning.recipe import Budget, load_recipe
 from augment_cli.report import Report
 from augment_cli.report.numbers import Change
-from tests.report.conftest import attended, header, plan, site
+from tests.report.conftest import attended, metadata, plan, site
 
 
 def test_sites_add_up_to_the_change_of_the_model(report: Report):
@@ -55,7 +55,7 @@ def test_inheritance_is_by_site_and_counted(report: Report, small: Plan):
 
 def test_aw_alone_is_exact_and_has_no_attention_ratios():
     made = plan(attended("a.conv"), attended("b.conv"))
-    report = Report.of(made, header(made))
+    report = Report.of(made, metadata(made))
     assert report.exact
     assert report.key_ratio is report.value_ratio is None
     assert report.variants == ("aw",)

@@ -7,7 +7,7 @@ import pytest
 from augment_cli.report import FORMATS, Report
 from augment_cli.report.text import code, escape, to_csv, to_json, to_markdown
 from augment_cli.report.units import amount, percent, share, span
-from tests.report.conftest import HOSTILE, header, plan, site
+from tests.report.conftest import HOSTILE, metadata, plan, site
 
 
 def test_json_has_the_numbers_as_numbers(report: Report):
@@ -106,7 +106,7 @@ def test_all_formats_end_with_one_newline(report: Report):
 
 
 def test_formats_are_the_same_each_time(small):
-    first, second = (Report.of(small, header(small)) for _ in range(2))
+    first, second = (Report.of(small, metadata(small)) for _ in range(2))
     assert all(show(first) == show(second) for show in FORMATS.values())
 
 

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from timm.layers import DropPath
 
 import augment_cli
+from augment_cli.checkpoint.metadata import read_metadata
 from augment_cli.errors import AugmentError
-from augment_cli.header import read_header
 from augment_cli.training import engine, state
 from augment_cli.training.assess import Assessment, assess
 from augment_cli.training.finetune import finetune
@@ -70,12 +70,12 @@ def test_the_tuned_model_is_loaded_by_us_and_by_timm_with_its_new_classifier(tun
         timms = timm.create_model(f"local-dir:{tuned / name}", pretrained=True).eval()
         assert ours(x).shape == (2, 3)
         assert torch.equal(ours(x), timms(x))
-    plan, before = read_header(tuned / "best").plan, read_header(model).plan
+    plan, before = read_metadata(tuned / "best").plan, read_metadata(model).plan
     assert plan.sites == before.sites
     assert before.params_after - plan.params_after == 997 * (augment_cli.load(model).num_features + 1)
     assert plan.params_after == sum(p.numel() for p in ours.parameters())
     assert configuration(tuned / "best")["pretrained_cfg"]["label_names"] == ["blue", "green", "red"]
-    assert read_header(tuned / "best").weights == "checkpoint source.safetensors, fine-tuned on colours"
+    assert read_metadata(tuned / "best").weights == "checkpoint source.safetensors, fine-tuned on colours"
 
 
 def test_evaluating_the_best_gives_its_row_of_the_summary(tuned, images):

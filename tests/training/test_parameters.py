@@ -6,9 +6,10 @@ import torch
 from timm.optim import create_optimizer_v2
 
 import augment_cli
-from augment_cli import conversion, source
+from augment_cli import conversion
+from augment_cli.analysis import source
 from augment_cli.errors import AugmentError
-from augment_cli.header import Inheritance
+from augment_cli.surgery.records import Inheritance
 from augment_cli.training.models import Opened, with_classes
 from augment_cli.training.parameters import make_optimizer, make_scheduler, parameter_groups, provenance
 from tests.conftest import graph_of, plan_of
@@ -18,11 +19,11 @@ from tests.training.conftest import short
 def converted(name: str, recipe: str, weights: str = "pretrained", kind: str | None = None) -> Opened:
     described, _ = source.describe(name)
     model = source.create(described)
-    header = conversion.operate(model, plan_of(name, recipe), graph_of(name), weights)
+    metadata = conversion.operate(model, plan_of(name, recipe), graph_of(name), weights)
     if kind:
-        records = tuple(Inheritance.model_construct(**{**r.model_dump(), "kind": kind}) for r in header.inheritance)
-        header = header.model_copy(update={"inheritance": records})
-    return Opened(model, name, header, header.plan.input_size)
+        records = tuple(Inheritance.model_construct(**{**r.model_dump(), "kind": kind}) for r in metadata.inheritance)
+        metadata = metadata.model_copy(update={"inheritance": records})
+    return Opened(model, name, metadata, metadata.plan.input_size)
 
 
 def of_kind(opened: Opened, kind: str) -> set[str]:
@@ -34,7 +35,7 @@ def of_kind(opened: Opened, kind: str) -> set[str]:
 def test_what_the_source_has_is_carried_and_the_rest_is_new(name, recipe):
     opened = converted(name, recipe)
     own = dict(timm.create_model(name).named_parameters())
-    sites = {site.name for site in opened.header.plan.sites}
+    sites = {site.name for site in opened.metadata.plan.sites}
     branches = {f"{site}.conv." for site in sites}
     expected = set()
     for parameter, _ in opened.model.named_parameters():
@@ -63,7 +64,7 @@ def test_fine_tuning_changes_no_provenance_and_a_new_classifier_stays_new():
     first = converted("resnet10t", "aa", weights="pretrained, fine-tuned on flowers", kind="fitted")
     assert provenance(first) == provenance(converted("resnet10t", "aa", kind="fitted"))
     other = with_classes(first, 7, 0)
-    assert of_kind(other, "new") == set(other.header.fresh) == {"fc.weight", "fc.bias"}
+    assert of_kind(other, "new") == set(other.metadata.fresh) == {"fc.weight", "fc.bias"}
     assert of_kind(other, "fitted") == of_kind(first, "fitted")
 
 
@@ -90,7 +91,7 @@ def test_groups_multiply_provenance_and_layer_decay_and_hold_each_parameter_once
     group_of = {id(p): group for group in groups for p in group["params"]}
     parameters = dict(opened.model.named_parameters())
     assert group_of[id(parameters["fc.weight"])]["lr_scale"] == pytest.approx(0.1)
-    site = opened.header.plan.sites[-1].name
+    site = opened.metadata.plan.sites[-1].name
     conv, qkv = (group_of[id(parameters[f"{site}.{name}.weight"])] for name in ("conv", "qkv"))
     assert qkv["lr_scale"] == pytest.approx(20 * conv["lr_scale"])
     first = group_of[id(next(iter(opened.model.parameters())))]

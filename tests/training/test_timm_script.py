@@ -63,7 +63,7 @@ def test_a_script_trains_a_converted_model_either_way(script, model, images):
     unaware = outcome(script, *arguments)
     assert unaware.returncode != 0
     assert "augmented" in unaware.stderr
-    plugged = outcome(script, *arguments, "--device-modules", "augment_cli.timm_plugin")
+    plugged = outcome(script, *arguments, "--device-modules", "augment_cli.checkpoint.timm_plugin")
     wrapped = outcome("-m", "augment_cli", "timm", script, "--", *arguments)
     assert plugged.returncode == wrapped.returncode == 0, wrapped.stderr
     assert plugged.stdout == wrapped.stdout

@@ -1,0 +1,1 @@
+"""A model looked into: where it comes from, its graph, its convolutions."""

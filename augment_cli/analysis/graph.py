@@ -1,0 +1,328 @@
+"""The graph of a model: every convolution call in it, with its shapes and its place.
+
+torch.fx traces, with timm's own leaf modules and functions; shapes are propagated on the meta device, so that nothing
+is computed. Convolutions inside timm's leaf modules are met by hooks while the leaf runs.
+"""
+
+import copy
+import inspect
+import math
+import re
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from timm.layers import get_notrace_functions, get_notrace_modules
+from torch import Tensor, fx, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from augment_cli.analysis.site import ConvSite, Size
+from augment_cli.errors import AugmentError
+
+# What may stand between a convolution and its normalisation without changing what is normalised.
+_PASSES_THROUGH = (nn.Identity, nn.Dropout, nn.Dropout2d)
+
+
+@dataclass(frozen=True)
+class ModelGraph:
+    """The traced model, its shapes and its convolutions in the order in which they are first called.
+
+    `params` counts every parameter once; `macs` are the multiply-adds of one image, by torch.utils.flop_counter.
+    `constants` are tensors that a forward makes by itself, and that the graph takes from the traced copy.
+    """
+
+    graph: fx.Graph
+    input_size: tuple[int, int, int]
+    shapes: dict[str, Any] = field(repr=False)
+    sites: tuple[ConvSite, ...]
+    params: int
+    macs: int
+    constants: dict[str, Tensor] = field(default_factory=dict, repr=False)
+
+
+def analyze(model: nn.Module, input_size: tuple[int, int, int]) -> ModelGraph:
+    """Trace a model and find every convolution in it.
+
+    Args:
+        model: any timm model, on any device; it is not changed.
+        input_size: (channels, height, width) of one image.
+
+    Raises:
+        AugmentError: the model cannot be traced, or does not take images of this size.
+    """
+    model = meta_copy(model).eval().requires_grad_(False)
+    graph = trace(model)
+    with CallRecorder(model) as calls, FlopCounterMode(display=False) as flops:
+        shapes = propagate_shapes(model, graph, input_size)
+    sites = tuple(_sites(model, graph, calls, input_size))
+    macs = flops.get_total_flops() // 2
+    return ModelGraph(graph, input_size, shapes, sites, count_parameters(model), macs, _constants(model, graph))
+
+
+def _constants(model: nn.Module, graph: fx.Graph) -> dict[str, Tensor]:
+    taken = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+    return {name: getattr(model, name) for name in taken if name.startswith("_tensor_constant")}
+
+
+def count_parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def meta_copy(model: nn.Module) -> nn.Module:
+    """A copy of the model's structure, its parameters and buffers on the meta device. Copies no data."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for p in module.parameters(recurse=False):
+            memo.setdefault(id(p), nn.Parameter(p.detach().to("meta"), p.requires_grad))
+        for b in module.buffers(recurse=False):
+            memo.setdefault(id(b), b.to("meta"))
+    return copy.deepcopy(model, memo)
+
+
+class _Tracer(fx.Tracer):
+    def __init__(self) -> None:
+        super().__init__(autowrap_functions=tuple(get_notrace_functions()))
+        self.leaves = (nn.Conv2d, *get_notrace_modules())
+
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        return isinstance(module, self.leaves) or is_norm(module) or super().is_leaf_module(module, name)
+
+
+def trace(model: nn.Module) -> fx.Graph:
+    """The graph of a model called on images alone, every convolution and normalisation a leaf."""
+    optional = [*inspect.signature(model.forward).parameters.values()][1:]
+    constants = {p.name: p.default for p in optional if p.default is not p.empty}
+    try:
+        return _Tracer().trace(model, concrete_args=constants)
+    except Exception as error:  # symbolic tracing fails in as many ways as there are models
+        raise AugmentError(f"{type(model).__name__} cannot be traced with torch.fx: {_reason(error)}") from error
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Normalisations of torch and of timm, fused activations included."""
+    return "norm" in type(module).__name__.lower() and not any(isinstance(m, nn.Conv2d) for m in module.modules())
+
+
+class _ShapeInterpreter(fx.Interpreter):
+    def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
+        super().__init__(model, graph=graph)
+        self.shapes: dict[str, Any] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        self.shapes[n.name] = torch.utils._pytree.tree_map_only(Tensor, lambda t: tuple(t.shape), result)
+        return result
+
+
+def propagate_shapes(model: nn.Module, graph: fx.Graph, input_size: tuple[int, int, int]) -> dict[str, Any]:
+    """The shape of every node's result, for one image of `input_size`; the model is on the meta device."""
+    interpreter = _ShapeInterpreter(model, graph)
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    try:
+        interpreter.run(torch.empty(1, *input_size, device="meta", dtype=dtype))
+    except Exception as error:  # whatever a model raises on a size that it cannot take
+        size = "x".join(map(str, input_size))
+        raise AugmentError(f"{type(model).__name__} does not run on an image of {size}: {_reason(error)}") from error
+    return interpreter.shapes
+
+
+def _reason(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+class CallRecorder:
+    """Input and output sizes of every call of every convolution, while the context is open."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.sizes: dict[str, list[tuple[Size, Size]]] = defaultdict(list)
+        self._modules = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+
+    def __enter__(self) -> "CallRecorder":
+        self._handles = [m.register_forward_hook(self._recorder(name)) for name, m in self._modules.items()]
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _recorder(self, name: str):
+        def record(module: nn.Module, args: tuple[Tensor], out: Tensor) -> None:
+            self.sizes[name].append((tuple(args[0].shape[-2:]), tuple(out.shape[-2:])))
+
+        return record
+
+
+def _sites(model: nn.Module, graph: fx.Graph, calls: CallRecorder, input_size: tuple[int, int, int]):
+    convs = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+    order = [name for name in calls.sizes if name in convs] + [name for name in convs if name not in calls.sizes]
+    stage_of = _stages(model, graph)
+    in_stem = _stem_matcher(model)
+    norms = _following_norms(model, graph)
+    image_readers = _image_readers(model, graph)
+    blocks = {name: _block(model, name) for name in order}
+    seen: Counter = Counter()
+    for name in order:
+        conv, sizes = convs[name], calls.sizes.get(name, [])
+        place = (blocks[name], conv.kernel_size)
+        in_size, out_size = sizes[0] if sizes else ((0, 0), (0, 0))
+        yield ConvSite(
+            name=name,
+            conv_class=type(conv).__name__,
+            in_channels=conv.in_channels,
+            out_channels=conv.out_channels,
+            kernel_size=tuple(conv.kernel_size),
+            stride=tuple(conv.stride),
+            padding=conv_padding(conv),
+            dilation=tuple(conv.dilation),
+            groups=conv.groups,
+            params=count_parameters(conv),
+            in_resolution=in_size,
+            resolution=out_size,
+            calls=len(sizes),
+            stage=stage_of(name, input_size, out_size),
+            block=blocks[name],
+            position=seen[place],
+            reads_image=name in image_readers,
+            stem=name in image_readers or in_stem(name),
+            norm=norms.get(name),
+            obstacle=_obstacle(sizes),
+        )
+        seen[place] += 1
+
+
+def conv_padding(conv: nn.Conv2d) -> Size | str:
+    """What `conv` pads, as AAConv2d and AWConv2d take it; timm's Conv2dSame kin say 0 and pad dynamically."""
+    if getattr(conv, "same_pad", False) or type(conv).__name__.startswith("Conv2dSame"):
+        return "same"
+    if isinstance(conv.padding, str):
+        return {"same": "same", "valid": (0, 0)}[conv.padding]
+    return tuple(conv.padding)
+
+
+def _obstacle(sizes: list[tuple[Size, Size]]) -> str | None:
+    if not sizes:
+        return "never called in a forward pass"
+    maps = sorted({size for size, _ in sizes})
+    if len(maps) > 1:
+        return "called at several sizes: " + ", ".join(f"{h}x{w}" for h, w in maps)
+    return None
+
+
+def _block(model: nn.Module, name: str) -> str:
+    """The smallest module around a convolution that holds another one too: its residual block, as a rule."""
+    while name:
+        name = name.rpartition(".")[0]
+        if sum(isinstance(m, nn.Conv2d) for m in model.get_submodule(name).modules()) > 1:
+            break
+    return name
+
+
+def _stages(model: nn.Module, graph: fx.Graph):
+    """Stages are timm's feature levels, as features_only's out_indices count them: 0, 1, ...
+
+    A convolution belongs to the first level that is complete only after it. Models without levels count halvings of the
+    image instead.
+    """
+    paths = [_path(node) for node in graph.nodes]
+    infos = getattr(model, "feature_info", None) or []
+    levels = [info.get("module") for info in infos if isinstance(info, dict)]
+    ends = [max((i for i, p in enumerate(paths) if _within(p, level)), default=None) for level in levels if level]
+    first = {}
+    for i, path in enumerate(paths):
+        first.setdefault(path, i)
+
+    def stage(name: str, input_size: tuple[int, int, int], size: Size) -> int:
+        # A convolution inside a leaf module takes the place of the leaf.
+        index = next((first[p] for p in _ancestors(name) if p in first), None)
+        if not ends or None in ends or index is None:
+            return round(math.log2(input_size[1] / size[0])) if size[0] else 0
+        return next((level for level, end in enumerate(ends) if index <= end), len(ends))
+
+    return stage
+
+
+def _path(node: fx.Node) -> str:
+    if node.op == "call_module":
+        return str(node.target)
+    stack = node.meta.get("nn_module_stack")
+    return next(reversed(stack)) if stack else ""
+
+
+def _within(path: str, module: str) -> bool:
+    return path == module or path.startswith(module + ".")
+
+
+def _ancestors(name: str):
+    while name:
+        yield name
+        name = name.rpartition(".")[0]
+
+
+def _stem_matcher(model: nn.Module):
+    """Is a convolution in what timm itself calls the model's stem (`group_matcher`)?"""
+    try:
+        pattern = model.group_matcher().get("stem")
+    except (AttributeError, AssertionError):  # none, or a group matcher that timm has not written yet
+        return lambda name: False
+    specs = [pattern] if isinstance(pattern, str) else [spec[0] for spec in pattern or ()]
+    return lambda name: any(re.match(spec, f"{name}.weight") for spec in specs)
+
+
+def _image_readers(model: nn.Module, graph: fx.Graph) -> set[str]:
+    """The convolutions that see the image before any other convolution did."""
+    readers: set[str] = set()
+    raw: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            raw.add(node)
+        elif any(n in raw for n in node.all_input_nodes):
+            convs = _convs_of(model, node)
+            readers.update(convs[:1])
+            if not convs:
+                raw.add(node)
+    return readers
+
+
+def _convs_of(model: nn.Module, node: fx.Node) -> list[str]:
+    if node.op != "call_module":
+        return []
+    prefix = str(node.target)
+    inner = model.get_submodule(prefix).named_modules(prefix=prefix)
+    return [name for name, m in inner if isinstance(m, nn.Conv2d)]
+
+
+def _following_norms(model: nn.Module, graph: fx.Graph, prefix: str = "") -> dict[str, str]:
+    """The normalisation that is a convolution's only reader, for each that has one."""
+    norms: dict[str, str] = {}
+    for node in graph.nodes:
+        if node.op != "call_module":
+            continue
+        module = model.get_submodule(node.target)
+        if isinstance(module, nn.Conv2d):
+            norm = _next_norm(model, node)
+            if norm:
+                norms[prefix + node.target] = prefix + norm
+        elif any(isinstance(m, nn.Conv2d) for m in module.modules()):
+            norms |= _norms_in_leaf(module, f"{prefix}{node.target}.")
+    return norms
+
+
+def _norms_in_leaf(leaf: nn.Module, prefix: str) -> dict[str, str]:
+    try:
+        return _following_norms(leaf, trace(leaf), prefix)
+    except AugmentError:  # leaf for a reason: what follows its convolutions stays unknown
+        return {}
+
+
+def _next_norm(model: nn.Module, node: fx.Node) -> str | None:
+    while len(node.users) == 1:
+        (node,) = node.users
+        if node.op != "call_module":
+            return None
+        module = model.get_submodule(node.target)
+        if is_norm(module):
+            return str(node.target)
+        if not isinstance(module, _PASSES_THROUGH):
+            return None
+    return None

@@ -1,0 +1,1 @@
+"""Converted models on disk: metadata, saving, loading, rebuilding."""

@@ -1,0 +1,62 @@
+"""Save a converted model as one safetensors file that rebuilds itself, and load it.
+
+Loading runs no code from the file: the base is looked up in timm's registry, the plan and the shapes of the tensors are
+held against it on the meta device, and only then are weights read, strictly.
+"""
+
+import json
+import platform
+import struct
+from importlib.metadata import version
+from pathlib import Path
+
+from torch import nn
+
+from augment_cli.checkpoint import rebuild
+from augment_cli.checkpoint.metadata import Metadata, read_metadata, weights_file
+from augment_cli.errors import boundary
+from augment_cli.seeds import seeded
+
+
+def versions() -> dict[str, str]:
+    packages = ("augment-cli", "torch", "timm", "safetensors")
+    return {"python": platform.python_version()} | {package: version(package) for package in packages}
+
+
+def save_weights(model: nn.Module, metadata: Metadata, path: Path) -> None:
+    """Write the state dict and the metadata; the same model and metadata give the same bytes."""
+    from safetensors.torch import save_file
+
+    tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    save_file(tensors, path, metadata=metadata.to_metadata())
+    _sort_metadata(path)
+
+
+def _sort_metadata(path: Path) -> None:
+    """safetensors writes metadata in the random order of a hash map: put them in order, in place."""
+    with path.open("r+b") as file:
+        (size,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) > size:
+            raise AssertionError(f"{path.name}: the sorted header takes {len(text)} bytes, and {size} are there")
+        file.seek(8)
+        file.write(text.ljust(size))
+
+
+def load(path: str | Path) -> nn.Module:
+    """The converted model of a file, or of a folder with `model.safetensors` in it: a timm model, in train mode.
+
+    Raises:
+        AugmentError: not a converted model's file, cut short, of a newer schema, or a plan or weights that do not fit.
+    """
+    from safetensors.torch import load_file
+
+    metadata, file = read_metadata(Path(path)), weights_file(Path(path))
+    rebuild.check_weights(metadata.plan, file)
+    with boundary(f"{file} cannot be loaded"), seeded("load"):
+        model = rebuild.build(metadata.plan)
+        model.load_state_dict(load_file(file))
+    model.augment_metadata = metadata
+    return model

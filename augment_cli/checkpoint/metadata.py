@@ -1,0 +1,88 @@
+"""The metadata of a converted model's file, read and validated without torch.
+
+Metadata of a safetensors file are strings: `format` is pt, and `augment` is one JSON with schema, plan, what was
+inherited, versions, and the SHA-256 of the source weights.
+"""
+
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from augment_cli.bounds import MOST_CONVOLUTIONS, Name, Sha256, Text
+from augment_cli.errors import AugmentError, boundary
+from augment_cli.formats import METADATA_KEY, read_tensor_metadata
+from augment_cli.planning.plan import SCHEMA, Plan, check_schema
+from augment_cli.planning.recipe import describe_errors
+from augment_cli.surgery.records import Fidelity, Inheritance
+
+WEIGHTS = "model.safetensors"
+
+
+class Metadata(BaseModel):
+    """Everything but the tensors.
+
+    fresh: parameters that began at random in fine-tuning, such as those of a classifier for other classes.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False)
+
+    schema_number: Annotated[Literal[1], Field(alias="schema")] = SCHEMA
+    plan: Plan
+    weights: Text
+    source_sha256: Sha256
+    inheritance: Annotated[tuple[Inheritance, ...], Field(max_length=MOST_CONVOLUTIONS)] = ()
+    fidelity: Fidelity | None = None
+    fresh: Annotated[tuple[Name, ...], Field(max_length=MOST_CONVOLUTIONS)] = ()
+    versions: Annotated[dict[Name, Name], Field(max_length=100)] = {}
+
+    def to_metadata(self) -> dict[str, str]:
+        text = json.dumps(self.model_dump(mode="json", by_alias=True), sort_keys=True, separators=(",", ":"))
+        return {"format": "pt", METADATA_KEY: text}
+
+
+def weights_file(path: Path) -> Path:
+    """The safetensors file of a converted model, given it or its folder.
+
+    Raises:
+        AugmentError: there is none.
+    """
+    file = path / WEIGHTS if path.is_dir() else path
+    if not file.is_file():
+        raise AugmentError(f"{path}: no {WEIGHTS} in this folder" if path.is_dir() else f"{path}: no such file")
+    return file
+
+
+def read_metadata(path: Path) -> Metadata:
+    """The validated metadata of a converted model's file or folder.
+
+    Raises:
+        AugmentError: not a safetensors file, cut short, not ours, of a newer schema, or not valid.
+    """
+    file = weights_file(path)
+    text = read_tensor_metadata(file).get(METADATA_KEY)
+    if text is None:
+        raise AugmentError(
+            f"{file} is a safetensors file, but no converted model: its metadata have no {METADATA_KEY!r}"
+        )
+    return parse_metadata(text, file)
+
+
+def parse_metadata(text: str, file: Path) -> Metadata:
+    """The validated metadata out of the metadata of `file`.
+
+    Raises:
+        AugmentError: not JSON, of a newer schema, or not valid.
+    """
+    with boundary(f"{file}: its {METADATA_KEY!r} metadata are not JSON"):
+        data = json.loads(text)
+        if not isinstance(data, dict):
+            raise ValueError("no object")
+    check_schema(data, str(file))
+    wrong = f"{file}: its {METADATA_KEY!r} metadata are not valid"
+    with boundary(wrong):
+        try:
+            return Metadata.model_validate(data)
+        except ValidationError as error:
+            raise AugmentError(f"{wrong}: {describe_errors(error, Metadata)}") from error

@@ -1,0 +1,185 @@
+"""A converted model from its plan alone: built by timm's own machinery, whole or as a feature extractor."""
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.models import build_model_with_cfg, get_pretrained_cfg
+from torch import nn
+
+from augment_cli.analysis.guard import Limit, limited
+from augment_cli.checkpoint.metadata import WEIGHTS, parse_metadata
+from augment_cli.errors import AugmentError, boundary, first_line
+from augment_cli.formats import ARCHITECTURE, METADATA_KEY, read_tensor_metadata
+from augment_cli.planning.plan import Plan, validate_plan
+from augment_cli.seeds import seeded
+from augment_cli.surgery.replace import apply_plan, keep_unfolded
+
+# Where a pretrained configuration says that weights come from.
+_SOURCES = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "custom_load")
+
+_FEATURE_ARGUMENTS = ("out_indices", "feature_cls", "feature_cfg", "output_fmt")
+
+
+def build(plan: Plan) -> nn.Module:
+    """A plan's model, its weights random; a timm model of the architecture `augmented`.
+
+    Raises:
+        AugmentError: the base is not a model of timm's registry, or the plan does not fit it.
+    """
+    with boundary(f"{plan.model} cannot be built by its plan"):
+        return timm.create_model(ARCHITECTURE, **_arguments(plan))
+
+
+def _arguments(plan: Plan) -> dict[str, Any]:
+    """What timm creates a plan's model with."""
+    return {"plan": plan.model_dump(mode="json", by_alias=True), **dict(plan.model_args)}
+
+
+def check_fit(file: Path, arguments: dict[str, Any]) -> None:
+    """Hold the model that timm creates with `arguments` against the tensors of a file, without memory for either.
+
+    The model is built on the meta device, and no further than the file's tensors account for.
+
+    Raises:
+        AugmentError: the model cannot be built, or has other tensors than the file.
+    """
+    from safetensors import safe_open
+
+    with boundary(f"{file} cannot be read"), safe_open(file, "numpy") as opened:
+        found = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+    try:
+        with limited("the model", Limit.of(found.values())), seeded("shapes"), torch.device("meta"):
+            expected = {
+                name: tuple(t.shape) for name, t in timm.create_model(ARCHITECTURE, **arguments).state_dict().items()
+            }
+    except Exception as error:  # timm's, of its constructors and of a configuration that it cannot read
+        raise AugmentError(f"{file}: {first_line(error)}") from error
+    wrong = [name for name in sorted(expected.keys() | found) if expected.get(name) != found.get(name)]
+    if wrong:
+        name = wrong[0]
+        raise AugmentError(
+            f"{file}: {len(wrong)} tensors do not fit its plan, such as {name}: "
+            f"{found.get(name, 'none')} in the file, {expected.get(name, 'none')} by the plan"
+        )
+
+
+def check_weights(plan: Plan, file: Path) -> None:
+    """Hold a plan against the tensors of its file, as `check_fit` does."""
+    check_fit(file, _arguments(plan))
+
+
+def adopt(model: nn.Module, plan: Plan) -> None:
+    """Make a model that was converted in memory the same to timm as one built from its plan."""
+    model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, "architecture": ARCHITECTURE}
+    model._model_args = {**getattr(model, "_model_args", {}), "plan": plan.model_dump(mode="json", by_alias=True)}
+
+
+def create(pretrained: bool, plan: dict[str, Any] | None, **kwargs: Any) -> nn.Module:
+    """What timm's entry point `augmented` returns: `plan` is a plan's JSON object, `kwargs` as for any timm model."""
+    plan = _checked(plan)
+    with limited(plan.model):
+        kwargs["pretrained_cfg"] = kwargs.get("pretrained_cfg") or _own_cfg(plan)
+        _check_folder(plan, kwargs["pretrained_cfg"], kwargs.get("pretrained_model_args"))
+        if kwargs.pop("features_only", False):
+            return _features(plan, pretrained, kwargs)
+        return build_model_with_cfg(partial(_construct, plan), ARCHITECTURE, pretrained, **kwargs)
+
+
+def _check_folder(plan: Plan, cfg: Any, arguments: dict[str, Any] | None) -> None:
+    """Hold config.json of a folder, out of which timm took plan, cfg and arguments, against the weights beside it."""
+    if arguments is None or not isinstance(cfg, dict) or cfg.get("source") != "local-dir":
+        return
+    file = Path(cfg["file"]) / WEIGHTS
+    if not file.is_file():
+        return
+    text = read_tensor_metadata(file).get(METADATA_KEY)  # none where timm saved the folder
+    if text is not None and parse_metadata(text, file).plan != plan:
+        raise AugmentError(f"{file.parent}: config.json and {WEIGHTS} hold two plans: one was changed or replaced")
+    own_cfg = {key: value for key, value in cfg.items() if key not in _SOURCES}
+    check_fit(file, {**arguments, "pretrained_cfg": own_cfg})
+
+
+def _checked(plan: dict[str, Any] | None) -> Plan:
+    """A plan from outside may name nothing but a model of timm's own registry."""
+    if plan is None:
+        raise AugmentError(f"{ARCHITECTURE} is the architecture of converted models: load one, or give its plan")
+    plan = validate_plan(plan, "the plan")
+    base = plan.model.partition(".")[0]
+    if not timm.is_model(base) or base == ARCHITECTURE:
+        raise AugmentError(f"the plan's base {plan.model!r} is not in timm's registry")
+    return plan
+
+
+def _own_cfg(plan: Plan) -> dict[str, Any]:
+    """The base's configuration without the places that its weights come from."""
+    with boundary(f"the plan's base {plan.model}"):
+        base = get_pretrained_cfg(plan.model)
+    cfg = base.to_dict() if base else {}
+    return {k: v for k, v in cfg.items() if k not in _SOURCES} | {"architecture": ARCHITECTURE}
+
+
+def _construct(plan: Plan, **kwargs: Any) -> nn.Module:
+    arguments = {**dict(plan.model_args), **kwargs}
+    with boundary(f"{plan.model} cannot be created with {str(arguments)[:300]}"):
+        model = timm.create_model(plan.model, **arguments)
+    apply_plan(model, plan)
+    return model
+
+
+def _features(plan: Plan, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
+    """timm's own feature extractor of the base, the converted model's modules and weights put into it."""
+    features = {k: kwargs.pop(k) for k in _FEATURE_ARGUMENTS if k in kwargs}
+    full = timm.create_model(ARCHITECTURE, pretrained, plan=plan.model_dump(mode="json", by_alias=True), **kwargs)
+    arguments = {k: v for k, v in kwargs.items() if k not in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")}
+    extractor = timm.create_model(plan.model, features_only=True, **{**dict(plan.model_args), **arguments, **features})
+    transplant(full, extractor, {site.name for site in plan.sites})
+    extractor.pretrained_cfg = extractor.default_cfg = full.pretrained_cfg
+    return extractor
+
+
+def transplant(model: nn.Module, extractor: nn.Module, sites: set[str]) -> None:
+    """Put a model's modules at `sites`, and all its weights, into a feature extractor of the same architecture.
+
+    The extractor may hold a part of the model, under timm's names for it: `model.` or `graph_module.` before, or the
+    first levels joined by underscores.
+    """
+    modules = dict(model.named_modules())
+    own_name = {name: _first_in(modules, name) for name, _ in extractor.named_modules()}
+    moved = {name: own for name, own in own_name.items() if own in sites}
+    _check_called(extractor, moved)
+    for name, own in moved.items():
+        extractor.set_submodule(name, modules[own])
+        keep_unfolded(extractor, name)
+    state = model.state_dict()
+    extractor.load_state_dict({key: state[_first_in(state, key)] for key in extractor.state_dict()})
+
+
+def _check_called(extractor: nn.Module, names: dict[str, str]) -> None:
+    graph = getattr(getattr(extractor, "graph_module", None), "graph", None)
+    if graph is None:
+        return
+    called = {f"graph_module.{node.target}" for node in graph.nodes if node.op == "call_module"}
+    if missed := sorted(names.keys() - called):
+        raise AugmentError(
+            f"timm's graph feature extractor looks inside {names[missed[0]]}, so that it cannot be replaced there; "
+            f"use feature_cls='hook' or forward_intermediates"
+        )
+
+
+def _first_in(known: dict[str, Any], name: str) -> str | None:
+    return next((candidate for candidate in _candidates(name) if candidate in known), None)
+
+
+def _candidates(name: str) -> Iterator[str]:
+    yield name
+    for prefix in ("model.", "graph_module."):
+        if name.startswith(prefix):
+            yield name.removeprefix(prefix)
+    head, dot, rest = name.partition(".")
+    parts = head.split("_")
+    for i in range(1, len(parts)):
+        yield "_".join(parts[:i]) + "." + "_".join(parts[i:]) + dot + rest

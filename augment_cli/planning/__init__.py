@@ -1,0 +1,1 @@
+"""From a recipe to a plan: selection, splits, budget. Imports no torch."""

@@ -1,0 +1,299 @@
+"""Recipes: which convolutions become what, within which budget. TOML files, checked by pydantic."""
+
+import hashlib
+import re
+import tomllib
+from collections import Counter
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from augment_cli.analysis.site import Kind
+from augment_cli.bounds import (
+    MOST_CHANNELS,
+    MOST_HEADS,
+    MOST_KERNEL,
+    MOST_KEYS,
+    MOST_LISTED,
+    MOST_SIDE,
+    KernelSide,
+    Name,
+    Text,
+)
+from augment_cli.errors import AugmentError, boundary, nearest
+from augment_cli.files import read_text
+from augment_cli.planning.cost import Variant
+from augment_cli.resources import resource
+
+
+def _as_tuple(value: Any) -> Any:
+    """A single value stands for a list of one, so that `--set sites.names=layer3.*` needs no brackets."""
+    return value if isinstance(value, (list, tuple)) else (value,)
+
+
+Several = Annotated[tuple[Name, ...], BeforeValidator(_as_tuple), Field(max_length=MOST_LISTED)]
+Places = Annotated[
+    tuple[Annotated[int, Field(ge=-MOST_LISTED, le=MOST_LISTED)], ...],
+    BeforeValidator(_as_tuple),
+    Field(max_length=MOST_LISTED),
+]
+
+
+# An escape, a class of characters, the start of a group; then what repeats a group, and what repeats at all.
+_REPEATS = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\(\?|(?P<group>\)[*+{])|(?P<open>[*+{])|(?P<maybe>\?)", re.S)
+_MOST_REPEATS, _MOST_OPTIONAL = 5, 10
+
+
+def _check_quick(pattern: str) -> None:
+    """Refuse regular expressions that may try more ways than there is time for: matching cannot be interrupted."""
+    kinds = Counter(match.lastgroup for match in _REPEATS.finditer(pattern))
+    if kinds["group"]:
+        raise ValueError("a group is repeated: write it without *, + or { after a parenthesis")
+    if kinds["open"] > _MOST_REPEATS or kinds["maybe"] > _MOST_OPTIONAL:
+        raise ValueError(f"more than {_MOST_REPEATS} of *, + and {{, or more than {_MOST_OPTIONAL} of ?")
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Sites(_Section):
+    """Which convolutions are replaced, and by what."""
+
+    kernel: Annotated[
+        tuple[KernelSide, ...],
+        BeforeValidator(_as_tuple),
+        Field(min_length=1, max_length=MOST_KERNEL, description="kernel sizes (square) of the convolutions to replace"),
+    ] = (3,)
+    groups: Annotated[
+        tuple[Kind, ...],
+        BeforeValidator(_as_tuple),
+        Field(min_length=1, max_length=3, description="dense, grouped, depthwise"),
+    ] = ("dense",)
+    names: Annotated[Several, Field(description="name globs; empty takes every name")] = ()
+    regex: Annotated[Name, Field(description="regular expression, found anywhere in the name")] = ""
+    stages: Annotated[Places, Field(description="timm's feature levels, as out_indices count them")] = ()
+    positions: Annotated[
+        Places, Field(description="place in the block among convolutions of this kernel; 0 first, -1 last")
+    ] = ()
+    exclude: Annotated[Several, Field(description="name globs that are left alone")] = ()
+    include_stem: Annotated[bool, Field(description="also the stem, except what reads the image itself")] = False
+    largest_map: Annotated[
+        int | None, Field(ge=1, le=MOST_SIDE**2, description="most output positions (height x width)")
+    ] = None
+    smallest_width: Annotated[int, Field(ge=1, le=MOST_CHANNELS, description="fewest output channels")] = 1
+
+    variant: Annotated[Variant, Field(description="aa, aw or aa+aw")]
+    heads: Annotated[int, Field(ge=1, le=MOST_HEADS, description="attention heads")] = 8
+    key_ratio: Annotated[float, Field(gt=0, le=4, description="kappa = d_k / F_out")] = 0.2
+    value_ratio: Annotated[float, Field(gt=0, le=1, description="upsilon = d_v / F_out; 1 leaves no convolution")] = 0.1
+    min_key_channels: Annotated[int, Field(ge=1, le=MOST_KEYS, description="least key channels per head")] = 1
+    narrow: Annotated[
+        Literal["more-keys", "fewer-heads"], Field(description="what gives where key_ratio is under the least")
+    ] = "fewer-heads"
+    attention_pool: Annotated[
+        int | Literal["auto"], Field(description="the attention's map is this many times smaller; auto: by map size")
+    ] = "auto"
+    attention_positions: Annotated[
+        int, Field(ge=1, le=MOST_SIDE**2, description="auto: pool maps of more positions than this")
+    ] = 1024
+    max_attention_pool: Annotated[
+        int, Field(ge=1, le=MOST_SIDE, description="auto: the largest pool, whatever the map")
+    ] = 8
+    reduction: Annotated[int, Field(ge=1, le=MOST_CHANNELS, description="r of AW: input channels that share a map")] = (
+        16
+    )
+
+    @field_validator("regex")
+    @classmethod
+    def _compiles(cls, value: str) -> str:
+        _check_quick(value)
+        try:
+            re.compile(value)
+        except (re.error, RecursionError, OverflowError) as error:
+            raise ValueError(f"not a regular expression: {error}") from error
+        return value
+
+    @field_validator("attention_pool")
+    @classmethod
+    def _pool_is_in_range(cls, value: int | str) -> int | str:
+        if value != "auto" and not 1 <= value <= MOST_SIDE:
+            raise ValueError(f"not from 1 to {MOST_SIDE}")
+        return value
+
+
+_NUMBER = r"[0-9]{1,15}(?:\.[0-9]{1,15})?"
+_AMOUNT = re.compile(rf"(?P<number>{_NUMBER}) ?(?P<unit>[kKMGT]?)")
+_PERCENT = re.compile(rf"(?P<number>[+-]{_NUMBER}) ?%")
+_FACTORS = {"": 1, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
+
+
+def _check_amount(value: Any) -> Any:
+    text = str(value).strip()
+    if text in ("free", "keep") or _AMOUNT.fullmatch(text) or _PERCENT.fullmatch(text):
+        return text
+    raise ValueError(
+        f"{text[:50]!r} is no budget: write free, keep, an amount like 25.6M, or a change like +1% or -10%"
+    )
+
+
+Amount = Annotated[str, BeforeValidator(_check_amount)]
+
+
+class Budget(_Section):
+    """The most parameters and multiply-adds of the converted model."""
+
+    params: Annotated[Amount, Field(description="free, keep, 25.6M, +1%, -10%")] = "free"
+    macs: Annotated[Amount, Field(description="the same, for multiply-adds")] = "free"
+
+
+UNITS = {"params": "parameters", "macs": "multiply-adds"}
+"""What budgets count."""
+
+
+def resolve_amount(amount: str, source: int) -> int | None:
+    """The number that a budget stands for, given the source model's count; None where it is free."""
+    if amount == "free":
+        return None
+    if amount == "keep":
+        return source
+    if match := _PERCENT.fullmatch(amount):
+        return int(source * (1 + float(match["number"]) / 100) + 1e-6)
+    match = _AMOUNT.fullmatch(amount)
+    return round(float(match["number"]) * _FACTORS[match["unit"]])
+
+
+class Provenance(_Section):
+    """Where a recipe's settings come from."""
+
+    paper: Text
+    table: Text
+    trust: Text
+
+
+class Recipe(_Section):
+    """A named choice of sites, their settings and the budget."""
+
+    name: Name
+    description: Text
+    source: Provenance | None = None
+    sites: Sites
+    budget: Budget = Budget()
+
+    @model_validator(mode="after")
+    def _attention_needs_a_place(self) -> "Recipe":
+        if self.sites.variant == "aa+aw" and self.sites.value_ratio == 1:
+            raise ValueError(
+                "variant aa+aw attends the kernel of the convolution branch, and value_ratio 1 leaves none"
+            )
+        return self
+
+    def digest(self) -> str:
+        """SHA-256 of the resolved recipe, overrides included."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+
+
+def recipes_dir() -> Path:
+    """The folder of the built-in recipes."""
+    return resource("recipes")
+
+
+def builtin_recipes() -> dict[str, Path]:
+    return {path.stem: path for path in sorted(recipes_dir().glob("*.toml"))}
+
+
+def load_recipe(name: str, overrides: tuple[str, ...] = ()) -> Recipe:
+    """A built-in recipe by name, or a TOML file by path, with `section.key=value` overrides.
+
+    Raises:
+        AugmentError: no such recipe, no TOML, an unknown key, a value that does not fit.
+    """
+    path = _find(name)
+    text = read_text(path, "recipe")
+    with boundary(f"{path} is not a TOML file"):
+        data = tomllib.loads(text)
+    data.setdefault("name", path.stem)
+    for override in overrides:
+        _override(data, override)
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        raise AugmentError(f"recipe {name}: {describe_errors(error, Recipe)}") from error
+
+
+def override_budget(budget: Budget, overrides: tuple[str, ...]) -> Budget:
+    """A budget with `budget.key=value` overrides.
+
+    Raises:
+        AugmentError: an override of something else, or a value that is no budget.
+    """
+    data = {"budget": budget.model_dump()}
+    for override in overrides:
+        _override(data, override)
+        if len(data) > 1:
+            raise AugmentError(f"--set {override}: only the budget of a plan can be set; edit its sites instead")
+    try:
+        return Budget.model_validate(data["budget"])
+    except ValidationError as error:
+        raise AugmentError(f"budget: {describe_errors(error, Budget)}") from error
+
+
+def _find(name: str) -> Path:
+    known = builtin_recipes()
+    if name in known:
+        return known[name]
+    path = Path(name)
+    if path.suffix == ".toml" or path.exists():
+        if not path.is_file():
+            raise AugmentError(f"recipe {name}: no such file")
+        return path
+    raise AugmentError(f"no built-in recipe named {name}{nearest(name, known)} A path to a TOML file works too")
+
+
+def _override(data: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    section, _, name = key.strip().partition(".")
+    if not separator or not name:
+        raise AugmentError(f"--set {override[:100]}: write it as section.key=value, such as budget.params=keep")
+    if not isinstance(data.setdefault(section, {}), dict):
+        raise AugmentError(f"--set {override[:100]}: {section[:100]} is not a section of a recipe")
+    with boundary(f"--set {override[:100]}"):
+        data[section][name] = _parse(text.strip())
+
+
+def _parse(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:  # a bare word is a string
+        return text
+
+
+# An incomplete plan can have a problem for every key of every site.
+_TOLD = 3
+
+
+def describe_errors(error: ValidationError, model: type[BaseModel]) -> str:
+    """The first errors of a validation and how many more there are: where, what, for unknown keys the nearest names."""
+    items = error.errors()
+    more = [f"and {len(items) - _TOLD} more"] if len(items) > _TOLD else []
+    return "; ".join([_describe(item, model) for item in items[:_TOLD]] + more)
+
+
+def _describe(item: dict[str, Any], model: type[BaseModel]) -> str:
+    where = ".".join(str(part)[:100] for part in item["loc"])
+    if item["type"] != "extra_forbidden":
+        message = item["msg"].removeprefix("Value error, ")
+        return f"{where}: {message}" if where else message
+    for part in item["loc"][:-1]:
+        if part in model.model_fields:
+            model = _model_within(model.model_fields[part].annotation) or model
+    known = [field.alias or name for name, field in model.model_fields.items()]
+    return f"unknown key {where}{nearest(str(item['loc'][-1])[:100], known)}"
+
+
+def _model_within(annotation: Any) -> type[BaseModel] | None:
+    """The model of a field that holds one, or several in a tuple."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for arg in get_args(annotation) if (found := _model_within(arg))), None)

@@ -1,0 +1,114 @@
+"""What a conversion leaves on disk: the file alone, or a folder for timm with its reports and a model card.
+
+Imports torch and timm only to write.
+"""
+
+import json
+import os
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from augment_cli.checkpoint.metadata import WEIGHTS, Metadata, read_metadata
+from augment_cli.errors import AugmentError
+from augment_cli.files import check_output, check_place, recover, write_file, write_folder
+from augment_cli.report import FORMATS, Report
+from augment_cli.report.card import model_card
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_FILES = (WEIGHTS, "config.json", "plan.json", "README.md", "report.json", "report.html")
+_OTHER_FORMATS = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".onnx", ".json", ".html", ".toml")
+
+
+def check_target(path: Path, overwrite: bool, inputs: Iterable[Path | None] = ()) -> None:
+    """Refuse a place for a converted model before any work is done for it.
+
+    A name that ends in .safetensors is a file, any other a folder. A folder is replaced as a whole, so that there may
+    be nothing in it but what `write_model` wrote.
+
+    Args:
+        inputs: files that are read for the model, which may not be the output or in it.
+
+    Raises:
+        AugmentError: it exists, is not ours to replace, has the suffix of another format, or cannot be written.
+    """
+    if path.suffix.lower() in _OTHER_FORMATS:
+        raise AugmentError(
+            f"{path}: a converted model is not written as {path.suffix}: give a name that ends in .safetensors for "
+            f"one file, or a name without a suffix for a folder"
+        )
+    if _is_file(path):
+        check_output(path, overwrite, inputs)
+        return
+    recover(path)
+    mode = check_place(path, overwrite, inputs)
+    if mode is None:
+        return
+    if not stat.S_ISDIR(mode):
+        raise AugmentError(f"{path} is no folder, which an output that does not end in .safetensors is")
+    if Path.cwd().is_relative_to(path.resolve()):
+        raise AugmentError(f"{path} is the folder that you are in, and would be replaced as a whole: name another")
+    if foreign := sorted(file.name for file in path.iterdir() if not _is_own(file)):
+        raise AugmentError(
+            f"{path} would be replaced as a whole, and augment did not write {foreign[0]} in it: move that, or name "
+            f"another folder"
+        )
+
+
+def write_model(model: "nn.Module", metadata: Metadata, target: Path) -> None:
+    """Write a converted model whole: to a file where the name ends in .safetensors, else to a folder.
+
+    Raises:
+        AugmentError: the disk is full or refuses.
+    """
+    from augment_cli.checkpoint.files import save_weights
+
+    if _is_file(target):
+        write_file(target, lambda temporary: save_weights(model, metadata, temporary))
+    else:
+        write_folder(target, lambda temporary: _fill(temporary, model, metadata))
+
+
+def write_config(model: "nn.Module", input_size: tuple[int, int, int], folder: Path) -> None:
+    """Write timm's config.json, from which timm and transformers create the model again."""
+    from timm.models._hub import save_config_for_hf
+
+    path = folder / "config.json"
+    save_config_for_hf(model, str(path), data_config={"input_size": input_size})
+    config = json.loads(path.read_text(encoding="utf-8"))
+    # It is beside model_args already; transformers gives timm both, and Python refuses an argument given twice.
+    config["model_args"].pop("num_classes", None)
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _is_file(path: Path) -> bool:
+    return path.suffix.lower() == ".safetensors"
+
+
+def _is_own(file: Path) -> bool:
+    """Whether a file in an output folder is one that `_fill` wrote."""
+    try:
+        if file.name == WEIGHTS:
+            return bool(read_metadata(file))
+        if file.name == "README.md":
+            return "- augment-cli" in file.read_text(encoding="utf-8").partition("\n---\n")[0].splitlines()
+        if file.name == "config.json":
+            return json.loads(file.read_text(encoding="utf-8")).get("architecture") == "augmented"
+    except (AugmentError, OSError, ValueError, AttributeError):
+        return False
+    return file.name in _FILES and not os.path.isdir(file)
+
+
+def _fill(folder: Path, model: "nn.Module", metadata: Metadata) -> None:
+    from augment_cli.checkpoint.files import save_weights
+
+    report = Report.of(metadata.plan, metadata)
+    save_weights(model, metadata, folder / WEIGHTS)
+    write_config(model, metadata.plan.input_size, folder)
+    (folder / "plan.json").write_text(metadata.plan.to_json() + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(model_card(report), encoding="utf-8")
+    for form in ("json", "html"):
+        (folder / f"report.{form}").write_text(FORMATS[form](report), encoding="utf-8")

@@ -1,0 +1,1 @@
+"""Convolutions replaced by a plan, their weights inherited."""

@@ -1,0 +1,113 @@
+"""Calibration images, and how near a converted model is to its source on those that no fit has seen."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from augment_cli.dataset import ImageStream, open_dataset
+from augment_cli.errors import AugmentError
+from augment_cli.surgery.records import Fidelity
+
+FEWEST = 20
+_BATCH = 32
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Images as bytes, (N, C, H, W), with what brings them to a model's input; the last fifth is held out of fits."""
+
+    images: Tensor
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    origin: str = ""
+
+    @property
+    def held(self) -> int:
+        return len(self.images) // 5
+
+    def fitting(self) -> Iterator[Tensor]:
+        """Batches of images to fit on, (n, C, H, W) in single precision."""
+        return self._batches(self.images[: len(self.images) - self.held])
+
+    def held_out(self) -> Iterator[Tensor]:
+        """Batches of images to measure on."""
+        return self._batches(self.images[len(self.images) - self.held :])
+
+    def _batches(self, images: Tensor) -> Iterator[Tensor]:
+        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
+        for batch in images.split(_BATCH):
+            yield (batch.float() / 255 - mean) / std
+
+
+def load_images(
+    spec: str, model: nn.Module, input_size: tuple[int, int, int], count: int = 512, seed: int = 0
+) -> Calibration:
+    """Images of a data set through timm's evaluation transform for a model.
+
+    Args:
+        spec: a folder of images, with or without class folders, or whatever `open_dataset` takes.
+        input_size: (channels, height, width).
+        count: how many images at most, drawn with the seed; a stream gives its first.
+
+    Raises:
+        AugmentError: nothing there, or too few images.
+    """
+    from timm.data import create_transform, resolve_data_config
+
+    if count < FEWEST:
+        raise AugmentError(
+            f"--calibrate-images {count}: a fit needs {FEWEST} images at least, a few hundred to be good"
+        )
+    config = resolve_data_config({"input_size": input_size}, model=model)
+    data = open_dataset(spec, labels=False, on_corrupt="skip", channels=input_size[0], seed=seed)
+    data.transform = create_transform(**{**config, "input_size": input_size}, is_training=False, normalize=False)
+    images = list(_drawn(data, count, seed))
+    if len(images) < FEWEST:
+        raise AugmentError(f"{spec} has {len(images)} images: a fit needs {FEWEST} at least, a few hundred to be good")
+    channels = input_size[0]
+    mean, std = (_for_channels(config[key], channels) for key in ("mean", "std"))
+    return Calibration(torch.stack(images), mean, std, spec)
+
+
+def _drawn(data: Any, count: int, seed: int) -> Iterator[Tensor]:
+    if isinstance(data, ImageStream):
+        for number, (image, _) in enumerate(data):
+            if number == count:
+                return
+            yield image
+        return
+    for index in torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:count].tolist():
+        yield data[index][0]
+
+
+def _for_channels(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
+    return tuple(values) if len(values) == channels else (sum(values) / len(values),) * channels
+
+
+@torch.no_grad()
+def predictions(model: nn.Module, calibration: Calibration) -> Tensor | None:
+    """A model's log-probabilities on the held-out images, (n, classes); None where it has no classes."""
+    if not getattr(model, "num_classes", 0):
+        return None
+    training = model.training
+    model.eval()
+    logits = torch.cat([model(batch) for batch in calibration.held_out()])
+    model.train(training)
+    return logits.double().log_softmax(1) if logits.ndim == 2 else None
+
+
+def compare(source: Tensor | None, converted: Tensor | None, calibration: Calibration) -> Fidelity | None:
+    """How far log-probabilities (n, classes) agree: top-1, and the mean of KL(source, converted) in nats."""
+    if source is None or converted is None:
+        return None
+    agreed = (source.argmax(1) == converted.argmax(1)).double().mean()
+    divergence = (source.exp() * (source - converted)).sum(1).mean().clamp_min(0)
+    return Fidelity(
+        images=len(source),
+        fitted_on=len(calibration.images) - calibration.held,
+        agreement=round(float(agreed), 6),
+        divergence=round(float(divergence), 6),
+    )

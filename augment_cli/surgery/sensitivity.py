@@ -1,0 +1,40 @@
+"""What replacing one site alone does to a model's output: by this a budget can prefer some sites to others."""
+
+import copy
+
+from torch import nn
+
+from augment_cli.analysis.graph import ModelGraph
+from augment_cli.errors import AugmentError
+from augment_cli.planning.plan import Plan, Sensitivity
+from augment_cli.seeds import seeded
+from augment_cli.surgery.calibration import Calibration, compare, predictions
+from augment_cli.surgery.inherit.fitted import Progress, fit_sites, install
+
+
+def measure_sensitivity(
+    model: nn.Module, plan: Plan, graph: ModelGraph, calibration: Calibration, progress: Progress | None = None
+) -> dict[str, Sensitivity]:
+    """For each site of a plan: the model with that site alone replaced and fitted, held against the model as it is.
+
+    Agreement and divergence are measured on the calibration's held-out images. The model is not changed.
+
+    Raises:
+        AugmentError: the model has no classes whose predictions could be compared.
+    """
+    before = predictions(model, calibration)
+    if before is None:
+        raise AugmentError(f"{plan.model} has no classifier: there are no predictions to compare")
+    training, found = model.training, {}
+    with seeded("sensitivity"):
+        fits = fit_sites(model, plan, graph, calibration, progress or (lambda *_: None))
+    model.train(training)
+    for i, site in enumerate(plan.sites):
+        if progress:
+            progress(f"measuring {site.name}", i, len(plan.sites))
+        alone, trial = plan.model_copy(update={"sites": (site,)}), copy.deepcopy(model)
+        with seeded("sensitivity"):
+            install(trial, alone, graph, fits)
+        compared = compare(before, predictions(trial, calibration), calibration)
+        found[site.name] = Sensitivity(agreement=compared.agreement, divergence=compared.divergence)
+    return found
