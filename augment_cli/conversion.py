@@ -43,7 +43,7 @@ def convert(
         args: further arguments for timm.create_model.
 
     Example:
-        >>> model = convert("resnet18", "aa", "sites.names=layer4.*")
+        >>> model = convert("resnet18", "aa", "select.names=layer4.*")
         >>> type(model).__name__, type(model.layer4[0].conv1).__name__
         ('ResNet', 'AAConv2d')
     """
@@ -66,7 +66,7 @@ def check_fittable(plan: Plan) -> None:
     Raises:
         AugmentError: no site of the plan gives up a filter.
     """
-    if not any(site.value_channels for site in plan.sites):
+    if not any(site.given_up for site in plan.sites):
         raise AugmentError(
             f"no site of the plan for {plan.model} is AA, so that there is nothing to fit: AW computes what its source "
             f"does as it is; leave out --init fit and --calibrate"

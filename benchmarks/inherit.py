@@ -176,8 +176,8 @@ def run_task(task: str, epochs: int, count: int) -> list[dict]:
     graph, calibration = trained.graph, trained.calibration
     rows = [{"task": task, "init": "source", **trained.beside(trained.model())}]
     for key_ratio, value_ratio in RATIOS:
-        ratios = (f"sites.key_ratio={key_ratio}", f"sites.value_ratio={value_ratio}")
-        recipe = load_recipe("aa", ("budget.params=free", "sites.stages=[2,3,4]", *ratios))
+        ratios = (f"aa.key_ratio={key_ratio}", f"aa.value_ratio={value_ratio}")
+        recipe = load_recipe("aa", ("budget.params=free", "select.stages=[2,3,4]", *ratios))
         plan, _ = make_plan(trained.described.name, graph, recipe, trained.described.args)
         ways = {
             "last, untrained": lambda model, plan=plan: replace.apply_plan(model, plan),

@@ -25,7 +25,7 @@ def run_task(task: str, epochs: int, count: int) -> list[dict]:
     trained, rows = Trained(task, epochs, count), []
     described, graph, calibration = trained.described, trained.graph, trained.calibration
     for budget in BUDGETS:
-        recipe = load_recipe("aa", (f"budget.params={budget}", "sites.stages=[2,3,4]"))
+        recipe = load_recipe("aa", (f"budget.params={budget}", "select.stages=[2,3,4]"))
 
         def planned(sensitivity: dict[str, Sensitivity] | None = None, recipe=recipe) -> Plan:
             return make_plan(described.name, graph, recipe, described.args, sensitivity)[0]
@@ -38,7 +38,7 @@ def run_task(task: str, epochs: int, count: int) -> list[dict]:
             errors = [record.error for record in fit(model, plan, graph, calibration) if record.error is not None]
             rows.append(
                 {"task": task, "budget": budget, "plan": name, "params": sum(p.numel() for p in model.parameters())}
-                | {"value_channels": {site.name: site.value_channels for site in plan.sites}}
+                | {"value_channels": {site.name: site.given_up for site in plan.sites}}
                 | {"error": round(statistics.mean(errors), 4), **trained.beside(model)}
                 | {"divergences": {site: measured.divergence for site, measured in found.items()}, "seconds": seconds}
             )

@@ -58,8 +58,8 @@ def outcome(name: str, model: nn.Module, graph: ModelGraph, recipe_name: str) ->
         plan, _ = make_plan(name, graph, recipe)
     except AugmentError as error:
         return Outcome(reason=str(error))
-    chosen = select(graph.sites, recipe.sites).chosen
-    least, most = attainable(chosen, recipe.sites, Counts(graph.params, graph.macs))["params"]
+    chosen = select(graph.sites, recipe).chosen
+    least, most = attainable(chosen, recipe, Counts(graph.params, graph.macs))["params"]
     found = Outcome(
         sites=len(plan.sites), params=plan.params_after, macs=plan.macs_after, least_params=least, most_params=most
     )

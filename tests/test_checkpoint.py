@@ -159,7 +159,7 @@ def test_a_header_of_absurd_size_is_refused_before_it_is_read(tmp_path):
         ),
         (lambda d: d["plan"].update(model_args={"checkpoint_path": "/x"}), "checkpoint_path cannot be set"),
         (lambda d: d["plan"].update(model_args={"nonsense": 1}), "unexpected keyword argument 'nonsense'"),
-        (lambda d: d["plan"]["sites"][0].update(key_channels=28), "tensors do not fit its plan"),
+        (lambda d: d["plan"]["sites"][0]["split"].update(key_channels=28), "tensors do not fit its plan"),
         (lambda d: d["plan"]["sites"][0].update(resolution=[8192, 8192]), "not a multiple of one call"),
         (lambda d: d["plan"]["sites"][0].update(resolution=[10**6, 10**6]), "less than or equal to 8192"),
         (lambda d: d["plan"]["sites"][0].update(name="fc"), "has no convolution fc"),

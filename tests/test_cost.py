@@ -9,8 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from augment_cli.analysis import source
 from augment_cli.analysis.graph import analyze, count_parameters, meta_copy
-from augment_cli.analysis.site import ConvSite
-from augment_cli.planning import cost
+from augment_cli.analysis.site import ConvSite, filter_macs
+from augment_cli.operators import get_operator
 from augment_cli.planning.plan import Plan
 from augment_cli.planning.recipe import builtin_recipes
 from augment_cli.surgery import replace
@@ -36,18 +36,18 @@ MODELS = [
 @pytest.mark.parametrize("recipe", [name for name in builtin_recipes() if "net" not in name or "resnet" in name])
 @pytest.mark.parametrize("model", MODELS)
 def test_planned_counts_are_the_built_models(model, recipe):
-    overrides = [] if recipe in ("aa", "aw", "aa-aw") else ["sites.stages=[]", "sites.positions=[]"]
-    if model == "densenet121" and "sites.stages=[]" in overrides:
-        overrides.append("sites.heads=2")  # 32 channels are too few for eight heads
+    overrides = [] if recipe in ("aa", "aw", "aa-aw") else ["select.stages=[]", "select.block_indices=[]"]
+    if model == "densenet121" and "select.stages=[]" in overrides:
+        overrides.append("aa.heads=2")  # 32 channels are too few for eight heads
     assert_counted(plan_of(model, recipe, *overrides))
 
 
 GROUPED = [
     ("resnext50_32x4d", "aw", ()),
-    ("resnext50_32x4d", "aa", ("sites.groups=grouped", "sites.value_ratio=0.25", "budget.params=free")),
-    ("regnetx_008", "aa-aw", ("sites.groups=grouped", "sites.value_ratio=0.3", "budget.params=free")),
+    ("resnext50_32x4d", "aa", ("select.kinds=grouped", "aa.value_ratio=0.25", "budget.params=free")),
+    ("regnetx_008", "aa-aw", ("select.kinds=grouped", "aa.value_ratio=0.3", "budget.params=free")),
     ("mobilenetv3_small_100", "aw-mobilenet", ()),
-    ("convnext_atto", "aw", ("sites.kernel=7", "sites.groups=depthwise")),
+    ("convnext_atto", "aw", ("select.kernel=7", "select.kinds=depthwise")),
     ("mnasnet_100", "aa-mnasnet", ()),
     ("semnasnet_100", "aa-mnasnet", ()),
 ]
@@ -73,7 +73,7 @@ ON_A_PROCESSOR = [
     ("resnet18", "aw", ()),
     ("resnet18", "aa-aw", ()),
     ("resnet50", "aa-resnet", ()),
-    ("resnet50", "aa-ratio", ("sites.key_ratio=1.0", "sites.value_ratio=1.0")),
+    ("resnet50", "aa-ratio", ("aa.key_ratio=1.0", "aa.value_ratio=1.0")),
     ("resnext50_32x4d", "aw", ()),
 ]
 
@@ -97,7 +97,7 @@ PUBLISHED = [
     ("resnet50", "aa-resnet", (), 25_809_392),
     ("resnet101", "aa-resnet", (), 45_386_728),
     ("resnet50", "aa-ratio", (), 24_303_728),
-    ("resnet50", "aa-ratio", ("sites.key_ratio=1.0", "sites.value_ratio=1.0"), 19_383_560),
+    ("resnet50", "aa-ratio", ("aa.key_ratio=1.0", "aa.value_ratio=1.0"), 19_383_560),
     ("resnet50", "aw-resnet", (), 25_719_128),
 ]
 
@@ -113,7 +113,7 @@ def test_multiply_adds_of_aa_resnet50_and_its_published_neighbours():
         for name, args in {
             "paper": ("aa-resnet",),
             "quarter": ("aa-ratio",),
-            "all": ("aa-ratio", "sites.key_ratio=1.0", "sites.value_ratio=1.0"),
+            "all": ("aa-ratio", "aa.key_ratio=1.0", "aa.value_ratio=1.0"),
         }.items()
     }
     assert gflops == {"paper": 8.41, "quarter": 8.0, "all": 6.58}
@@ -139,25 +139,21 @@ def test_a_single_site_costs_what_the_module_counts(data):
     size = (draw(st.integers(5, 12)), draw(st.integers(5, 12)))
     before = analyze(nn.Sequential(nn.Identity(), conv), (conv.in_channels, *size))
     site = before.sites[0]
-    choice = cost.Choice(
-        heads if aa else 0,
-        heads * draw(st.integers(1, 4)) if aa else 0,
-        heads * draw(st.integers(1, (out_channels - 1) // heads)) if aa else 0,
-        draw(st.integers(1, 3)) if aa else 1,
-        draw(st.sampled_from([r for r in range(1, 25) if conv.in_channels % r == 0])) if aw else 0,
-    )
-    module = replace.replacement(meta_copy(conv), _as_plan(site, choice))
-    assert count_parameters(module) == cost.params(site, choice)
+    keys, values = heads * draw(st.integers(1, 4)), heads * draw(st.integers(1, (out_channels - 1) // heads))
+    attention = (heads, keys, values, draw(st.integers(1, 3))) if aa else ()
+    reduction = (draw(st.sampled_from([r for r in range(1, 25) if conv.in_channels % r == 0])),) if aw else ()
+    operator = get_operator("+".join(name for name, there in (("aa", aa), ("aw", aw)) if there))
+    split = operator.split_type(*attention, *reduction)
+    module = replace.replacement(meta_copy(conv), _as_plan(site, operator.name, split))
+    assert count_parameters(module) == operator.params(site, split)
     with FlopCounterMode(display=False) as flops:
         module(torch.empty(1, conv.in_channels, *size, device="meta"))
-    assert flops.get_total_flops() == 2 * cost.macs(site, choice)
+    assert flops.get_total_flops() == 2 * operator.macs(site, split)
 
 
-def _as_plan(site: ConvSite, choice: cost.Choice):
+def _as_plan(site: ConvSite, operator: str, split):
     from augment_cli.planning.plan import SitePlan
 
-    variant = "+".join(v for v, there in (("aa", choice.value_channels), ("aw", choice.reduction)) if there)
     fields = {key: getattr(site, key) for key in ("in_channels", "out_channels", "kernel_size", "stride", "resolution")}
-    choices = {key: getattr(choice, key) for key in choice.__slots__}
-    counts = {"params_before": site.params, "macs_before": cost.macs(site, cost.PLAIN)}
-    return SitePlan(name=site.name, variant=variant, **fields, **choices, **counts)
+    counts = {"params_before": site.params, "macs_before": filter_macs(site, site.out_channels)}
+    return SitePlan(name=site.name, operator=operator, split=split, **fields, **counts)

@@ -37,12 +37,12 @@ def test_a_site_says_what_the_convolution_is():
     found = site("resnet50", "layer2.0.conv2")
     assert (found.in_channels, found.out_channels, found.kernel_size, found.stride) == (128, 128, (3, 3), (2, 2))
     assert (found.in_resolution, found.resolution, found.groups, found.calls) == ((56, 56), (28, 28), 1, 1)
-    assert (found.stage, found.block, found.position, found.norm) == (2, "layer2.0", 0, "layer2.0.bn2")
+    assert (found.stage, found.block, found.block_index, found.norm) == (2, "layer2.0", 0, "layer2.0.bn2")
     assert found.params == 128 * 128 * 9
 
 
 def test_positions_count_convolutions_of_the_same_kernel_in_a_block():
-    assert [site("resnet34", f"layer3.1.conv{i}").position for i in (1, 2)] == [0, 1]
+    assert [site("resnet34", f"layer3.1.conv{i}").block_index for i in (1, 2)] == [0, 1]
 
 
 def test_stages_are_timms_feature_levels():

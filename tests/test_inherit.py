@@ -37,7 +37,7 @@ def test_the_least_important_filters_are_given_up_and_the_others_carried_bit_for
         score = importance(conv, source.get_submodule(norm))
         order = new.channel_order.tolist()
         kept = [c for c in range(site.out_channels) if order[c] < record.kept]
-        assert len(kept) == record.kept == site.out_channels - site.value_channels
+        assert len(kept) == record.kept == site.out_channels - site.given_up
         assert score[kept].min() >= max(score[[c for c in range(site.out_channels) if c not in kept]])
         assert torch.equal(new.conv.weight, conv.weight[kept])
         assert record.kind == "carried"
@@ -62,7 +62,7 @@ def test_each_site_says_what_it_kept():
     graph = graph_of("resnet50")
     exact = carry(timm.create_model("resnet50"), plan_of("resnet50", "aw"), graph)
     assert {(r.kind, r.given_up, r.share) for r in exact} == {("exact", 0, 1.0)}
-    ones = ("sites.key_ratio=1.0", "sites.value_ratio=1.0")
+    ones = ("aa.key_ratio=1.0", "aa.value_ratio=1.0")
     new = carry(timm.create_model("resnet50"), plan_of("resnet50", "aa-ratio", *ones), graph)
     assert {(r.kind, r.kept, r.share) for r in new} == {("new", 0, 0.0)}
 

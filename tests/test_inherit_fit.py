@@ -45,11 +45,11 @@ class Net(nn.Module):
 
 def planned(model: nn.Module, *overrides: str, recipe: str = "aa"):
     graph = analyze(model, (3, 32, 32))
-    settings = load_recipe(recipe, ("sites.names=conv2", "budget.params=free", *overrides))
+    settings = load_recipe(recipe, ("select.names=conv2", "budget.params=free", *overrides))
     return make_plan("resnet18", graph, settings)[0], graph
 
 
-RATIOS = ("sites.key_ratio=1.0", "sites.value_ratio=0.25", "sites.heads=4")
+RATIOS = ("aa.key_ratio=1.0", "aa.value_ratio=0.25", "aa.heads=4")
 
 
 def test_streamed_moments_are_those_of_all_positions_at_once():
@@ -214,7 +214,7 @@ def test_the_mean_behind_the_normalisation_is_the_sources():
     torch.testing.assert_close(*outputs, atol=1e-3, rtol=0)
 
 
-ALL = ("sites.key_ratio=1.0", "sites.value_ratio=1.0", "sites.heads=4")
+ALL = ("aa.key_ratio=1.0", "aa.value_ratio=1.0", "aa.heads=4")
 
 
 @pytest.mark.parametrize(
@@ -222,8 +222,8 @@ ALL = ("sites.key_ratio=1.0", "sites.value_ratio=1.0", "sites.heads=4")
     [
         ({"stride": 2}, RATIOS, "aa"),
         ({"dilation": 2}, RATIOS, "aa"),
-        ({}, (*RATIOS, "sites.attention_pool=2"), "aa"),
-        ({"groups": 2}, (*RATIOS, "sites.groups=grouped"), "aa"),
+        ({}, (*RATIOS, "aa.attention_pool=2"), "aa"),
+        ({"groups": 2}, (*RATIOS, "select.kinds=grouped"), "aa"),
         ({"norm": nn.Identity}, RATIOS, "aa"),
         ({}, ALL, "aa"),
         ({}, RATIOS, "aa-aw"),

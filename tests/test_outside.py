@@ -53,6 +53,9 @@ def test_dictionaries_among_a_models_arguments_stay_dictionaries():
     hash(plan)
 
 
+SPLIT = ("heads", "key_channels", "value_channels", "attention_pool")
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
@@ -68,14 +71,14 @@ def test_dictionaries_among_a_models_arguments_stay_dictionaries():
         ("key_channels", 128 * 192 + 2),
         ("value_channels", -1),
         ("attention_pool", 10**9),
-        ("reduction", 10**9),
         ("params_after", 10**30),
         ("name", "x" * 501),
     ],
 )
 def test_every_number_of_a_site_is_bounded(key, value):
     plan = data()
-    plan["sites"][-1][key] = value
+    site = plan["sites"][-1]
+    (site["split"] if key in SPLIT else site)[key] = value
     with pytest.raises(AugmentError, match=rf"sites\.\d+.*{key}|{value} groups|positive multiple"):
         parse_plan(json.dumps(plan), "plan")
 
@@ -152,40 +155,40 @@ def test_files_that_are_too_long_are_refused_unread(tmp_path):
 
 
 OVERRIDES = [
-    ("sites.heads=1" + "0" * 22, "heads"),
-    ("sites.heads=" + "9" * 5000, "digits"),
-    ("sites.heads=0x" + "f" * 5000, "heads"),
-    ("sites.min_key_channels=65", "min_key_channels"),
-    ("sites.names=" + "[" * 500 + "]" * 500, "nested too deeply|valid string"),
-    ("sites.names=" + "[" * 60 + "]" * 60, "sites.names"),
-    ("sites.kernel=1000000", "kernel"),
-    ("sites.stages=[" + "1," * 2000 + "]", "stages"),
-    ("sites.key_ratio=nan", "key_ratio"),
-    ("sites.value_ratio=inf", "value_ratio"),
-    ("sites.largest_map=" + "9" * 30, "largest_map"),
-    ("sites.attention_pool=99999", "attention_pool"),
-    ("sites.reduction=99999999", "reduction"),
+    ("aa.heads=1" + "0" * 22, "heads"),
+    ("aa.heads=" + "9" * 5000, "digits"),
+    ("aa.heads=0x" + "f" * 5000, "heads"),
+    ("aa.min_key_channels=65", "min_key_channels"),
+    ("select.names=" + "[" * 500 + "]" * 500, "nested too deeply|valid string"),
+    ("select.names=" + "[" * 60 + "]" * 60, "select.names"),
+    ("select.kernel=1000000", "kernel"),
+    ("select.stages=[" + "1," * 2000 + "]", "stages"),
+    ("aa.key_ratio=nan", "key_ratio"),
+    ("aa.value_ratio=inf", "value_ratio"),
+    ("select.largest_map=" + "9" * 30, "largest_map"),
+    ("aa.attention_pool=99999", "attention_pool"),
+    ("aw.reduction=99999999", "reduction"),
     ("budget.params=" + "9" * 400, "no budget"),
     ("budget.macs=1e400", "no budget"),
-    ("source.paper=" + "x" * 6000, "source.paper"),
-    ("sites.regex=(a+)+$", "a group is repeated"),
-    ("sites.regex=(.|.)*z", "a group is repeated"),
-    ("sites.regex=.*.*.*.*.*.*z", "more than 5"),
-    ("sites.regex=" + "a?" * 30, "more than 10"),
+    ("paper.title=" + "x" * 6000, "paper.title"),
+    ("select.regex=(a+)+$", "a group is repeated"),
+    ("select.regex=(.|.)*z", "a group is repeated"),
+    ("select.regex=.*.*.*.*.*.*z", "more than 5"),
+    ("select.regex=" + "a?" * 30, "more than 10"),
 ]
 
 
 @pytest.mark.parametrize(("override", "message"), OVERRIDES, ids=[o[:40] for o, _ in OVERRIDES])
 def test_every_value_of_a_recipe_is_bounded(override, message):
     with pytest.raises(AugmentError, match=message):
-        load_recipe("aa", (override,))
+        load_recipe("aa-aw", (override,))
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("heads = " + "9" * 5000, "not a TOML file"),
-        ("heads = 0x" + "f" * 5000, "heads"),
+        ("stages = " + "9" * 5000, "not a TOML file"),
+        ("stages = 0x" + "f" * 5000, "stages"),
         ("names = " + "[" * 500 + "]" * 500, "nested too deeply|valid string"),
         ("names = [" + "'a'," * 1001 + "]", "at most 1000"),
         ("a" + ".a" * 2000 + " = 1", "unknown key"),
@@ -195,20 +198,20 @@ def test_every_value_of_a_recipe_is_bounded(override, message):
 )
 def test_a_recipe_file_of_absurd_values_is_refused(tmp_path, line, message):
     path = tmp_path / "r.toml"
-    path.write_text(f'description = "x"\n[sites]\nvariant = "aa"\n{line}\n')
+    path.write_text(f'description = "x"\noperator = "aa"\n[select]\n{line}\n')
     with pytest.raises(AugmentError, match=message):
         load_recipe(str(path))
 
 
 def test_regular_expressions_that_are_quick_are_taken():
     for pattern in (r"layer[34]\.\d+\.conv[12]$", r"(?:layer3|layer4)\..*conv2", r"[)*+]|layer4", r"\(*\)+|conv"):
-        assert load_recipe("aa", (f"sites.regex='{pattern}'",)).sites.regex == pattern
+        assert load_recipe("aa", (f"select.regex='{pattern}'",)).select.regex == pattern
 
 
 def test_built_in_recipes_are_within_the_bounds_and_plan_the_widest_models():
     for name in builtin_recipes():
         load_recipe(name)
-    for override in ("sites.heads=16", "sites.min_key_channels=64", "sites.key_ratio=4", "sites.value_ratio=1"):
+    for override in ("aa.heads=16", "aa.min_key_channels=64", "aa.key_ratio=4", "aa.value_ratio=1"):
         plan, _ = make_plan("resnet50", graph_of("resnet50"), load_recipe("aa-resnet", (override,)))
         assert parse_plan(plan.to_json(), "plan") == plan
 

@@ -9,8 +9,7 @@ from tests.conftest import graph_of, plan_of
 
 TOP = ["schema", "model", "recipe", "params_before", "params_after", "macs_before", "macs_after", "sites", "skipped"]
 SITE = [
-    *["name", "variant", "in_channels", "out_channels", "kernel_size", "stride", "groups", "resolution", "heads"],
-    *["key_channels", "value_channels", "attention_pool", "reduction"],
+    *["name", "operator", "in_channels", "out_channels", "kernel_size", "stride", "groups", "resolution", "split"],
     *["params_before", "params_after", "macs_before", "macs_after", "sensitivity"],
 ]
 
@@ -74,11 +73,17 @@ def edited(change) -> str:
     [
         (lambda p: p.update(schema=2), "has schema 2, and this version reads 1: install a newer"),
         (lambda p: p.update(sitse=[]), "unknown key sitse; did you mean sites"),
-        (lambda p: p["sites"][0].update(head=4), "unknown key sites.0.head; did you mean heads"),
+        (lambda p: p["sites"][0].update(stides=4), "unknown key sites.0.stides; did you mean stride"),
         (lambda p: p.update(sites=[]), "sites: Tuple should have at least 1 item"),
-        (lambda p: p["sites"][0].update(key_channels=7), "key_channels=7 is not a positive multiple of heads=2"),
-        (lambda p: p["sites"][0].update(value_channels=66), "value_channels=66 is more than 64"),
-        (lambda p: p["sites"][0].update(reduction=16), "variant aa does not go with"),
+        (
+            lambda p: p["sites"][0]["split"].update(key_channels=7),
+            "key_channels=7 is not a positive multiple",
+        ),
+        (lambda p: p["sites"][0]["split"].update(value_channels=66), "value_channels=66 is more than 64"),
+        (lambda p: p["sites"][0]["split"].update(reduction=16), "sites.0.split.*reduction"),
+        (lambda p: p["sites"][0]["split"].pop("heads"), "sites.0.split.*heads"),
+        (lambda p: p["sites"][0].update(split=7), "sites.0.split"),
+        (lambda p: p["sites"][0].update(operator="ab"), "sites.0.operator: no operator named ab; did you mean"),
         (lambda p: p["sites"].append(p["sites"][0]), "named more than once: layer1.0.conv1"),
         (lambda p: p.update(model_args={"checkpoint_path": "/x"}), "checkpoint_path cannot be set"),
         (lambda p: p.pop("model"), "model: Field required"),
@@ -112,11 +117,12 @@ def test_a_plan_is_what_its_sites_say_and_not_what_its_totals_claim(recipe):
 
 def test_more_keys_cost_what_they_cost_before_any_model_is_made():
     plan = data()
-    keys = plan["sites"][0]["key_channels"]
-    plan["sites"][0]["key_channels"] = 2 * keys
+    split = plan["sites"][0]["split"]
+    keys = split["key_channels"]
+    split["key_channels"] = 2 * keys
     doubled = parse_plan(json.dumps(plan), "plan")
-    height, width = (-(-size // plan["sites"][0]["attention_pool"]) for size in plan["sites"][0]["resolution"])
-    more = 2 * 64 * keys + (2 * (height + width) - 2) * keys // plan["sites"][0]["heads"]
+    height, width = (-(-size // split["attention_pool"]) for size in plan["sites"][0]["resolution"])
+    more = 2 * 64 * keys + (2 * (height + width) - 2) * keys // split["heads"]
     assert doubled.params_after - plan["params_after"] == more
 
 
@@ -132,7 +138,7 @@ def test_a_convolution_that_is_called_twice_is_counted_twice():
 def test_an_incomplete_plan_gives_three_problems_and_a_count():
     plan = data()
     for site in plan["sites"]:
-        for key in ("variant", "in_channels", "kernel_size", "resolution", "stride"):
+        for key in ("operator", "in_channels", "kernel_size", "resolution", "stride"):
             del site[key]
     with pytest.raises(AugmentError, match=r"and \d\d more$") as told:
         parse_plan(json.dumps(plan), "plan")
@@ -141,7 +147,7 @@ def test_an_incomplete_plan_gives_three_problems_and_a_count():
 
 def test_a_plan_over_its_own_budget_is_refused_until_the_budget_is_another():
     plan = data()
-    plan["sites"][0]["key_channels"] *= 4
+    plan["sites"][0]["split"]["key_channels"] *= 4
     over = parse_plan(json.dumps(plan), "plan")
     with pytest.raises(AugmentError, match=r"plan x has [\d,]+ parameters, [\d,]+ more than its budget.params=keep"):
         check_budget(over, "plan x")
@@ -150,14 +156,14 @@ def test_a_plan_over_its_own_budget_is_refused_until_the_budget_is_another():
             over.model_copy(update={"budget": override_budget(over.budget, (f"budget.params={amount}",))}), "x"
         )
     with pytest.raises(AugmentError, match="only the budget"):
-        override_budget(over.budget, ("sites.heads=4",))
+        override_budget(over.budget, ("aa.heads=4",))
     with pytest.raises(AugmentError, match="is no budget"):
         override_budget(over.budget, ("budget.params=much",))
 
 
 def test_attention_on_one_position_is_refused_in_an_edited_plan_too():
     plan = data()
-    plan["sites"][-1]["attention_pool"] = 8  # of a 7x7 map
+    plan["sites"][-1]["split"]["attention_pool"] = 8  # of a 7x7 map
     with pytest.raises(AugmentError, match="one position"):
         fit_plan(parse_plan(json.dumps(plan), "plan"), graph_of("resnet18"), "plan")
 
@@ -171,7 +177,7 @@ def test_text_that_is_not_json_is_refused():
 def test_an_edited_plan_is_counted_anew_and_what_it_leaves_out_is_skipped():
     plan = data()
     dropped = plan["sites"].pop()["name"]
-    plan["sites"][0].update(key_channels=16, value_channels=10, params_after=0)
+    plan["sites"][0]["split"].update(key_channels=16, value_channels=10)
     fitted = fit_plan(parse_plan(json.dumps(plan), "plan"), graph_of("resnet18"), "plan")
     assert fitted.params_after - fitted.params_before == sum(s.params_after - s.params_before for s in fitted.sites)
     assert fitted.sites[0].params_after > 0

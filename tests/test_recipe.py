@@ -27,26 +27,26 @@ def test_the_built_in_recipes_are_there_and_named_like_their_files():
 @pytest.mark.parametrize("name", [n for n in BUILTIN if "resnet" in n or "ratio" in n])
 def test_recipes_from_the_papers_say_paper_table_and_trust_and_set_no_budget(name):
     recipe = load_recipe(name)
-    assert "arXiv" in recipe.source.paper
-    assert recipe.source.table
-    assert recipe.source.trust
+    assert "arXiv" in recipe.paper.title
+    assert recipe.paper.table
+    assert recipe.paper.trust
     assert (recipe.budget.params, recipe.budget.macs) == ("free", "free")
 
 
 def test_overrides_take_bare_words_numbers_and_lists():
     recipe = load_recipe(
         "aa",
-        ("budget.params=+1%", "sites.key_ratio=0.25", "sites.heads=4", "sites.names=layer3.*", "sites.stages=[2, 3]"),
+        ("budget.params=+1%", "aa.key_ratio=0.25", "aa.heads=4", "select.names=layer3.*", "select.stages=[2, 3]"),
     )
     assert recipe.budget.params == "+1%"
-    assert (recipe.sites.key_ratio, recipe.sites.heads) == (0.25, 4)
-    assert (recipe.sites.names, recipe.sites.stages) == (("layer3.*",), (2, 3))
-    assert load_recipe("aa", ('sites.names=["a*", "b*"]',)).sites.names == ("a*", "b*")
+    assert (recipe.aa.key_ratio, recipe.aa.heads) == (0.25, 4)
+    assert (recipe.select.names, recipe.select.stages) == (("layer3.*",), (2, 3))
+    assert load_recipe("aa", ('select.names=["a*", "b*"]',)).select.names == ("a*", "b*")
 
 
 def test_an_override_changes_the_digest():
     assert load_recipe("aa").digest() == load_recipe("aa").digest()
-    assert load_recipe("aa", ("sites.heads=4",)).digest() != load_recipe("aa").digest()
+    assert load_recipe("aa", ("aa.heads=4",)).digest() != load_recipe("aa").digest()
 
 
 @pytest.mark.parametrize(
@@ -72,15 +72,16 @@ def test_budgets_resolve_to_counts(amount, source, expected):
     [
         ("budget.params=less", "no budget: write free, keep"),
         ("budget.parms=keep", "unknown key budget.parms; did you mean params"),
-        ("sites.key_ration=0.1", "unknown key sites.key_ration; did you mean key_ratio"),
-        ("site.heads=4", "unknown key site; did you mean sites"),
-        ("sites.heads=0", "sites.heads: Input should be greater than or equal to 1"),
-        ("sites.heads=many", "sites.heads: Input should be a valid integer"),
-        ("sites.regex=(", "not a regular expression"),
-        ("sites.variant=ab", "sites.variant: Input should be 'aa', 'aw' or 'aa\\+aw'"),
-        ("heads=4", "write it as section.key=value"),
-        ("sites.heads", "write it as section.key=value"),
-        ("name.x=4", "name is not a section"),
+        ("aa.key_ration=0.1", "unknown key aa.key_ration; did you mean key_ratio"),
+        ("selct.names=a", "unknown key selct; did you mean select"),
+        ("aw.reduction=4", "unknown key aw; did you mean aa"),
+        ("aa.heads=0", "aa.heads: Input should be greater than or equal to 1"),
+        ("aa.heads=many", "aa.heads: Input should be a valid integer"),
+        ("select.regex=(", "not a regular expression"),
+        ("operator=ab", "no operator named ab; did you mean aa"),
+        ("heads=4", "write it as table.key=value"),
+        ("aa.heads", "write it as table.key=value"),
+        ("name.x=4", "name is not a table"),
     ],
 )
 def test_a_wrong_override_is_refused_with_what_would_be_right(override, message):
@@ -95,10 +96,10 @@ def test_an_unknown_recipe_names_the_nearest():
 
 def test_a_recipe_file_is_read_and_bad_ones_are_named(tmp_path: Path):
     good = tmp_path / "mine.toml"
-    good.write_text('description = "mine"\n[sites]\nvariant = "aw"\n')
+    good.write_text('description = "mine"\noperator = "aw"\n')
     assert load_recipe(str(good)).name == "mine"
     bad = tmp_path / "bad.toml"
-    bad.write_text("[sites\n")
+    bad.write_text("[select\n")
     with pytest.raises(AugmentError, match=r"bad\.toml is not a TOML file: .*line 1"):
         load_recipe(str(bad))
     with pytest.raises(AugmentError, match="no such file"):
@@ -110,5 +111,5 @@ def test_a_recipe_file_is_read_and_bad_ones_are_named(tmp_path: Path):
 
 
 def test_attended_kernels_need_a_convolution_branch():
-    with pytest.raises(AugmentError, match="value_ratio 1 leaves none"):
-        load_recipe("aa-aw", ("sites.value_ratio=1.0",))
+    with pytest.raises(AugmentError, match="value_ratio=1 leaves none"):
+        load_recipe("aa-aw", ("aa.value_ratio=1.0",))

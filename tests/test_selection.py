@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 
 from augment_cli.errors import AugmentError
-from augment_cli.planning.choices import attention_pool
+from augment_cli.operators.aa import attention_pool
 from augment_cli.planning.recipe import load_recipe
 from augment_cli.planning.selection import select
 from tests.conftest import graph_of, plan_of
@@ -27,17 +27,21 @@ def test_every_convolution_is_either_chosen_or_has_a_reason():
 
 
 def test_selectors_narrow_the_choice():
-    assert chosen("resnet34", "aw", "sites.names=layer4.*") == [f"layer4.{i}.conv{j}" for i in range(3) for j in (1, 2)]
-    assert chosen("resnet34", "aw", "sites.regex=4\\.\\d\\.conv2$") == [f"layer4.{i}.conv2" for i in range(3)]
-    assert chosen("resnet34", "aw", "sites.stages=4", "sites.positions=-1") == [f"layer4.{i}.conv2" for i in range(3)]
-    assert chosen("resnet34", "aw", "sites.stages=4", "sites.exclude=*.conv1", "sites.exclude=*.0.*") == [
+    assert chosen("resnet34", "aw", "select.names=layer4.*") == [
+        f"layer4.{i}.conv{j}" for i in range(3) for j in (1, 2)
+    ]
+    assert chosen("resnet34", "aw", "select.regex=4\\.\\d\\.conv2$") == [f"layer4.{i}.conv2" for i in range(3)]
+    assert chosen("resnet34", "aw", "select.stages=4", "select.block_indices=-1") == [
+        f"layer4.{i}.conv2" for i in range(3)
+    ]
+    assert chosen("resnet34", "aw", "select.stages=4", "select.exclude=*.conv1", "select.exclude=*.0.*") == [
         "layer4.1.conv1",
         "layer4.1.conv2",
         "layer4.2.conv1",
         "layer4.2.conv2",
     ]
-    assert len(chosen("resnet34", "aw", "sites.largest_map=49")) == 6
-    assert len(chosen("resnet34", "aw", "sites.smallest_width=256")) == 18
+    assert len(chosen("resnet34", "aw", "select.largest_map=49")) == 6
+    assert len(chosen("resnet34", "aw", "select.smallest_width=256")) == 18
 
 
 def test_the_paper_recipes_choose_what_the_papers_augment():
@@ -55,21 +59,26 @@ def test_the_paper_recipes_choose_what_the_papers_augment():
     [
         ("resnet50", "conv1", (), "7x7 kernel, the recipe takes 3x3"),
         ("resnet50", "layer1.0.conv1", (), "1x1 kernel"),
-        ("resnet50", "conv1", ("sites.kernel=7", "sites.include_stem=true", "sites.names=*"), None),
+        ("resnet50", "conv1", ("select.kernel=7", "select.include_stem=true", "select.names=*"), None),
         ("resnet50d", "conv1.0", (), "stem: reads the image"),
-        ("resnet50d", "conv1.3", (), r"stem \(sites.include_stem=true takes it\)"),
-        ("resnet50", "layer1.0.conv2", ("sites.names=layer4.*",), "not selected by sites.names"),
-        ("resnet50", "layer1.0.conv2", ("sites.regex=layer4",), "not selected by sites.regex"),
-        ("resnet50", "layer1.0.conv2", ("sites.stages=4",), "not selected by sites.stages: in stage 1"),
-        ("resnet34", "layer1.0.conv2", ("sites.positions=0",), "not selected by sites.positions: position 1"),
-        ("resnet50", "layer1.0.conv2", ("sites.exclude=layer1.*",), "excluded by sites.exclude"),
-        ("resnet50", "layer1.0.conv2", ("sites.largest_map=784",), "map too large: 56x56, over sites.largest_map=784"),
-        ("resnet50", "layer1.0.conv2", ("sites.smallest_width=65",), "too few channels: 64, under"),
-        ("tf_efficientnetv2_s", "blocks.3.0.conv_dw", (), r"depthwise \(sites.groups=depthwise takes it\)"),
+        ("resnet50d", "conv1.3", (), r"stem \(select.include_stem=true takes it\)"),
+        ("resnet50", "layer1.0.conv2", ("select.names=layer4.*",), "not selected by select.names"),
+        ("resnet50", "layer1.0.conv2", ("select.regex=layer4",), "not selected by select.regex"),
+        ("resnet50", "layer1.0.conv2", ("select.stages=4",), "not selected by select.stages: in stage 1"),
+        ("resnet34", "layer1.0.conv2", ("select.block_indices=0",), "not selected by select.block_indices: index 1"),
+        ("resnet50", "layer1.0.conv2", ("select.exclude=layer1.*",), "excluded by select.exclude"),
+        (
+            "resnet50",
+            "layer1.0.conv2",
+            ("select.largest_map=784",),
+            "56x56, over select.largest_map=784",
+        ),
+        ("resnet50", "layer1.0.conv2", ("select.smallest_width=65",), "too few channels: 64, under"),
+        ("tf_efficientnetv2_s", "blocks.3.0.conv_dw", (), r"depthwise \(select.kinds=depthwise takes it\)"),
         (
             "tf_efficientnetv2_s",
             "blocks.3.0.conv_dw",
-            ('sites.groups=["dense","depthwise"]',),
+            ('select.kinds=["dense","depthwise"]',),
             "depthwise: every channel",
         ),
     ],
@@ -88,7 +97,7 @@ def test_maps_of_one_position_are_skipped_since_attention_has_nothing_to_attend_
     reason = dict(selection.skipped)["layer4.1.conv1"]
     assert reason == "one position: attention on a map of 1x1 can do nothing"
     assert all(site.positions > 1 for site, _ in selection.chosen)
-    pooled = select(graph.sites, load_recipe("aa", ("sites.attention_pool=2",)).sites)
+    pooled = select(graph.sites, load_recipe("aa", ("aa.attention_pool=2",)))
     assert (
         dict(pooled.skipped)["layer3.1.conv1"] == "one position: attention on a map of 2x2 pooled by 2 can do nothing"
     )
@@ -100,7 +109,7 @@ def test_maps_of_one_position_are_skipped_since_attention_has_nothing_to_attend_
 )
 def test_maps_are_pooled_just_to_within_the_positions_of_the_recipe(size, pool):
     site = replace(graph_of("resnet18").sites[1], resolution=size)
-    assert attention_pool(site, load_recipe("aa").sites) == pool  # attention_positions = 400
+    assert attention_pool(site, load_recipe("aa").aa) == pool  # largest_attention_map = 400
 
 
 def test_kinds_of_convolutions_are_taken_on_request():
@@ -115,10 +124,10 @@ def test_kinds_of_convolutions_are_taken_on_request():
 
 def test_attention_takes_as_many_channels_of_every_group():
     """ResNeXt-50: 32 groups of widths 128 to 1024; at upsilon = 0.25 every 32 channels are one of each group."""
-    settings = ("sites.groups=grouped", "sites.value_ratio=0.25", "budget.params=free")
+    settings = ("select.kinds=grouped", "aa.value_ratio=0.25", "budget.params=free")
     plan = plan_of("resnext50_32x4d", "aa", *settings)
-    assert {site.value_channels for site in plan.sites} == {32, 64, 128, 256}
-    narrow = reasons("resnext50_32x4d", "aa", "sites.groups=grouped", "budget.params=free")
+    assert {site.given_up for site in plan.sites} == {32, 64, 128, 256}
+    narrow = reasons("resnext50_32x4d", "aa", "select.kinds=grouped", "budget.params=free")
     assert re.match(
         r"grouped \(32 groups\): value channels come in multiples of 32.*0.1 of 128", narrow["layer1.0.conv2"]
     )
@@ -127,14 +136,14 @@ def test_attention_takes_as_many_channels_of_every_group():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (("sites.names=layer9.*",), "sites.names: 'layer9.*' matches no convolution"),
-        (("sites.names=layer4",), "layer4 is a module, write layer4.* for the convolutions in it"),
-        (("sites.names=layer4.0.conv9",), "did you mean layer4.0.conv"),
-        (("sites.exclude=nothing*",), "sites.exclude: 'nothing\\*' matches no convolution"),
-        (("sites.regex=^zz",), "sites.regex: '\\^zz' matches no convolution"),
-        (("sites.stages=7",), "sites.stages: no stage 7; the convolutions are in stages 0, 1, 2, 3, 4"),
-        (("sites.positions=5",), "sites.positions: no block has a position 5"),
-        (("sites.kernel=5",), "sites.kernel: no 5x5 convolution here; there are 36 of 1x1, 16 of 3x3, 1 of 7x7"),
+        (("select.names=layer9.*",), "select.names: 'layer9.*' matches no convolution"),
+        (("select.names=layer4",), "layer4 is a module, write layer4.* for the convolutions in it"),
+        (("select.names=layer4.0.conv9",), "did you mean layer4.0.conv"),
+        (("select.exclude=nothing*",), "select.exclude: 'nothing\\*' matches no convolution"),
+        (("select.regex=^zz",), "select.regex: '\\^zz' matches no convolution"),
+        (("select.stages=7",), "select.stages: no stage 7; the convolutions are in stages 0, 1, 2, 3, 4"),
+        (("select.block_indices=5",), "select.block_indices: no block has a position 5"),
+        (("select.kernel=5",), "select.kernel: no 5x5 convolution here; there are 36 of 1x1, 16 of 3x3, 1 of 7x7"),
     ],
 )
 def test_a_selector_that_matches_nothing_is_an_error_with_the_nearest(overrides, message):
@@ -145,4 +154,4 @@ def test_a_selector_that_matches_nothing_is_an_error_with_the_nearest(overrides,
 def test_a_model_with_all_of_its_convolutions_in_the_stem_says_how_to_choose_them():
     with pytest.raises(AugmentError, match=r"4 stem.*--set sites\.include_stem=true"):
         chosen("levit_128", "aa")
-    assert len(chosen("levit_128", "aa", "sites.include_stem=true")) == 3
+    assert len(chosen("levit_128", "aa", "select.include_stem=true")) == 3

@@ -26,7 +26,7 @@ def planned(overrides: tuple[str, ...], divergence: dict[str, float]):
 
 
 def ratios(plan) -> dict[str, float]:
-    return {site.name: site.value_channels / site.out_channels for site in plan.sites}
+    return {site.name: site.given_up / site.out_channels for site in plan.sites}
 
 
 @pytest.mark.parametrize("budget", ["keep", "free", "-5%"])

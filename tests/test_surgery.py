@@ -6,6 +6,7 @@ from torch import nn
 from augment_cli.analysis.graph import analyze
 from augment_cli.errors import AugmentError
 from augment_cli.layers import AAConv2d, AWConv2d
+from augment_cli.operators.modules import channel_order, select_filters
 from augment_cli.planning.plan import Plan
 from augment_cli.surgery import replace
 from tests.conftest import graph_of, plan_of
@@ -44,14 +45,14 @@ def test_an_aw_model_is_the_sources_function(name, recipe, training):
 
 
 def test_attention_takes_channels_of_every_group_and_the_others_stay_what_they_were():
-    plan = plan_of("resnext50_32x4d", "aa", "sites.groups=grouped", "sites.value_ratio=0.25", "budget.params=free")
+    plan = plan_of("resnext50_32x4d", "aa", "select.kinds=grouped", "aa.value_ratio=0.25", "budget.params=free")
     source, converted = (randomized("resnext50_32x4d").eval() for _ in range(2))
     converted.load_state_dict(source.state_dict())
     replace.apply_plan(converted, plan)
     site = plan.sites[-1]
     conv, new = source.get_submodule(site.name), converted.get_submodule(site.name)
     assert new.conv.groups == 32
-    assert new.conv.out_channels == site.out_channels - site.value_channels
+    assert new.conv.out_channels == site.out_channels - site.given_up
     x = torch.randn(2, site.in_channels, 7, 7)
     kept = new.channel_order < new.conv.out_channels
     assert set(kept.unflatten(0, (32, -1)).sum(1).tolist()) == {new.conv.out_channels // 32}
@@ -90,14 +91,14 @@ def test_the_convolution_branch_keeps_class_and_kept_filters_in_place(name, bran
         classes.add(type(new.conv).__name__)
         x = torch.randn(1, site.in_channels, 2 * site.resolution[0] - 1, 2 * site.resolution[1] + 1)
         assert new(x).shape == old(x).shape
-        torch.testing.assert_close(new(x)[:, site.value_channels :], old(x)[:, site.value_channels :])
+        torch.testing.assert_close(new(x)[:, site.given_up :], old(x)[:, site.given_up :])
     assert branch in classes
 
 
 def test_select_filters_cuts_every_parameter_and_leaves_the_source_alone():
     conv = timm.layers.ScaledStdConv2d(4, 6, 3)
     nn.init.uniform_(conv.gain)
-    kept = replace.select_filters(conv, [1, 4, 5])
+    kept = select_filters(conv, [1, 4, 5])
     x = torch.randn(1, 4, 7, 9)
     assert type(kept) is type(conv)
     assert (kept.out_channels, conv.out_channels) == (3, 6)
@@ -105,7 +106,7 @@ def test_select_filters_cuts_every_parameter_and_leaves_the_source_alone():
 
 
 def test_channel_order_undoes_the_concatenation():
-    assert replace.channel_order([0, 2, 5], 6) == [0, 3, 1, 4, 5, 2]
+    assert channel_order([0, 2, 5], 6) == [0, 3, 1, 4, 5, 2]
 
 
 def test_the_result_is_the_timm_model_with_its_interface():

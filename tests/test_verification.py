@@ -10,7 +10,7 @@ from augment_cli.analysis import source
 from augment_cli.checkpoint.check import verify_file
 from augment_cli.errors import AugmentError
 from augment_cli.formats import METADATA_KEY
-from augment_cli.planning import cost
+from augment_cli.operators.aa import AA
 from augment_cli.report.output import write_model
 from tests.conftest import graph_of, plan_of
 
@@ -51,12 +51,8 @@ def test_outputs_that_are_not_finite_are_found(saved, value):
 
 def miscount(monkeypatch, count: str, errors: dict[str, int]) -> None:
     """Have plans count some sites wrong. A plan recounts whatever is written in it: only its formulas can be off."""
-    right = getattr(cost, count)
-
-    def wrong(site, choice):
-        return right(site, choice) + (errors.get(site.name, 0) if choice != cost.PLAIN else 0)
-
-    monkeypatch.setattr(cost, count, wrong)
+    right = getattr(AA, count)
+    monkeypatch.setattr(AA, count, lambda self, site, split: right(self, site, split) + errors.get(site.name, 0))
 
 
 def test_the_wrong_count_of_one_site_is_found_though_the_totals_are_right(saved, monkeypatch):

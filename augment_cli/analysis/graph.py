@@ -182,7 +182,7 @@ def _sites(model: nn.Module, graph: fx.Graph, calls: CallRecorder, input_size: t
             calls=len(sizes),
             stage=stage_of(name, input_size, out_size),
             block=blocks[name],
-            position=seen[place],
+            block_index=seen[place],
             reads_image=name in image_readers,
             stem=name in image_readers or in_stem(name),
             norm=norms.get(name),
@@ -192,7 +192,7 @@ def _sites(model: nn.Module, graph: fx.Graph, calls: CallRecorder, input_size: t
 
 
 def conv_padding(conv: nn.Conv2d) -> Size | str:
-    """What `conv` pads, as AAConv2d and AWConv2d take it; timm's Conv2dSame kin say 0 and pad dynamically."""
+    """The padding of a convolution, as nn.Conv2d takes it; timm's Conv2dSame kin say 0 and pad dynamically."""
     if getattr(conv, "same_pad", False) or type(conv).__name__.startswith("Conv2dSame"):
         return "same"
     if isinstance(conv.padding, str):

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 Size = tuple[int, int]
 Kind = Literal["dense", "grouped", "depthwise"]
@@ -10,7 +10,7 @@ Kind = Literal["dense", "grouped", "depthwise"]
 
 @dataclass(frozen=True, slots=True)
 class ConvSite:
-    """One convolution of a model. Sizes are (height, width); resolution is that of the output map."""
+    """One convolution of a model. Sizes are (height, width); resolution is the size of the output map."""
 
     name: str
     conv_class: str
@@ -27,7 +27,7 @@ class ConvSite:
     calls: int
     stage: int
     block: str
-    position: int  # in its block, among the convolutions of the same kernel size
+    block_index: int  # its place in its block, among the convolutions of the same kernel size
     reads_image: bool
     stem: bool
     norm: str | None
@@ -35,6 +35,7 @@ class ConvSite:
 
     @property
     def positions(self) -> int:
+        """Positions of the output map."""
         return math.prod(self.resolution)
 
     @property
@@ -43,11 +44,37 @@ class ConvSite:
             return "dense"
         return "depthwise" if self.groups == self.in_channels else "grouped"
 
-    def admits(self, reduction: int) -> bool:
-        """Whether r input channels can share a map of AW: no share and no group straddles the other's border."""
-        return reduction_fits(reduction, self.in_channels, self.groups)
+
+class Convolution(Protocol):
+    """A convolution as counts know it: a ConvSite of a model, or a site of a plan that was read from a file.
+
+    `params` are the source's, biases and gains included; `calls` are those of a forward pass.
+    """
+
+    @property
+    def in_channels(self) -> int: ...
+    @property
+    def out_channels(self) -> int: ...
+    @property
+    def kernel_size(self) -> Size: ...
+    @property
+    def groups(self) -> int: ...
+    @property
+    def resolution(self) -> Size: ...
+    @property
+    def positions(self) -> int: ...
+    @property
+    def params(self) -> int: ...
+    @property
+    def calls(self) -> int: ...
 
 
-def reduction_fits(reduction: int, in_channels: int, groups: int) -> bool:
-    inputs = in_channels // groups
-    return in_channels % reduction == 0 and (inputs % reduction == 0 or reduction % inputs == 0)
+def filter_params(site: Convolution, filters: int) -> int:
+    """Parameters of some of a convolution's filters, with their biases and gains."""
+    return site.params // site.out_channels * filters
+
+
+def filter_macs(site: Convolution, filters: int) -> int:
+    """Multiply-adds of some of a convolution's filters, of all calls for one image."""
+    taps = math.prod(site.kernel_size)
+    return site.calls * site.positions * taps * site.in_channels // site.groups * filters

@@ -7,15 +7,8 @@ timm is there. Nothing else of ours is imported before the first converted model
 
 from typing import Any
 
-from timm.layers import register_notrace_module
 from timm.models import register_model
 from torch import nn
-
-from augment_cli.layers import AAConv2d, AWConv2d
-
-# Leaves to whoever traces a converted model the way timm does.
-register_notrace_module(AAConv2d)
-register_notrace_module(AWConv2d)
 
 
 @register_model

@@ -117,10 +117,10 @@ def announce(graph: "ModelGraph", plan: "Plan", solution: "Solution | None", rec
     say(f"{plan.model}: {len(graph.sites)} convolutions, {len(plan.sites)} to replace (recipe {plan.recipe})")
     if solution is not None:
         say(solution.describe())
-    for kernel in missing_kernels(graph.sites, recipe.sites) if recipe else ():
-        say(f"note: sites.kernel: no {kernel}x{kernel} convolution here")
+    for kernel in missing_kernels(graph.sites, recipe.select) if recipe else ():
+        say(f"note: select.kernel: no {kernel}x{kernel} convolution here")
     bare = [site.name for site in graph.sites if site.norm is None and site.name in {s.name for s in plan.sites}]
-    if bare and any(site.value_channels for site in plan.sites):
+    if bare and any(site.given_up for site in plan.sites):
         say(f"note: no normalisation directly follows {len(bare)} of them, such as {bare[0]}; the AA paper has one")
 
 

@@ -8,7 +8,6 @@ import typer
 
 from augment_cli.cli import common
 from augment_cli.errors import AugmentError
-from augment_cli.surgery import replace
 
 _FITTED = "Attention that is fitted to what it replaces"
 
@@ -102,6 +101,7 @@ def convert(
         from augment_cli.planning.plan import make_plan
         from augment_cli.report import Report
         from augment_cli.report.table import table
+        from augment_cli.surgery import replace
         from augment_cli.surgery.calibration import load_images
 
     with common.working(f"planning {model}"):

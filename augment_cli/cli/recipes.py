@@ -32,10 +32,10 @@ def list_recipes(as_json: Annotated[bool, typer.Option("--json", help="As JSON."
     from rich.table import Table
 
     rows = Table(box=None, header_style="bold")
-    for column in ("recipe", "variant", "parameters", "what for"):
+    for column in ("recipe", "operator", "parameters", "what for"):
         rows.add_column(column)
     for recipe in known:
-        rows.add_row(recipe.name, recipe.sites.variant, recipe.budget.params, recipe.description)
+        rows.add_row(recipe.name, recipe.operator, recipe.budget.params, recipe.description)
     common.show(rows)
 
 

@@ -23,12 +23,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from augment_cli.analysis.site import ConvSite
+from augment_cli.analysis.site import ConvSite, filter_macs
 from augment_cli.errors import AugmentError
-from augment_cli.planning import cost
-from augment_cli.planning.choices import distance, options
-from augment_cli.planning.cost import Choice
-from augment_cli.planning.recipe import UNITS, Budget, Sites, resolve_amount
+from augment_cli.operators import Operator, Split, get_operator
+from augment_cli.planning.recipe import UNITS, Recipe, resolve_amount
 from augment_cli.planning.solver import Minimum, Row, minimise
 
 # How much `keep` may leave unused, as shares of the source's count, tried in turn.
@@ -40,7 +38,7 @@ _LOSS_GAP = 5e-3
 # Among equal losses the written splits are preferred: what a distance counts beside a loss.
 _NEARNESS = 1e-2
 
-Chosen = tuple[tuple[ConvSite, Choice], ...]
+Chosen = tuple[tuple[ConvSite, Split], ...]
 
 
 @dataclass(frozen=True)
@@ -53,13 +51,13 @@ class Counts:
 
 @dataclass(frozen=True)
 class Solution:
-    """A choice for every site, and how the solver came to it.
+    """A split for every site, and how the solver came to it.
 
     gap: the relative optimality gap that was proved. binding: for each budget that is not free, whether it keeps the
     splits from being nearer to the recipe's.
     """
 
-    choices: Chosen
+    splits: Chosen
     solved: bool
     seconds: float = 0.0
     gap: float = 0.0
@@ -75,47 +73,48 @@ class Solution:
 @dataclass(frozen=True)
 class _Group:
     sites: tuple[ConvSite, ...]
-    options: tuple[Choice, ...]
+    splits: tuple[Split, ...]
     distances: np.ndarray
-    params: np.ndarray  # change against the source's site, per option
+    params: np.ndarray  # change against the source's site, per split
     macs: np.ndarray
     losses: np.ndarray
-    ratios: np.ndarray  # change of the value ratio against the written split
+    given_up: np.ndarray  # output channels
+    ratios: np.ndarray  # change of the share of given-up channels against the written split
 
     def subset(self, indices: np.ndarray) -> "_Group":
-        """The same sites with some of the options."""
-        arrays = (self.distances, self.params, self.macs, self.losses, self.ratios)
-        return _Group(self.sites, tuple(self.options[i] for i in indices), *(array[indices] for array in arrays))
+        """The same sites with some of the splits."""
+        arrays = (self.distances, self.params, self.macs, self.losses, self.given_up, self.ratios)
+        return _Group(self.sites, tuple(self.splits[i] for i in indices), *(array[indices] for array in arrays))
 
 
-def solve(
-    chosen: Chosen, settings: Sites, budget: Budget, source: Counts, losses: Mapping[str, float] | None = None
-) -> Solution:
-    """The choices nearest to the written ones, or of the least loss, that keep the model within its budget.
+def solve(chosen: Chosen, recipe: Recipe, source: Counts, losses: Mapping[str, float] | None = None) -> Solution:
+    """The splits nearest to the written ones, or of the least loss, that keep the model within the recipe's budget.
 
     Args:
-        chosen: sites and the splits that the recipe's ratios ask for.
+        chosen: sites and the splits that the recipe asks for.
         source: counts of the model before.
         losses: of each site under its written split, by name; any unit.
 
     Raises:
-        AugmentError: no admissible choices meet the budget; says what is attainable.
+        AugmentError: no admissible splits meet the budget; says what is attainable.
     """
+    budget = recipe.budget
     limits = {name: resolve_amount(getattr(budget, name), getattr(source, name)) for name in UNITS}
     limits = {name: limit for name, limit in limits.items() if limit is not None}
     if not limits and not losses:
         return Solution(chosen, solved=False)
     start = time.perf_counter()
-    groups = _groups(chosen, settings, _with_floor(losses or {}))
-    _check_attainable(groups, limits, budget, source, settings)
+    groups = _groups(chosen, recipe, _with_floor(losses or {}))
+    _check_attainable(groups, limits, source, recipe)
     ceilings = {name: limit - getattr(source, name) for name, limit in limits.items()}
     nearest = _Program(groups).nearest(ceilings)
     if nearest is None:
-        raise AugmentError(_not_together(groups, ceilings, budget, source, settings))
+        raise AugmentError(_not_together(groups, ceilings, source, recipe))
     binding = tuple(zip(limits, nearest.binding, strict=False))
     if [getattr(budget, name) for name in limits] == ["keep"]:
         groups, nearest = _filled(groups, nearest, *ceilings.items(), *limits.values())
-    return Solution(_assign(groups, nearest.counts, chosen), True, time.perf_counter() - start, nearest.gap, binding)
+    splits = _assign(groups, nearest.counts, chosen, get_operator(recipe.operator))
+    return Solution(splits, True, time.perf_counter() - start, nearest.gap, binding)
 
 
 def _with_floor(losses: Mapping[str, float]) -> dict[str, float]:
@@ -124,27 +123,29 @@ def _with_floor(losses: Mapping[str, float]) -> dict[str, float]:
     return {name: loss + floor for name, loss in losses.items()}
 
 
-def _groups(chosen: Chosen, settings: Sites, losses: Mapping[str, float] | None = None) -> list[_Group]:
+def _groups(chosen: Chosen, recipe: Recipe, losses: Mapping[str, float] | None = None) -> list[_Group]:
     losses = losses or {}
-    alike = defaultdict(list)
-    for site, target in chosen:
+    alike: dict[tuple, list[ConvSite]] = defaultdict(list)
+    for site, written in chosen:
         shape = site.in_channels, site.out_channels, site.groups, site.kernel_size, site.resolution
-        alike[*shape, site.params, site.calls, losses.get(site.name), target].append(site)
-    return [_group(tuple(sites), *key[-2:], settings) for key, sites in alike.items()]
+        alike[*shape, site.params, site.calls, losses.get(site.name), written].append(site)
+    return [_group(tuple(sites), *key[-2:], recipe) for key, sites in alike.items()]
 
 
-def _group(sites: tuple[ConvSite, ...], loss: float | None, target: Choice, settings: Sites) -> _Group:
-    site = sites[0]
-    choices = options(site, settings, target)
-    before, macs_before = cost.params(site, cost.PLAIN), cost.macs(site, cost.PLAIN)
+def _group(sites: tuple[ConvSite, ...], loss: float | None, written: Split, recipe: Recipe) -> _Group:
+    site, operator = sites[0], get_operator(recipe.operator)
+    splits = operator.splits(site, recipe, written)
+    macs_before = filter_macs(site, site.out_channels)
+    given_up, given_up_as_written = np.array([operator.given_up(s) for s in splits]), operator.given_up(written)
     return _Group(
         sites,
-        choices,
-        np.array([distance(site, c, target) for c in choices]),
-        np.array([cost.params(site, c) - before for c in choices]),
-        np.array([cost.macs(site, c) - macs_before for c in choices]),
-        np.array([(loss or 0) * (c.value_channels / max(target.value_channels, 1)) ** 2 for c in choices]),
-        np.array([(c.value_channels - target.value_channels) / site.out_channels for c in choices]),
+        splits,
+        np.array([operator.distance(site, s, written) for s in splits]),
+        np.array([operator.params(site, s) - site.params for s in splits]),
+        np.array([operator.macs(site, s) - macs_before for s in splits]),
+        (loss or 0) * (given_up / max(given_up_as_written, 1)) ** 2,
+        given_up,
+        (given_up - given_up_as_written) / site.out_channels,
     )
 
 
@@ -152,7 +153,7 @@ class _Program:
     """The integer program of some groups; ceilings and floors are changes against the source."""
 
     def __init__(self, groups: list[_Group]) -> None:
-        self.group_of = np.repeat(np.arange(len(groups)), [len(group.options) for group in groups])
+        self.group_of = np.repeat(np.arange(len(groups)), [len(group.splits) for group in groups])
         self.sizes = np.array([len(group.sites) for group in groups])
         self.changes = {name: np.concatenate([getattr(g, name) for g in groups]) for name in UNITS}
         self.objective, self.rows, self.gap = np.concatenate([g.distances for g in groups]), [], 0.0
@@ -178,10 +179,10 @@ class _Program:
 def _filled(
     groups: list[_Group], nearest: Minimum, ceiling: tuple[str, int], limit: int
 ) -> tuple[list[_Group], Minimum]:
-    """What is left under the one ceiling spent, as far as can be; of the groups some options may be left out."""
+    """What is left under the one ceiling spent, as far as can be; of the groups some splits may be left out."""
     name, most = ceiling
     left = most - int(_Program(groups).changes[name] @ nearest.counts)
-    fuller = _without_fewer_values(groups, nearest.counts)
+    fuller = _without_fewer_given_up(groups, nearest.counts)
     for leftover in _LEFTOVERS:
         if left <= leftover * limit:
             break
@@ -191,33 +192,33 @@ def _filled(
     return groups, nearest
 
 
-def _without_fewer_values(groups: list[_Group], counts: np.ndarray) -> list[_Group]:
-    """Without the options that have fewer value channels than the written one, and than any that is taken."""
+def _without_fewer_given_up(groups: list[_Group], counts: np.ndarray) -> list[_Group]:
+    """Without the splits that give up fewer channels than the written one, and than any that is taken."""
     kept, offset = [], 0
     for group in groups:
-        values = np.array([option.value_channels for option in group.options])
-        taken = counts[offset : offset + len(values)] > 0
-        offset += len(values)
-        kept.append(group.subset(np.flatnonzero(values >= values[taken | (group.distances == 0)].min())))
+        taken = counts[offset : offset + len(group.splits)] > 0
+        offset += len(group.splits)
+        least = group.given_up[taken | (group.distances == 0)].min()
+        kept.append(group.subset(np.flatnonzero(group.given_up >= least)))
     return kept
 
 
-def _assign(groups: list[_Group], counts: np.ndarray, chosen: Chosen) -> Chosen:
-    """Choices to the sites of each group: the most attention to the last ones, whose maps mean most."""
-    by_name: dict[str, Choice] = {}
+def _assign(groups: list[_Group], counts: np.ndarray, chosen: Chosen, operator: Operator) -> Chosen:
+    """Splits to the sites of each group: the largest change to the last ones, whose maps mean most."""
+    by_name: dict[str, Split] = {}
     offset = 0
     for group in groups:
-        taken = counts[offset : offset + len(group.options)]
-        offset += len(group.options)
-        choices = [choice for choice, count in zip(group.options, taken, strict=True) for _ in range(count)]
-        choices.sort(key=lambda c: (c.value_channels, c.key_channels, -c.reduction))
-        by_name |= {site.name: choice for site, choice in zip(group.sites, choices, strict=True)}
+        taken = counts[offset : offset + len(group.splits)]
+        offset += len(group.splits)
+        splits = [split for split, count in zip(group.splits, taken, strict=True) for _ in range(count)]
+        splits.sort(key=operator.rank)
+        by_name |= {site.name: split for site, split in zip(group.sites, splits, strict=True)}
     return tuple((site, by_name[site.name]) for site, _ in chosen)
 
 
-def attainable(chosen: Chosen, settings: Sites, source: Counts) -> dict[str, tuple[int, int]]:
+def attainable(chosen: Chosen, recipe: Recipe, source: Counts) -> dict[str, tuple[int, int]]:
     """The least and the most that the whole model can have of "params" and of "macs", each on its own."""
-    return _attainable(_groups(chosen, settings), source)
+    return _attainable(_groups(chosen, recipe), source)
 
 
 def _attainable(groups: list[_Group], source: Counts) -> dict[str, tuple[int, int]]:
@@ -227,15 +228,16 @@ def _attainable(groups: list[_Group], source: Counts) -> dict[str, tuple[int, in
     return {name: (total(name, np.min), total(name, np.max)) for name in UNITS}
 
 
-def _check_attainable(groups, limits: dict[str, int], budget: Budget, source: Counts, settings: Sites) -> None:
-    ranges = _attainable(groups, source)
+def _check_attainable(groups: list[_Group], limits: dict[str, int], source: Counts, recipe: Recipe) -> None:
+    ranges, advice = _attainable(groups, source), get_operator(recipe.operator).advice
     for name, limit in limits.items():
         least, most = ranges[name]
         if least > limit:
+            asked, before = getattr(recipe.budget, name), getattr(source, name)
             raise AugmentError(
-                f"budget.{name}={getattr(budget, name)} asks for at most {limit:,} {UNITS[name]}, and the chosen sites "
-                f"can have {least:,} to {most:,} ({_percent(least, source, name)} to {_percent(most, source, name)} of "
-                f"the source's {getattr(source, name):,}). {_help(settings)}"
+                f"budget.{name}={asked} asks for at most {limit:,} {UNITS[name]}, and the chosen sites can have "
+                f"{least:,} to {most:,} ({_percent(least, source, name)} to {_percent(most, source, name)} of the "
+                f"source's {before:,}). {advice}"
             )
 
 
@@ -243,23 +245,15 @@ def _percent(count: int, source: Counts, name: str) -> str:
     return f"{count / getattr(source, name) - 1:+.2%}"
 
 
-def _not_together(groups, ceilings: dict[str, int], budget: Budget, source: Counts, settings: Sites) -> str:
+def _not_together(groups: list[_Group], ceilings: dict[str, int], source: Counts, recipe: Recipe) -> str:
     """Why two budgets that can be met alone cannot be met together: with each one, the least that the other can be."""
     asked, attained, program = [], [], _Program(groups)
     for name, other in (("params", "macs"), ("macs", "params")):
         most = getattr(source, name) + ceilings[name]
         least = getattr(source, other) + program.least(other, {name: ceilings[name]})
-        asked.append(f"budget.{name}={getattr(budget, name)} (at most {most:,} {UNITS[name]})")
+        asked.append(f"budget.{name}={getattr(recipe.budget, name)} (at most {most:,} {UNITS[name]})")
         attained.append(
             f"within budget.{name} the least is {least:,} {UNITS[other]} ({_percent(least, source, other)})"
         )
-    return f"{' and '.join(asked)} cannot be met together: {', '.join(attained)}. {_help(settings)}"
-
-
-def _help(settings: Sites) -> str:
-    if settings.variant == "aw":
-        return (
-            "AW only adds parameters; a larger sites.reduction adds fewer, and variant aa+aw (recipe aa-aw) saves what "
-            "AW adds"
-        )
-    return "A larger sites.value_ratio, a smaller sites.key_ratio or sites.min_key_channels, or more sites would help"
+    advice = get_operator(recipe.operator).advice
+    return f"{' and '.join(asked)} cannot be met together: {', '.join(attained)}. {advice}"

@@ -14,19 +14,18 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    SerializeAsAny,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
 
 from augment_cli.analysis.arguments import Arguments
-from augment_cli.analysis.site import ConvSite, reduction_fits
+from augment_cli.analysis.site import ConvSite, filter_macs
 from augment_cli.bounds import (
-    MOST_CHANNELS,
     MOST_CONVOLUTIONS,
-    MOST_KEYS,
     Channels,
-    CountOfChannels,
     KernelSide,
     Name,
     Sha256,
@@ -35,11 +34,10 @@ from augment_cli.bounds import (
 )
 from augment_cli.errors import AugmentError, boundary, nearest
 from augment_cli.files import read_text
-from augment_cli.planning import cost
+from augment_cli.operators import Split, get_operator
 from augment_cli.planning.budget import Counts, Solution, solve
-from augment_cli.planning.cost import Choice, Variant
 from augment_cli.planning.recipe import UNITS, Budget, Recipe, describe_errors, resolve_amount
-from augment_cli.planning.selection import one_position, select, structural_obstacle
+from augment_cli.planning.selection import obstacle, select
 
 if TYPE_CHECKING:
     from augment_cli.analysis.graph import ModelGraph
@@ -72,25 +70,21 @@ class Sensitivity(_Frozen):
 
 
 class SitePlan(_Frozen):
-    """What one convolution becomes. Sizes are (height, width); resolution is that of the output map.
+    """What one convolution becomes. Sizes are (height, width); resolution is the size of the output map.
 
-    An AW site has no heads, key or value channels (0); an AA site without AW has no reduction (0). `params_after` and
-    `macs_after` are always counted from the split: a number given for them is not believed.
+    `split` belongs to the operator. `params_after` and `macs_after` are always counted from the split: a number given
+    for them is not believed.
     """
 
     name: Name
-    variant: Variant
+    operator: Name
     in_channels: Channels
     out_channels: Channels
     kernel_size: tuple[KernelSide, KernelSide]
     stride: tuple[KernelSide, KernelSide]
     groups: Channels = 1
     resolution: tuple[Side, Side]
-    heads: CountOfChannels = 0
-    key_channels: Annotated[int, Field(ge=0, le=MOST_CHANNELS * MOST_KEYS)] = 0
-    value_channels: CountOfChannels = 0
-    attention_pool: Side = 1
-    reduction: CountOfChannels = 0
+    split: SerializeAsAny[Split]
     params_before: Total
     params_after: Total = 0
     macs_before: Total
@@ -98,16 +92,13 @@ class SitePlan(_Frozen):
     sensitivity: Sensitivity | None = None
 
     @property
-    def choice(self) -> Choice:
-        return Choice(self.heads, self.key_channels, self.value_channels, self.attention_pool, self.reduction)
-
-    @property
     def params(self) -> int:
-        """Parameters of the convolution, as cost.py knows them."""
+        """Parameters of the source's convolution."""
         return self.params_before
 
     @property
     def positions(self) -> int:
+        """Positions of the output map."""
         return math.prod(self.resolution)
 
     @property
@@ -116,45 +107,42 @@ class SitePlan(_Frozen):
         return self.macs_before // (self.positions * self._weights)
 
     @property
+    def given_up(self) -> int:
+        """Output channels that the source's filters no longer compute."""
+        return get_operator(self.operator).given_up(self.split)
+
+    @property
     def _weights(self) -> int:
         return math.prod(self.kernel_size) * (self.in_channels // self.groups) * self.out_channels
 
+    @field_validator("operator")
+    @classmethod
+    def _is_known(cls, name: str) -> str:
+        try:
+            get_operator(name)
+        except AugmentError as error:
+            raise ValueError(str(error)) from error
+        return name
+
+    @field_validator("split", mode="before")
+    @classmethod
+    def _parse_split(cls, split: Any, info: ValidationInfo) -> Any:
+        if "operator" not in info.data:  # its own error is told
+            raise ValueError("the operator of this split is not known")
+        return get_operator(info.data["operator"]).parse(split)
+
     @model_validator(mode="after")
     def _fits(self) -> "SitePlan":
-        if ("aa" in self.variant) != (self.value_channels > 0) or ("aw" in self.variant) != (self.reduction > 0):
-            raise ValueError(
-                f"{self.name}: variant {self.variant} does not go with value_channels={self.value_channels} and "
-                f"reduction={self.reduction}"
-            )
-        if "aa" in self.variant:
-            self._check_attention()
         if self.in_channels % self.groups or self.out_channels % self.groups:
             raise ValueError(
                 f"{self.name}: {self.groups} groups do not divide {self.in_channels} in_channels and "
                 f"{self.out_channels} out_channels"
             )
-        if self.reduction and not reduction_fits(self.reduction, self.in_channels, self.groups):
-            among = f" in {self.groups} groups" if self.groups > 1 else ""
-            raise ValueError(
-                f"{self.name}: reduction={self.reduction} does not divide in_channels={self.in_channels}{among}"
-            )
+        try:
+            get_operator(self.operator).check(self, self.split)
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}") from error
         return self
-
-    def _check_attention(self) -> None:
-        for key in ("key_channels", "value_channels"):
-            channels = getattr(self, key)
-            if not self.heads or not channels or channels % self.heads:
-                raise ValueError(f"{self.name}: {key}={channels} is not a positive multiple of heads={self.heads}")
-        most = self.out_channels - 1 if self.reduction else self.out_channels
-        if self.value_channels > most:
-            raise ValueError(f"{self.name}: value_channels={self.value_channels} is more than {most}")
-        most = 2 * MOST_KEYS * self.out_channels
-        if self.key_channels > most:
-            raise ValueError(f"{self.name}: key_channels={self.key_channels} is more than {most}")
-        if self.value_channels % self.groups:
-            raise ValueError(
-                f"{self.name}: value_channels={self.value_channels} does not leave {self.groups} groups whole"
-            )
 
     @model_validator(mode="after")
     def _count(self) -> "SitePlan":
@@ -168,8 +156,9 @@ class SitePlan(_Frozen):
         once = self.positions * self._weights
         if not once or not self.macs_before or self.macs_before % once:
             raise ValueError(f"{self.name}: macs_before={self.macs_before:,} is not a multiple of one call's {once:,}")
-        object.__setattr__(self, "params_after", cost.params(self, self.choice))
-        object.__setattr__(self, "macs_after", cost.macs(self, self.choice))
+        operator = get_operator(self.operator)
+        object.__setattr__(self, "params_after", operator.params(self, self.split))
+        object.__setattr__(self, "macs_after", operator.macs(self, self.split))
         return self
 
 
@@ -266,13 +255,10 @@ def make_plan(
     Raises:
         AugmentError: no site, or a budget that cannot be met.
     """
-    selection = select(graph.sites, recipe.sites)
-    losses = {name: found.divergence for name, found in (sensitivity or {}).items()}
-    solution = solve(selection.chosen, recipe.sites, recipe.budget, Counts(graph.params, graph.macs), losses)
-    found = sensitivity or {}
-    sites = tuple(
-        _site_plan(site, choice, recipe.sites.variant, found.get(site.name)) for site, choice in solution.choices
-    )
+    selection, found = select(graph.sites, recipe), sensitivity or {}
+    losses = {name: measured.divergence for name, measured in found.items()}
+    solution = solve(selection.chosen, recipe, Counts(graph.params, graph.macs), losses)
+    sites = tuple(_site_plan(site, split, recipe.operator, found.get(site.name)) for site, split in solution.splits)
     plan = Plan(
         model=model,
         model_args=model_args or {},
@@ -288,23 +274,19 @@ def make_plan(
     return plan, solution
 
 
-def _site_plan(site: ConvSite, choice: Choice, variant: Variant, sensitivity: Sensitivity | None = None) -> SitePlan:
+def _site_plan(site: ConvSite, split: Split, operator: str, sensitivity: Sensitivity | None = None) -> SitePlan:
     return SitePlan(
         name=site.name,
-        variant=variant,
+        operator=operator,
         in_channels=site.in_channels,
         out_channels=site.out_channels,
         kernel_size=site.kernel_size,
         stride=site.stride,
         groups=site.groups,
         resolution=site.resolution,
-        heads=choice.heads,
-        key_channels=choice.key_channels,
-        value_channels=choice.value_channels,
-        attention_pool=choice.attention_pool,
-        reduction=choice.reduction,
-        params_before=cost.params(site, cost.PLAIN),
-        macs_before=cost.macs(site, cost.PLAIN),
+        split=split,
+        params_before=site.params,
+        macs_before=filter_macs(site, site.out_channels),
         sensitivity=sensitivity,
     )
 
@@ -387,6 +369,7 @@ def _fit_site(entry: SitePlan, sites_of: dict[str, ConvSite], origin: str) -> Si
         planned, actual = getattr(entry, key), getattr(site, key)
         if planned != actual:
             raise AugmentError(f"{origin}: {entry.name} has {key} {actual} in the model, and {planned} in the plan")
-    if reason := structural_obstacle(site, entry.variant) or one_position(site, entry.choice):
+    operator = get_operator(entry.operator)
+    if reason := obstacle(site, operator) or operator.idle(site, entry.split):
         raise AugmentError(f"{origin}: {entry.name} cannot be replaced: {reason}")
-    return _site_plan(site, entry.choice, entry.variant, entry.sensitivity)
+    return _site_plan(site, entry.split, entry.operator, entry.sensitivity)

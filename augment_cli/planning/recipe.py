@@ -4,17 +4,16 @@ import hashlib
 import re
 import tomllib
 from collections import Counter
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model, field_validator
 
 from augment_cli.analysis.site import Kind
 from augment_cli.bounds import (
     MOST_CHANNELS,
-    MOST_HEADS,
     MOST_KERNEL,
-    MOST_KEYS,
     MOST_LISTED,
     MOST_SIDE,
     KernelSide,
@@ -23,12 +22,12 @@ from augment_cli.bounds import (
 )
 from augment_cli.errors import AugmentError, boundary, nearest
 from augment_cli.files import read_text
-from augment_cli.planning.cost import Variant
+from augment_cli.operators import Settings, Table, get_operator, operator_names
 from augment_cli.resources import resource
 
 
 def _as_tuple(value: Any) -> Any:
-    """A single value stands for a list of one, so that `--set sites.names=layer3.*` needs no brackets."""
+    """A single value stands for a list of one, so that `--set select.names=layer3.*` needs no brackets."""
     return value if isinstance(value, (list, tuple)) else (value,)
 
 
@@ -54,19 +53,15 @@ def _check_quick(pattern: str) -> None:
         raise ValueError(f"more than {_MOST_REPEATS} of *, + and {{, or more than {_MOST_OPTIONAL} of ?")
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class Sites(_Section):
-    """Which convolutions are replaced, and by what."""
+class Select(Table):
+    """[select]: which convolutions are replaced."""
 
     kernel: Annotated[
         tuple[KernelSide, ...],
         BeforeValidator(_as_tuple),
         Field(min_length=1, max_length=MOST_KERNEL, description="kernel sizes (square) of the convolutions to replace"),
     ] = (3,)
-    groups: Annotated[
+    kinds: Annotated[
         tuple[Kind, ...],
         BeforeValidator(_as_tuple),
         Field(min_length=1, max_length=3, description="dense, grouped, depthwise"),
@@ -74,8 +69,8 @@ class Sites(_Section):
     names: Annotated[Several, Field(description="name globs; empty takes every name")] = ()
     regex: Annotated[Name, Field(description="regular expression, found anywhere in the name")] = ""
     stages: Annotated[Places, Field(description="timm's feature levels, as out_indices count them")] = ()
-    positions: Annotated[
-        Places, Field(description="place in the block among convolutions of this kernel; 0 first, -1 last")
+    block_indices: Annotated[
+        Places, Field(description="place in the residual block among convolutions of this kernel; 0 first, -1 last")
     ] = ()
     exclude: Annotated[Several, Field(description="name globs that are left alone")] = ()
     include_stem: Annotated[bool, Field(description="also the stem, except what reads the image itself")] = False
@@ -83,27 +78,6 @@ class Sites(_Section):
         int | None, Field(ge=1, le=MOST_SIDE**2, description="most output positions (height x width)")
     ] = None
     smallest_width: Annotated[int, Field(ge=1, le=MOST_CHANNELS, description="fewest output channels")] = 1
-
-    variant: Annotated[Variant, Field(description="aa, aw or aa+aw")]
-    heads: Annotated[int, Field(ge=1, le=MOST_HEADS, description="attention heads")] = 8
-    key_ratio: Annotated[float, Field(gt=0, le=4, description="kappa = d_k / F_out")] = 0.2
-    value_ratio: Annotated[float, Field(gt=0, le=1, description="upsilon = d_v / F_out; 1 leaves no convolution")] = 0.1
-    min_key_channels: Annotated[int, Field(ge=1, le=MOST_KEYS, description="least key channels per head")] = 1
-    narrow: Annotated[
-        Literal["more-keys", "fewer-heads"], Field(description="what gives where key_ratio is under the least")
-    ] = "fewer-heads"
-    attention_pool: Annotated[
-        int | Literal["auto"], Field(description="the attention's map is this many times smaller; auto: by map size")
-    ] = "auto"
-    attention_positions: Annotated[
-        int, Field(ge=1, le=MOST_SIDE**2, description="auto: pool maps of more positions than this")
-    ] = 1024
-    max_attention_pool: Annotated[
-        int, Field(ge=1, le=MOST_SIDE, description="auto: the largest pool, whatever the map")
-    ] = 8
-    reduction: Annotated[int, Field(ge=1, le=MOST_CHANNELS, description="r of AW: input channels that share a map")] = (
-        16
-    )
 
     @field_validator("regex")
     @classmethod
@@ -113,13 +87,6 @@ class Sites(_Section):
             re.compile(value)
         except (re.error, RecursionError, OverflowError) as error:
             raise ValueError(f"not a regular expression: {error}") from error
-        return value
-
-    @field_validator("attention_pool")
-    @classmethod
-    def _pool_is_in_range(cls, value: int | str) -> int | str:
-        if value != "auto" and not 1 <= value <= MOST_SIDE:
-            raise ValueError(f"not from 1 to {MOST_SIDE}")
         return value
 
 
@@ -141,8 +108,8 @@ def _check_amount(value: Any) -> Any:
 Amount = Annotated[str, BeforeValidator(_check_amount)]
 
 
-class Budget(_Section):
-    """The most parameters and multiply-adds of the converted model."""
+class Budget(Table):
+    """[budget]: the most parameters and multiply-adds of the converted model."""
 
     params: Annotated[Amount, Field(description="free, keep, 25.6M, +1%, -10%")] = "free"
     macs: Annotated[Amount, Field(description="the same, for multiply-adds")] = "free"
@@ -164,34 +131,57 @@ def resolve_amount(amount: str, source: int) -> int | None:
     return round(float(match["number"]) * _FACTORS[match["unit"]])
 
 
-class Provenance(_Section):
-    """Where a recipe's settings come from."""
+class Paper(Table):
+    """[paper]: where a recipe's settings come from, and how far that can be trusted."""
 
-    paper: Text
+    title: Text
     table: Text
     trust: Text
 
 
-class Recipe(_Section):
-    """A named choice of sites, their settings and the budget."""
+class Recipe(Settings):
+    """Which convolutions become what, within which budget. Of each operator there is a class with its tables."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: Name
     description: Text
-    source: Provenance | None = None
-    sites: Sites
+    operator: Name
+    paper: Paper | None = None
+    select: Select = Select()
     budget: Budget = Budget()
-
-    @model_validator(mode="after")
-    def _attention_needs_a_place(self) -> "Recipe":
-        if self.sites.variant == "aa+aw" and self.sites.value_ratio == 1:
-            raise ValueError(
-                "variant aa+aw attends the kernel of the convolution branch, and value_ratio 1 leaves none"
-            )
-        return self
 
     def digest(self) -> str:
         """SHA-256 of the resolved recipe, overrides included."""
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+
+
+@cache
+def recipe_type(operator: str) -> type[Recipe]:
+    """The class of recipes for an operator: `Recipe` with the operator's tables.
+
+    Raises:
+        AugmentError: no such operator.
+    """
+    settings = get_operator(operator).settings_type
+    return create_model("Recipe", __base__=(Recipe, settings), __module__=__name__)
+
+
+def make_recipe(data: dict[str, Any], origin: str) -> Recipe:
+    """A validated recipe out of a TOML file's data; `origin` names it in messages.
+
+    Raises:
+        AugmentError: no such operator, an unknown key, a value that does not fit.
+    """
+    operator = data.get("operator")
+    if not isinstance(operator, str):
+        raise AugmentError(f"{origin}: operator: a recipe names one of {', '.join(operator_names())}")
+    with boundary(origin):
+        wanted = recipe_type(operator)
+    try:
+        return wanted.model_validate(data)
+    except ValidationError as error:
+        raise AugmentError(f"{origin}: {describe_errors(error, wanted)}") from error
 
 
 def recipes_dir() -> Path:
@@ -204,7 +194,7 @@ def builtin_recipes() -> dict[str, Path]:
 
 
 def load_recipe(name: str, overrides: tuple[str, ...] = ()) -> Recipe:
-    """A built-in recipe by name, or a TOML file by path, with `section.key=value` overrides.
+    """A built-in recipe by name, or a TOML file by path, with `table.key=value` overrides.
 
     Raises:
         AugmentError: no such recipe, no TOML, an unknown key, a value that does not fit.
@@ -216,10 +206,7 @@ def load_recipe(name: str, overrides: tuple[str, ...] = ()) -> Recipe:
     data.setdefault("name", path.stem)
     for override in overrides:
         _override(data, override)
-    try:
-        return Recipe.model_validate(data)
-    except ValidationError as error:
-        raise AugmentError(f"recipe {name}: {describe_errors(error, Recipe)}") from error
+    return make_recipe(data, f"recipe {name}")
 
 
 def override_budget(budget: Budget, overrides: tuple[str, ...]) -> Budget:
@@ -253,13 +240,16 @@ def _find(name: str) -> Path:
 
 def _override(data: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
-    section, _, name = key.strip().partition(".")
+    table, _, name = key.strip().partition(".")
+    if key.strip() == "operator" and separator:
+        data["operator"] = text.strip()
+        return
     if not separator or not name:
-        raise AugmentError(f"--set {override[:100]}: write it as section.key=value, such as budget.params=keep")
-    if not isinstance(data.setdefault(section, {}), dict):
-        raise AugmentError(f"--set {override[:100]}: {section[:100]} is not a section of a recipe")
+        raise AugmentError(f"--set {override[:100]}: write it as table.key=value, such as budget.params=keep")
+    if not isinstance(data.setdefault(table, {}), dict):
+        raise AugmentError(f"--set {override[:100]}: {table[:100]} is not a table of a recipe")
     with boundary(f"--set {override[:100]}"):
-        data[section][name] = _parse(text.strip())
+        data[table][name] = _parse(text.strip())
 
 
 def _parse(text: str) -> Any:

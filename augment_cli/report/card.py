@@ -3,9 +3,10 @@
 import re
 from collections.abc import Iterator
 
+from augment_cli.operators import get_operator
 from augment_cli.report.folding import Line, fold
 from augment_cli.report.numbers import Report
-from augment_cli.report.provenance import TRUST_TERMS, VARIANTS, fidelity, papers
+from augment_cli.report.provenance import TRUST_TERMS, fidelity
 from augment_cli.report.text import code, escape, markdown_table, totals_table
 from augment_cli.report.units import counted, error, percent, share, size, span
 
@@ -69,12 +70,11 @@ def base_model(report: Report) -> str | None:
 
 
 def _what(report: Report) -> str:
-    what = " or ".join(VARIANTS[variant] for variant in report.variants)
     arguments = ", ".join(f"{key}={value}" for key, value in report.model_args.items())
     created = f" (created with {code(arguments)})" if arguments else ""
     return (
         f"timm's {code(report.model)}{created} with {len(report.sites)} of "
-        f"{counted(report.convolutions, 'convolution')} replaced: {what}. "
+        f"{counted(report.convolutions, 'convolution')} replaced: {report.becomes}. "
         f"Converted for images of {size(report.input_size[1:])}."
     )
 
@@ -119,29 +119,19 @@ def _row(line: Line, report: Report) -> list[str]:
 
 
 def _becomes(line: Line) -> str:
-    site, parts = line.site, []
-    if site.value_channels:
-        parts += [counted(site.heads, "head"), f"{site.key_channels} key and {site.value_channels} value channels"]
-        parts += [f"pool {site.attention_pool}"] if site.attention_pool > 1 else []
-    if site.reduction:
-        parts.append(f"attended kernel, reduction {site.reduction}")
-    return ", ".join(parts)
+    return get_operator(line.site.operator).describe(line.site.split)
 
 
 def _follows(report: Report) -> Iterator[str]:
-    recipe, variants = report.recipe, report.variants
-    yield from papers(variants)
-    if any("aw" in variant for variant in variants):
-        yield (
-            "AW is our reading of AW: the order of its operations and the residual are the paper's; widths, groups, "
-            "reduction and how it joins AA are ours."
-        )
+    recipe = report.recipe
+    yield from dict.fromkeys(paper for operator in report.operators for paper in operator.papers)
+    yield from dict.fromkeys(operator.reading for operator in report.operators if operator.reading)
     if not recipe.description:
         yield f"Recipe {code(recipe.name)}, which is not one of augment-cli's own."
         return
     yield f"Recipe {code(recipe.name)}{recipe.departure}: {escape(recipe.description)}."
-    if recipe.source:
-        yield f"Recipe as it is in augment-cli: {escape(recipe.source.table)}. Trust: {escape(recipe.source.trust)}."
+    if recipe.paper:
+        yield f"Recipe as it is in augment-cli: {escape(recipe.paper.table)}. Trust: {escape(recipe.paper.trust)}."
         yield f"Words of trust: {escape(TRUST_TERMS)}."
 
 

@@ -6,8 +6,8 @@ from augment_cli.report.chart import bar_chart, direction
 from augment_cli.report.folding import overview
 from augment_cli.report.markup import DASH, TIMES, Markup, join, minus, tag
 from augment_cli.report.numbers import Change, Limit, Report, SkippedGroup
-from augment_cli.report.provenance import TRUST_TERMS, VARIANTS
-from augment_cli.report.sites_table import D_K, D_V, F_OUT, sites_table
+from augment_cli.report.provenance import TRUST_TERMS
+from augment_cli.report.sites_table import sites_table
 from augment_cli.report.units import amount, counted, error, percent, share, signed_amount, span
 
 _MOST_BARS = 30
@@ -34,7 +34,6 @@ def to_html(report: Report) -> str:
 
 def _header(report: Report) -> Markup:
     height_width = f"{report.input_size[1]} {TIMES} {report.input_size[2]}"
-    what = " or ".join(VARIANTS[variant] for variant in report.variants)
     return tag(
         "header",
         tag("p", "augment-cli report" if report.source_sha256 else "augment-cli plan", class_="eyebrow"),
@@ -42,7 +41,7 @@ def _header(report: Report) -> Markup:
         tag(
             "p",
             tag("b", f"{len(report.sites)} of {counted(report.convolutions, 'convolution')} replaced"),
-            f": {what}, for images of ",
+            f": {report.becomes}, for images of ",
             tag("span", height_width, "."),
             (tag("br"), report.recipe.sentence) if report.recipe.description else None,
             class_="lead",
@@ -103,7 +102,7 @@ def _notice(report: Report) -> Markup:
         )
         text += f", {error(report.error)} on average on images held out of the fit."
         return tag("p", tag("b", "Fitted."), text, class_="notice")
-    changed = sum(1 for site in report.sites if site.value_channels)
+    changed = sum(1 for site in report.sites if site.given_up)
     where = f" at {changed} of {len(report.sites)} sites" if changed < len(report.sites) else ""
     text = f" The attention that replaces filters{where} is untrained as converted."
     return tag("p", tag("b", "Fine-tune before use."), text, class_="notice")
@@ -177,29 +176,18 @@ def _total(title: str, change: Change, show, show_signed, limit: Limit | None) -
 
 
 def _ratios(report: Report) -> Markup | None:
-    if not report.key_ratio or not report.value_ratio:
+    if not report.ratios:
         return None
-    return join(
-        (
-            tag("br"),
-            "Attained by all attention together: \N{GREEK SMALL LETTER KAPPA} = ",
-            *(D_K, " / ", F_OUT, f" = {report.key_ratio.overall:.3f}, \N{GREEK SMALL LETTER UPSILON} = "),
-            *(D_V, " / ", F_OUT, f" = {report.value_ratio.overall:.3f}."),
-        )
-    )
+    attained = ", ".join(f"{name} {ratio.overall:.3f}" for name, ratio in report.ratios.items())
+    return join((tag("br"), f"Attained by all sites together, as ratios to the output channels: {attained}."))
 
 
 def _sites(report: Report) -> Markup:
-    what = [f"Map is the height {TIMES} width of the output. "]
-    if report.key_ratio:
-        what += [D_K, " and ", D_V, " are the key and value channels of the attention, "]
-        what += ["Pool is how many times smaller its map is. "]
-    if any(site.reduction for site in report.sites):
-        what += ["r is the reduction, in our reading of AW."]
+    legend = " ".join((f"Map is the height {TIMES} width of the output.", *report.legend))
     return tag(
         "section",
         tag("h2", counted(len(report.sites), "site")),
-        tag("p", what, class_="quiet"),
+        tag("p", legend, class_="quiet"),
         scroll(sites_table(report), "Sites", tall=True),
     )
 
@@ -237,8 +225,8 @@ def _footer(report: Report) -> Markup:
         ("Source SHA-256", report.source_sha256),
         ("Versions", ", ".join(f"{name} {version}" for name, version in report.versions.items())),
     ]
-    if recipe.source:
-        entries[1:1] = [("Paper", recipe.source.paper), ("Table", recipe.source.table), ("Trust", recipe.source.trust)]
+    if paper := recipe.paper:
+        entries[1:1] = [("Paper", paper.title), ("Table", paper.table), ("Trust", paper.trust)]
         entries[4:4] = [("Words of trust", TRUST_TERMS)]
     shown = ((tag("dt", title), tag("dd", text)) for title, text in entries if text)
     return tag("footer", tag("h2", "Where this comes from"), tag("dl", shown))

@@ -8,6 +8,7 @@ from typing import Any
 
 from augment_cli.analysis.site import Size
 from augment_cli.checkpoint.metadata import Metadata
+from augment_cli.operators import Operator, Split, get_operator
 from augment_cli.planning.plan import Plan, Sensitivity, SitePlan
 from augment_cli.planning.recipe import resolve_amount
 from augment_cli.report.provenance import RecipeOrigin
@@ -56,41 +57,37 @@ class Limit:
 
 @dataclass(frozen=True, slots=True)
 class Ratio:
-    """Attention's channels as a share of the output channels: of all AA sites together, and the extremes."""
+    """A ratio to the output channels: of all sites together, and the extremes."""
 
     overall: float
     least: float
     most: float
 
     @classmethod
-    def of(cls, parts: Iterable[tuple[int, int]]) -> "Ratio | None":
-        parts = tuple(parts)
-        if not parts:
-            return None
-        ratios = [channels / width for channels, width in parts]
-        overall = sum(channels for channels, _ in parts) / sum(width for _, width in parts)
+    def of(cls, parts: Iterable[tuple[float, int]]) -> "Ratio":
+        """Of at least one site's ratio and output channels."""
+        ratios, widths = zip(*parts, strict=True)
+        overall = sum(ratio * width for ratio, width in zip(ratios, widths, strict=True)) / sum(widths)
         return cls(overall, min(ratios), max(ratios))
 
 
 @dataclass(frozen=True, slots=True)
 class SiteRow:
-    """One replaced convolution. Sizes are (height, width); resolution is that of the output map."""
+    """One replaced convolution. Sizes are (height, width); resolution is the size of the output map."""
 
     name: str
-    variant: str
+    operator: str
     in_channels: int
     out_channels: int
     kernel_size: Size
     stride: Size
     groups: int
     resolution: Size
-    heads: int
-    key_channels: int
-    value_channels: int
-    attention_pool: int
-    reduction: int
+    split: Split
     params: Change
     macs: Change
+    ratios: tuple[tuple[str, float], ...] = ()
+    given_up: int = 0
     inheritance: Inheritance | None = None
     sensitivity: Sensitivity | None = None
 
@@ -99,11 +96,20 @@ class SiteRow:
         """Of the fit to the source; None where there was none."""
         return self.inheritance.error if self.inheritance else None
 
+    @property
+    def columns(self) -> dict[str, str]:
+        """The split in a table, by the columns' titles."""
+        return get_operator(self.operator).columns(self.split)
+
     @classmethod
     def of(cls, site: SitePlan, inheritance: Inheritance | None = None) -> "SiteRow":
-        others = {"params_before", "params_after", "macs_before", "macs_after", "sensitivity"}
+        shape = ("name", "operator", "in_channels", "out_channels", "kernel_size", "stride", "groups", "resolution")
+        ratios = get_operator(site.operator).ratios(site, site.split)
         return cls(
-            **site.model_dump(exclude=others),
+            **{key: getattr(site, key) for key in shape},
+            split=site.split,
+            ratios=tuple(ratios.items()),
+            given_up=site.given_up,
             params=Change(site.params_before, site.params_after),
             macs=Change(site.macs_before, site.macs_after),
             inheritance=inheritance,
@@ -173,9 +179,25 @@ class Report:
         """Replaced or not."""
         return len(self.sites) + sum(len(group.names) for group in self.skipped)
 
+    @cached_property
+    def operators(self) -> tuple[Operator, ...]:
+        """The operators of the sites, by name."""
+        return tuple(get_operator(name) for name in sorted({site.operator for site in self.sites}))
+
     @property
-    def variants(self) -> tuple[str, ...]:
-        return tuple(sorted({site.variant for site in self.sites}))
+    def becomes(self) -> str:
+        """What the replaced convolutions are, in words."""
+        return " or ".join(operator.title for operator in self.operators)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Titles of the columns that tell the sites' splits."""
+        return tuple(dict.fromkeys(title for site in self.sites for title in site.columns))
+
+    @property
+    def legend(self) -> tuple[str, ...]:
+        """Sentences that explain those columns."""
+        return tuple(dict.fromkeys(sentence for operator in self.operators for sentence in operator.legend))
 
     @cached_property
     def sites_params(self) -> Change:
@@ -188,14 +210,13 @@ class Report:
         return Change.total(site.macs for site in self.sites)
 
     @cached_property
-    def key_ratio(self) -> Ratio | None:
-        """The attained kappa = d_k / F_out; None without AA."""
-        return Ratio.of((site.key_channels, site.out_channels) for site in self.sites if site.value_channels)
-
-    @cached_property
-    def value_ratio(self) -> Ratio | None:
-        """The attained upsilon = d_v / F_out; None without AA."""
-        return Ratio.of((site.value_channels, site.out_channels) for site in self.sites if site.value_channels)
+    def ratios(self) -> dict[str, Ratio]:
+        """The attained ratios to the output channels that the operators name, of the sites that have them."""
+        parts: dict[str, list[tuple[float, int]]] = defaultdict(list)
+        for site in self.sites:
+            for name, ratio in site.ratios:
+                parts[name].append((ratio, site.out_channels))
+        return {name: Ratio.of(own) for name, own in parts.items()}
 
     @cached_property
     def inheritance(self) -> dict[str, int] | None:
@@ -212,7 +233,7 @@ class Report:
     @property
     def exact(self) -> bool:
         """Whether the converted model computes what its source computes: no site gives up a filter."""
-        return all(site.value_channels == 0 for site in self.sites)
+        return not any(site.given_up for site in self.sites)
 
 
 def _by_reason(plan: Plan) -> tuple[SkippedGroup, ...]:

@@ -3,23 +3,14 @@
 from dataclasses import dataclass
 
 from augment_cli.planning.plan import Plan
-from augment_cli.planning.recipe import Provenance, builtin_recipes, load_recipe
+from augment_cli.planning.recipe import Paper, builtin_recipes, load_recipe
 from augment_cli.report.units import share
 from augment_cli.surgery.records import Fidelity
-
-AA_PAPER = "Attention Augmented Convolutional Networks, arXiv 1904.09925"
-AW_PAPER = "An Attention Module for Convolutional Neural Networks, arXiv 2108.08205"
 
 TRUST_TERMS = (
     "paper: read in the paper itself; arith: not read there, but our arithmetic reproduces published numbers with it; "
     "notes: from secondary notes; ours: our reading, where the paper's text could not be had"
 )
-
-VARIANTS = {
-    "aa": "attention-augmented (AA)",
-    "aw": "attended kernels (our reading of AW)",
-    "aa+aw": "attention-augmented (AA) with attended kernels (our reading of AW)",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +21,7 @@ class RecipeOrigin:
     sha256: str
     status: str  # built-in, built-in with another budget, built-in with changes, not built-in
     description: str = ""
-    source: Provenance | None = None
+    paper: Paper | None = None
 
     @classmethod
     def of(cls, plan: Plan) -> "RecipeOrigin":
@@ -45,7 +36,7 @@ class RecipeOrigin:
             status = "built-in with another budget"
         else:
             status = "built-in with changes"
-        return cls(plan.recipe, plan.recipe_sha256, status, builtin.description, builtin.source)
+        return cls(plan.recipe, plan.recipe_sha256, status, builtin.description, builtin.paper)
 
     @property
     def departure(self) -> str:
@@ -65,9 +56,3 @@ def fidelity(found: Fidelity) -> str:
         f"As converted, {share(found.agreement)} of {found.images:,} held-out calibration images get the source's "
         f"first class; KL of the probabilities is {found.divergence:.4f} nats ({found.fitted_on:,} images fitted)."
     )
-
-
-def papers(variants: tuple[str, ...]) -> tuple[str, ...]:
-    """The papers that a plan's operators come from."""
-    found = ((AA_PAPER, "aa"), (AW_PAPER, "aw"))
-    return tuple(paper for paper, variant in found if any(variant in name for name in variants))

@@ -7,7 +7,7 @@ from augment_cli.planning.plan import Plan
 
 
 def draw(plan: Plan, path: Path) -> None:
-    """A bar for each site's divergence, and the value ratio that the plan gives it; PNG, SVG or PDF by the name.
+    """A bar for each site's divergence, and the share of its channels given up; PNG, SVG or PDF by the name.
 
     Raises:
         AugmentError: the file cannot be written.
@@ -20,8 +20,8 @@ def draw(plan: Plan, path: Path) -> None:
     left, right = figure.subplots(1, 2, sharey=True)
     left.barh(names, [site.sensitivity.divergence for site in sites], color="#4269d0")
     left.set_xlabel("KL of the predictions, nats,\nwhen this site alone is replaced")
-    right.barh(names, [site.value_channels / site.out_channels for site in sites], color="#ff725c")
-    right.set_xlabel("value ratio in the plan\n(share of channels from attention)")
+    right.barh(names, [site.given_up / site.out_channels for site in sites], color="#ff725c")
+    right.set_xlabel("share of output channels\nthat the plan gives up")
     left.invert_yaxis()
     figure.suptitle(f"{plan.model}, recipe {plan.recipe}")
     write_file(path, lambda temporary: figure.savefig(temporary, format=path.suffix[1:], dpi=120))

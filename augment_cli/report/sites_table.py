@@ -8,10 +8,6 @@ from augment_cli.report.markup import DASH, TIMES, Markup, minus, tag
 from augment_cli.report.numbers import Change, Report, SiteRow
 from augment_cli.report.units import amount, error, kernel, percent, share, size
 
-D_K = tag("i", "d", tag("sub", "k"))
-D_V = tag("i", "d", tag("sub", "v"))
-F_OUT = tag("i", "F", tag("sub", "out"))
-
 
 @dataclass(frozen=True)
 class _Columns:
@@ -74,20 +70,14 @@ def _convolution(site: SiteRow) -> tuple[Markup, ...]:
 
 
 def _operator(report: Report) -> tuple[tuple[str, ...], Callable[[SiteRow], tuple[Markup, ...]]]:
-    """Titles and cells of what a site becomes: no column that would say the same throughout, or nothing."""
-    variant = len(report.variants) > 1
-    attention = any(site.value_channels for site in report.sites)
-    reduced = any(site.reduction for site in report.sites)
+    """Titles and cells of what a site becomes; the operator only where there are several."""
+    several = len(report.operators) > 1
 
     def cells(site: SiteRow) -> tuple[Markup, ...]:
-        pool = site.attention_pool if site.value_channels else 0
-        numbers = (site.heads, site.key_channels, site.value_channels, pool) if attention else ()
-        numbers += (site.reduction,) if reduced else ()
-        return _cells(*((site.variant.upper(),) if variant else ()), *(str(number or DASH) for number in numbers))
+        names = (site.operator.upper(),) if several else ()
+        return _cells(*names, *(site.columns.get(title, DASH) for title in report.columns))
 
-    titles = ("Variant",) if variant else ()
-    titles += ("Heads", D_K, D_V, "Pool") if attention else ()
-    return titles + (("r",) if reduced else ()), cells
+    return (*(("Operator",) if several else ()), *report.columns), cells
 
 
 def _change_columns(

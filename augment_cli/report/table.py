@@ -13,7 +13,7 @@ from rich.text import Text
 from augment_cli.console import Terminal
 from augment_cli.report.folding import Line, fold, fold_names, unfolded
 from augment_cli.report.numbers import Change, Limit, Report
-from augment_cli.report.provenance import VARIANTS, fidelity
+from augment_cli.report.provenance import fidelity
 from augment_cli.report.units import (
     amount,
     counted,
@@ -55,8 +55,7 @@ def plain_table(report: Report, full: bool = False, width: int = 120) -> str:
 def _heading(report: Report) -> Text:
     text = Text.assemble((plain(report.model), "bold"), " with recipe ", (plain(report.recipe.name), "bold"))
     text.append(f": {len(report.sites)} of {counted(report.convolutions, 'convolution')} replaced\n")
-    what = " or ".join(VARIANTS[variant] for variant in report.variants)
-    return text.append(f"{what}; images of {size(report.input_size)}\n", style="dim")
+    return text.append(f"{report.becomes}; images of {size(report.input_size)}\n", style="dim")
 
 
 @dataclass(frozen=True)
@@ -143,8 +142,8 @@ def _sensitivity_columns() -> Iterator[_Column]:
 
 
 def _convolution_columns(report: Report) -> Iterator[_Column]:
-    if len(report.variants) > 1:
-        yield _Column("Variant", lambda line: line.site.variant, justify="left")
+    if len(report.operators) > 1:
+        yield _Column("Operator", lambda line: line.site.operator, justify="left")
     yield _Column("In", lambda line: str(line.site.in_channels))
     yield _Column("Out", lambda line: str(line.site.out_channels))
     yield _Column("Kernel", lambda line: kernel(line.site.kernel_size, line.site.stride), justify="left")
@@ -152,17 +151,8 @@ def _convolution_columns(report: Report) -> Iterator[_Column]:
 
 
 def _operator_columns(report: Report) -> Iterator[_Column]:
-    if any(site.value_channels for site in report.sites):
-        yield _Column("Heads", lambda line: _or_dash(line.site.heads))
-        yield _Column("Keys", lambda line: _or_dash(line.site.key_channels))
-        yield _Column("Values", lambda line: _or_dash(line.site.value_channels))
-        yield _Column("Pool", lambda line: _or_dash(line.site.value_channels and line.site.attention_pool))
-    if any(site.reduction for site in report.sites):
-        yield _Column("r", lambda line: _or_dash(line.site.reduction))
-
-
-def _or_dash(number: int) -> str:
-    return str(number or "-")
+    for title in report.columns:
+        yield _Column(title, lambda line, title=title: line.site.columns.get(title, "-"))
 
 
 def _change_columns(title: str, counts: Callable[[Line], Change], total: Change) -> Iterator[_Column]:
@@ -225,12 +215,10 @@ def _limit(limit: Limit, show: Callable[[int], str]) -> tuple[str | Text, ...]:
 
 def _notes(report: Report) -> Text:
     notes = ["MACs are the multiply-adds of one image; FLOPs = 2 x multiply-adds."]
-    if report.key_ratio and report.value_ratio:
-        notes += [
-            "Keys and Values are attention's channels; on a map Pool times smaller where Pool is not 1.",
-            f"Attained ratios to the output channels: keys {report.key_ratio.overall:.3f}, "
-            f"values {report.value_ratio.overall:.3f}.",
-        ]
+    notes += report.legend
+    if report.ratios:
+        attained = ", ".join(f"{name} {ratio.overall:.3f}" for name, ratio in report.ratios.items())
+        notes.append(f"Attained ratios to the output channels: {attained}.")
     if report.inheritance:
         kinds = ", ".join(f"{number} {kind}" for kind, number in report.inheritance.items() if number)
         notes.append(f"Kept is the share of the source's filters by importance: {kinds}.")

@@ -29,7 +29,7 @@ def to_json(report: Report) -> str:
             "name": recipe.name,
             "sha256": recipe.sha256,
             "status": recipe.status,
-            "source": recipe.source.model_dump() if recipe.source else None,
+            "paper": recipe.paper.model_dump() if recipe.paper else None,
         },
         "plan_sha256": report.plan_sha256,
         "units": UNITS,
@@ -43,8 +43,7 @@ def to_json(report: Report) -> str:
             "convolutions": report.convolutions,
             "params": _change(report.sites_params),
             "macs": _change(report.sites_macs),
-            "key_ratio": asdict(report.key_ratio) if report.key_ratio else None,
-            "value_ratio": asdict(report.value_ratio) if report.value_ratio else None,
+            "ratios": {name: asdict(ratio) for name, ratio in report.ratios.items()},
             "inheritance": report.inheritance,
             "error": report.error,
         },
@@ -70,19 +69,21 @@ def _limit(limit: Limit) -> dict[str, Any]:
 
 
 def _site(site: SiteRow) -> dict[str, Any]:
-    data = asdict(site) | {"params": _change(site.params), "macs": _change(site.macs)}
+    data = asdict(site) | {"params": _change(site.params), "macs": _change(site.macs), "ratios": dict(site.ratios)}
     data["sensitivity"] = site.sensitivity.model_dump() if site.sensitivity else None
     data["inheritance"] = site.inheritance.model_dump(exclude={"name"}) if site.inheritance else None
     return data
 
 
 def to_csv(report: Report) -> str:
-    """A row for each site under a row of names, numbers in full; what does not apply is 0, what is unknown empty."""
+    """A row for each site under a row of names, numbers in full; what does not apply or is not known is empty."""
     stream = io.StringIO()
     rows = [_csv_row(site) for site in report.sites]
-    writer = csv.DictWriter(stream, rows[0], lineterminator="\n")
+    splits = dict.fromkeys(name for row in rows for name in row["split"])
+    names = [name for key in rows[0] for name in (splits if key == "split" else [key])]
+    writer = csv.DictWriter(stream, names, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows(row.pop("split") | row for row in rows)
     return stream.getvalue()
 
 
@@ -95,6 +96,7 @@ def _csv_row(site: SiteRow) -> dict[str, Any]:
         row |= {f"{key}_before": change.before, f"{key}_after": change.after, f"{key}_delta": change.delta}
         del row[key]
     record, alone = row.pop("inheritance"), row.pop("sensitivity")
+    del row["ratios"], row["given_up"]
     row["name"] = cell(row["name"])
     return row | {
         "inheritance": record.kind if record else None,
@@ -156,21 +158,17 @@ def _markdown_limit(limit: Limit) -> tuple[str, str]:
 
 
 def _sites_table(report: Report) -> str:
-    names = (
-        "Site Variant In Out Kernel Map Heads Keys Values Pool r "
-        "Parameters|before Parameters|after % Multiply-adds|before Multiply-adds|after %"
-    )
-    titles = [name.replace("|", " ") for name in names.split()]
+    titles = ["Site", "Operator", "In", "Out", "Kernel", "Map", *report.columns]
+    titles += ["Parameters before", "Parameters after", "%", "Multiply-adds before", "Multiply-adds after", "%"]
     inherited = bool(report.inheritance)
     titles += ["Inherited", "Filters", "Importance", "Error"] if inherited else []
-    return markdown_table(titles, (_markdown_row(site, inherited) for site in report.sites), left=2)
+    return markdown_table(titles, (_markdown_row(site, report.columns, inherited) for site in report.sites), left=2)
 
 
-def _markdown_row(site: SiteRow, inherited: bool) -> list[str]:
-    heads = (site.heads, site.key_channels, site.value_channels, site.attention_pool if site.value_channels else 0)
-    row = [code(site.name), site.variant, str(site.in_channels), str(site.out_channels)]
+def _markdown_row(site: SiteRow, columns: tuple[str, ...], inherited: bool) -> list[str]:
+    row = [code(site.name), site.operator, str(site.in_channels), str(site.out_channels)]
     row += [kernel(site.kernel_size, site.stride), size(site.resolution)]
-    row += [str(number or "-") for number in (*heads, site.reduction)]
+    row += [site.columns.get(title, "-") for title in columns]
     row += [f"{site.params.before:,}", f"{site.params.after:,}", percent(site.params.percent)]
     row += [amount(site.macs.before), amount(site.macs.after), percent(site.macs.percent)]
     if inherited:

@@ -4,18 +4,18 @@ What this does not do: it does not wrap the model, replace its forward or turn i
 to find the sites before and to prove the result after.
 """
 
-import copy
 import warnings
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
+from timm.layers import register_notrace_module
 from torch import nn
 
-from augment_cli.analysis.graph import ModelGraph, conv_padding, meta_copy, propagate_shapes
+from augment_cli.analysis.graph import ModelGraph, meta_copy, propagate_shapes
 from augment_cli.errors import AugmentError
-from augment_cli.layers import AAConv2d, AWConv2d, ScaledStandardize, Standardize
+from augment_cli.operators import get_operator
 from augment_cli.planning.plan import Plan, SitePlan
 
 # What timm calls to fold branches and normalisations into plain convolutions.
@@ -90,97 +90,19 @@ def find_conv(model: nn.Module, site: SitePlan) -> nn.Conv2d:
 
 
 def replacement(conv: nn.Conv2d, site: SitePlan, keep: KeepFilters = keep_first) -> nn.Module:
-    """What the plan puts in the place of a convolution."""
-    filters = conv.out_channels - site.value_channels
-    kept = keep(site.name, conv, filters) if site.value_channels else None
-    branch = conv if kept is None else select_filters(conv, kept)
-    if site.reduction:
-        branch = attend_kernel(branch, site.reduction)
-    new = branch if kept is None else augment(conv, branch, kept, site)
+    """The module that the plan puts in the place of a convolution; timm and torch.fx take it for a leaf."""
+    operator = get_operator(site.operator)
+    given_up = operator.given_up(site.split)
+    kept = keep(site.name, conv, conv.out_channels - given_up) if given_up else list(range(conv.out_channels))
+    new = operator.build(conv, site, site.split, kept)
+    register_notrace_module(type(new))
     return new.train(conv.training)
 
 
 def added_parameters(model: nn.Module, site: SitePlan) -> list[str]:
     """Names of the parameters in a converted model that a site's source did not have."""
-    module = model.get_submodule(site.name)
-    return [f"{site.name}.{name}" for name, _ in module.named_parameters() if _is_added(module, name)]
-
-
-def _is_added(module: nn.Module, name: str) -> bool:
-    if isinstance(module, AAConv2d):
-        branch, _, rest = name.partition(".")
-        return branch != "conv" or (isinstance(module.conv, AWConv2d) and _is_added(module.conv, rest))
-    return isinstance(module, AWConv2d) and name.partition(".")[0] not in ("weight", "bias", "standardize")
-
-
-def select_filters(conv: nn.Conv2d, kept: list[int]) -> nn.Conv2d:
-    """A convolution of the same class and behaviour with some of the filters: every parameter cut along dimension 0."""
-    memo = {id(p): nn.Parameter(p.detach()[kept], p.requires_grad) for p in conv.parameters()}
-    selected = copy.deepcopy(conv, memo)
-    selected.out_channels = len(kept)
-    return selected
-
-
-def attend_kernel(conv: nn.Conv2d, reduction: int) -> AWConv2d:
-    """AWConv2d on a convolution's own kernel, bias and weight standardisation."""
-    new = AWConv2d(
-        conv.in_channels,
-        conv.out_channels,
-        conv.kernel_size,
-        reduction=reduction,
-        standardize=_standardization(conv),
-        **_like(conv),
-    )
-    new.weight, new.bias = conv.weight, conv.bias
-    return new
-
-
-def _like(conv: nn.Conv2d) -> dict[str, Any]:
-    """What a replacement has in common with a convolution."""
-    return {
-        "stride": conv.stride,
-        "padding": conv_padding(conv),
-        "dilation": conv.dilation,
-        "groups": conv.groups,
-        "bias": conv.bias is not None,
-        "device": conv.weight.device,
-        "dtype": conv.weight.dtype,
-    }
-
-
-def _standardization(conv: nn.Conv2d) -> Standardize | None:
-    if hasattr(conv, "gain"):
-        standardize = ScaledStandardize(conv.out_channels, conv.scale, conv.eps)
-        standardize.gain = conv.gain
-        return standardize
-    return Standardize(conv.eps) if hasattr(conv, "eps") else None
-
-
-def augment(conv: nn.Conv2d, branch: nn.Conv2d, kept: list[int], site: SitePlan) -> AAConv2d:
-    """AAConv2d around a convolution branch, its output channels in the source's order."""
-    new = AAConv2d(
-        conv.in_channels,
-        conv.out_channels,
-        conv.kernel_size,
-        heads=site.heads,
-        key_channels=site.key_channels,
-        value_channels=site.value_channels,
-        resolution=site.resolution,
-        attention_pool=site.attention_pool,
-        reorder=True,
-        conv_layer=lambda *args, **kwargs: branch,
-        **_like(conv),
-    )
-    order = channel_order(kept, conv.out_channels)
-    new.channel_order.copy_(torch.tensor(order, device=new.channel_order.device))
-    return new
-
-
-def channel_order(kept: list[int], out_channels: int) -> list[int]:
-    """For each output channel its place in Concat[kept filters, attention]."""
-    given_up = sorted(set(range(out_channels)) - set(kept))
-    place = {channel: i for i, channel in enumerate([*kept, *given_up])}
-    return [place[channel] for channel in range(out_channels)]
+    added = get_operator(site.operator).added(model.get_submodule(site.name))
+    return [f"{site.name}.{name}" for name in added]
 
 
 def verify(model: nn.Module, plan: Plan, graph: ModelGraph) -> None:

@@ -22,7 +22,7 @@ from augment_cli.cli import app
 @pytest.fixture
 def prepared(in_tmp: Path) -> Path:
     (in_tmp / "bad.toml").write_text("[sites\n")
-    (in_tmp / "odd.toml").write_text('description = "x"\n[sites]\nvariant = "aa"\nkey_ration = 0.1\n')
+    (in_tmp / "odd.toml").write_text('description = "x"\noperator = "aa"\n[aa]\nkey_ration = 0.1\n')
     (in_tmp / "old.safetensors").write_text("precious")
     (in_tmp / "file").write_text("not a folder")
     (in_tmp / "corrupt.pth").write_bytes(b"PK\x03\x04 not a checkpoint")
@@ -48,12 +48,12 @@ BAD = [
     ([*CONVERT, "-r", "aa-resnt"], "no built-in recipe named aa-resnt; did you mean aa-resnet"),
     ([*CONVERT, "-r", "none.toml"], "recipe none.toml: no such file"),
     ([*CONVERT, "-r", "bad.toml"], "bad.toml is not a TOML file: "),
-    ([*CONVERT, "-r", "odd.toml"], "unknown key sites.key_ration; did you mean key_ratio"),
+    ([*CONVERT, "-r", "odd.toml"], "unknown key aa.key_ration; did you mean key_ratio"),
     ([*CONVERT, "--set", "budget.parms=keep"], "unknown key budget.parms; did you mean params"),
     ([*CONVERT, "--set", "budget.params=lots"], "no budget: write free, keep, an amount like 25.6M"),
-    ([*CONVERT, "--set", "sites.names=layer7.*"], "sites.names: 'layer7.*' matches no convolution"),
+    ([*CONVERT, "--set", "select.names=layer7.*"], "select.names: 'layer7.*' matches no convolution"),
     ([*CONVERT, "--set", "budget.params=-95%"], "the chosen sites can have"),
-    ([*CONVERT, "-r", "aw", "--set", "budget.params=keep"], "variant aa+aw (recipe aa-aw) saves what AW adds"),
+    ([*CONVERT, "-r", "aw", "--set", "budget.params=keep"], "operator aa+aw (recipe aa-aw) adds none"),
     ([*CONVERT, "--img-size", "big"], "--img-size big: write it as 224, or as HEIGHTxWIDTH"),
     ([*CONVERT, "-a", "num_classes"], "--model-arg num_classes: write it as KEY=VALUE"),
     ([*CONVERT, "-a", "colour=red"], "test_resnet cannot be created with {'colour': 'red'}: "),

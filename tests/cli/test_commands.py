@@ -51,9 +51,9 @@ def test_plan_shows_every_total_in_its_table():
 def test_settings_and_model_arguments_reach_the_plan():
     arguments = [
         "--set",
-        "sites.names=layer4.*",
+        "select.names=layer4.*",
         "--set",
-        "sites.heads=4",
+        "aa.heads=4",
         "-a",
         "num_classes=10",
         "--img-size",
@@ -61,7 +61,7 @@ def test_settings_and_model_arguments_reach_the_plan():
     ]
     plan = json.loads(ok("plan", "resnet18", *arguments, "--json").stdout)
     assert {site["name"].split(".")[0] for site in plan["sites"]} == {"layer4"}
-    assert {site["heads"] for site in plan["sites"]} == {4}
+    assert {site["split"]["heads"] for site in plan["sites"]} == {4}
     assert plan["model_args"] == {"num_classes": 10}
     assert plan["input_size"] == [3, 96, 160]
     assert plan["sites"][-1]["resolution"] == [3, 5]
@@ -92,18 +92,18 @@ def test_convert_writes_a_folder_that_check_reads_too(in_tmp):
 def test_an_edited_plan_is_converted_as_edited(in_tmp):
     plan = json.loads(ok("plan", "test_resnet", "--json").stdout)
     plan["sites"] = plan["sites"][-2:]
-    plan["sites"][0]["value_channels"] += 2 * plan["sites"][0]["heads"]
+    plan["sites"][0]["split"]["value_channels"] += 2 * plan["sites"][0]["split"]["heads"]
     (in_tmp / "plan.json").write_text(json.dumps(plan))
     ok("convert", "--plan", "plan.json", "-o", "m.safetensors")
     made = json.loads(ok("report", "m.safetensors", "--format", "json").stdout)
     assert [site["name"] for site in made["sites"]] == [site["name"] for site in plan["sites"]]
-    assert made["sites"][0]["value_channels"] == plan["sites"][0]["value_channels"]
+    assert made["sites"][0]["split"]["value_channels"] == plan["sites"][0]["split"]["value_channels"]
     assert json.loads(ok("check", "m.safetensors", "--json").stdout)["passed"]
 
 
 def test_an_edited_plan_is_shown_and_refused_over_its_budget_until_that_is_another(in_tmp):
     plan = json.loads(ok("plan", "test_resnet", "--json").stdout)
-    plan["sites"][-1]["key_channels"] *= 2
+    plan["sites"][-1]["split"]["key_channels"] *= 2
     (in_tmp / "plan.json").write_text(json.dumps(plan))
     left = json.loads(ok("report", "plan.json", "-f", "json").stdout)["totals"]["params"]["left"]
     assert left < 0
@@ -114,7 +114,7 @@ def test_an_edited_plan_is_shown_and_refused_over_its_budget_until_that_is_anoth
         assert not (in_tmp / "m.safetensors").exists()
     loose = ("--plan", "plan.json", "--set", "budget.params=+50%")
     shown = json.loads(ok("plan", *loose, "--json").stdout)
-    assert shown["sites"][-1]["key_channels"] == plan["sites"][-1]["key_channels"]
+    assert shown["sites"][-1]["split"]["key_channels"] == plan["sites"][-1]["split"]["key_channels"]
     assert shown["params_after"] == plan["params_before"] - left
     assert shown["budget"]["params"] == "+50%"
     assert f"{shown['params_after']:,}" in ok("plan", *loose).stdout
@@ -128,7 +128,7 @@ def test_an_edited_plan_is_shown_and_refused_over_its_budget_until_that_is_anoth
         (("plan",), "which model"),
         (("plan", "test_resnet", "--plan", "p"), "leave out MODEL"),
         (("plan", "--plan", "p", "-r", "aa"), "leave out --recipe"),
-        (("plan", "--plan", "p", "--set", "sites.heads=4"), "only the budget"),
+        (("plan", "--plan", "p", "--set", "aa.heads=4"), "only the budget"),
         (("plan", "--plan", "p", "--sensitivity", "--calibrate", "x", "--pretrained"), "leave out --plan"),
         (("convert", "--plan", "p", "--img-size", "64"), "leave out --img-size"),
     ],

@@ -54,7 +54,7 @@ def test_names_that_the_user_gives_are_printed_as_they_are(in_tmp, name):
         ("convert", "test_resnet", "--checkpoint", name),
         ("convert", name),
         ("convert", "test_resnet", "-r", name),
-        ("convert", "test_resnet", "--set", f"sites.names={name}"),
+        ("convert", "test_resnet", "--set", f"select.names={name}"),
         ("report", name),
         ("check", name),
         ("evaluate", "test_resnet", "--data", name),

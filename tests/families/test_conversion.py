@@ -102,8 +102,8 @@ AWKWARD = [
     Case("tf_efficientnetv2_b0", BOTH),  # Conv2dSame
     Case("resnetv2_50x1_bit", side=32),  # StdConv2d
     Case("repvgg_a0", BOTH, 32),
-    Case("mobileone_s0", ("aw",), 32, overrides=("sites.groups=depthwise",)),
-    Case("resnext26ts", BOTH, 32, overrides=("sites.groups=grouped", "sites.value_ratio=0.25", "budget.params=free")),
+    Case("mobileone_s0", ("aw",), 32, overrides=("select.kinds=depthwise",)),
+    Case("resnext26ts", BOTH, 32, overrides=("select.kinds=grouped", "aa.value_ratio=0.25", "budget.params=free")),
     Case("regnetx_002", ("aw",)),
     Case("mobilenetv3_small_050", ("aw-mobilenet",)),
     Case("mnasnet_small", ("aa-mnasnet",)),
@@ -124,7 +124,7 @@ def test_from_the_name_to_the_reloaded_logits(case, recipe, tmp_path):
     metadata = conversion.operate(model, plan, graph, "random, seed 0")
     after = run(model, images)
     check_shapes(plan, before, after)
-    if all(site.variant == "aw" for site in plan.sites):
+    if all(site.operator == "aw" for site in plan.sites):
         check_equal(plan, before, after)
     check_gradients(model, plan, images)
 

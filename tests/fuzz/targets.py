@@ -135,8 +135,9 @@ def _make_recipe(rng: random.Random) -> bytes:
     if rng.random() < 0.3:
         return mutate_text(rng, text).encode("utf-8", "surrogatepass")
     data = mutate_tree(rng, tomllib.loads(text))
-    if isinstance(data, dict) and isinstance(data.get("sites"), dict):
-        data["sites"][rng.choice(_KEYS).partition(".")[2]] = hostile(rng, *_LIKELY)
+    table, _, key = rng.choice(_KEYS).partition(".")
+    if isinstance(data, dict) and isinstance(data.get(table), dict):
+        data[table][key] = hostile(rng, *_LIKELY)
     return _toml_file(data).encode("utf-8", "surrogatepass")
 
 
@@ -157,10 +158,11 @@ _LIKELY = [
 ]
 
 
-_KEYS = [f"sites.{key}" for key in ("kernel", "groups", "names", "regex", "stages", "positions", "exclude", "heads")]
-_KEYS += [f"sites.{key}" for key in ("largest_map", "smallest_width", "variant", "key_ratio", "value_ratio", "narrow")]
-_KEYS += [f"sites.{key}" for key in ("min_key_channels", "attention_pool", "attention_positions", "include_stem")]
-_KEYS += ["sites.max_attention_pool", "sites.reduction", "budget.params", "budget.macs", "source.paper", "name", "a.b"]
+_KEYS = [f"select.{key}" for key in ("kernel", "kinds", "names", "regex", "stages", "block_indices", "exclude")]
+_KEYS += [f"select.{key}" for key in ("largest_map", "smallest_width", "include_stem")]
+_KEYS += [f"aa.{key}" for key in ("heads", "key_ratio", "value_ratio", "narrow", "min_key_channels", "attention_pool")]
+_KEYS += ["aa.largest_attention_map", "aa.max_attention_pool", "aw.reduction", "budget.params", "budget.macs"]
+_KEYS += ["operator", "paper.title", "name", "a.b"]
 
 
 def _read_recipe(path: Path) -> None:

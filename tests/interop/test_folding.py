@@ -15,7 +15,7 @@ from torch.nn.utils import fuse_conv_bn_eval
 from augment_cli.layers import AAConv2d
 from tests.interop.models import RECIPES, assert_near, converted, images, replaced
 
-DEPTHWISE = "sites.groups=depthwise"
+DEPTHWISE = "select.kinds=depthwise"
 FOLDABLE = [
     *[("repvgg_a0", recipe) for recipe in RECIPES],
     *[("iformer_t", recipe) for recipe in RECIPES],
@@ -45,7 +45,7 @@ def test_timm_folds_around_replaced_convolutions(given):
 
 
 def test_a_block_asked_directly_stays_too_and_so_do_its_copies():
-    model = converted("repvgg_a0", "aw", "sites.stages=1")
+    model = converted("repvgg_a0", "aw", "select.stages=1")
     x = images(1, 3, 64, 64)
     with torch.no_grad():
         expected = model(x)

@@ -17,7 +17,7 @@ every_recipe = pytest.mark.parametrize("recipe", RECIPES)
 
 @pytest.mark.parametrize("recipe", ["aa", "aw"])
 def test_compiled_whole_for_any_batch(recipe):
-    model = converted("test_resnet", recipe, "sites.names=layer4.*")
+    model = converted("test_resnet", recipe, "select.names=layer4.*")
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     with torch.no_grad():
         for batch in (2, 3):
@@ -27,7 +27,7 @@ def test_compiled_whole_for_any_batch(recipe):
 
 
 def test_compiled_training_has_the_same_gradients():
-    model, x = converted("test_resnet", "aa-aw", "sites.names=layer4.*"), images(2, 3, 64, 64)
+    model, x = converted("test_resnet", "aa-aw", "select.names=layer4.*"), images(2, 3, 64, 64)
     expected = gradients(model, x)
     found = gradients(torch.compile(model, backend=compiler(), fullgraph=True), x)
     assert_gradients_near({name.removeprefix("_orig_mod."): g for name, g in found.items()}, expected)

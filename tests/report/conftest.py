@@ -3,6 +3,8 @@ import math
 import pytest
 
 from augment_cli.checkpoint.metadata import Metadata
+from augment_cli.operators.aa import AASplit
+from augment_cli.operators.aw import AWSplit
 from augment_cli.planning.plan import Plan, SitePlan, Skipped
 from augment_cli.planning.recipe import Budget, load_recipe
 from augment_cli.report import Report
@@ -13,18 +15,18 @@ HOSTILE = "<script>alert(1)</script>|`[red]x[/red]`\x1b[31m"
 
 def site(name: str, **changed) -> SitePlan:
     """A 3x3 convolution of 128 channels, attention-augmented."""
-    attention = {"heads": 8, "key_channels": 160, "value_channels": 8, "attention_pool": 2}
+    split = {"heads": 8, "key_channels": 160, "value_channels": 8, "attention_pool": 2}
+    split |= {key: changed.pop(key) for key in split if key in changed}
     shape = {"in_channels": 128, "out_channels": 128, "kernel_size": (3, 3), "stride": (1, 1), "resolution": (28, 28)}
     shape |= changed
     weights = 9 * shape["in_channels"] * shape["out_channels"]
     counts = {"params_before": weights, "macs_before": weights * math.prod(shape["resolution"])}
-    return SitePlan(**{"name": name, "variant": "aa"} | attention | counts | shape)
+    return SitePlan(**{"name": name, "operator": "aa", "split": AASplit(**split)} | counts | shape)
 
 
 def attended(name: str, **changed) -> SitePlan:
     """The same under AW alone."""
-    none = {"heads": 0, "key_channels": 0, "value_channels": 0, "attention_pool": 1}
-    return site(name, **{"variant": "aw", "reduction": 16} | none | changed)
+    return site(name, **{"operator": "aw", "split": AWSplit(16)} | changed)
 
 
 def plan(*sites: SitePlan, skipped: tuple[tuple[str, str], ...] = (), **changed) -> Plan:
@@ -45,10 +47,10 @@ def metadata(made: Plan, weights: str = "pretrained") -> Metadata:
     records = tuple(
         Inheritance(
             name=entry.name,
-            kind=kinds[entry.value_channels > 0],
-            kept=entry.out_channels - entry.value_channels,
-            given_up=entry.value_channels,
-            share=0.9 if entry.value_channels else 1,
+            kind=kinds[entry.given_up > 0],
+            kept=entry.out_channels - entry.given_up,
+            given_up=entry.given_up,
+            share=0.9 if entry.given_up else 1,
         )
         for entry in made.sites
     )

@@ -2,6 +2,7 @@ from dataclasses import replace
 
 import pytest
 
+from augment_cli.operators.aa_aw import AAAWSplit
 from augment_cli.planning.recipe import load_recipe
 from augment_cli.report import Report, model_card
 from augment_cli.report.card import base_model
@@ -81,7 +82,10 @@ def test_names_papers_and_trust():
 
 
 def test_aw_is_our_reading():
-    for report in (made(attended("a"), recipe="aw"), made(site("a", variant="aa+aw", reduction=16), recipe="aa-aw")):
+    for report in (
+        made(attended("a"), recipe="aw"),
+        made(site("a", operator="aa+aw", split=AAAWSplit(8, 160, 8, 2, 16)), recipe="aa-aw"),
+    ):
         card = model_card(report)
         assert "our reading of AW" in card
         assert "arXiv 2108.08205" in card

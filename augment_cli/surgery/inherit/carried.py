@@ -35,7 +35,7 @@ def carry(model: nn.Module, plan: Plan, graph: ModelGraph) -> tuple[Inheritance,
     for site in plan.sites:
         norm, conv = norm_of.get(site.name), find_conv(model, site)
         score = importance(conv, model.get_submodule(norm) if norm else None)
-        kept[site.name] = keep_highest(score.tolist(), conv, site.out_channels - site.value_channels)
+        kept[site.name] = keep_highest(score.tolist(), conv, site.out_channels - site.given_up)
         records.append(record(site, score, kept[site.name]))
     apply_plan(model, plan, lambda name, conv, count: kept[name])
     return tuple(records)
@@ -46,8 +46,8 @@ def record(site: SitePlan, score: Tensor, kept: list[int]) -> Inheritance:
     share = score[kept].sum() / score.sum().clamp_min(torch.finfo(score.dtype).tiny)
     return Inheritance(
         name=site.name,
-        kind="exact" if not site.value_channels else "carried" if kept else "new",
+        kind="exact" if not site.given_up else "carried" if kept else "new",
         kept=len(kept),
-        given_up=site.value_channels,
+        given_up=site.given_up,
         share=round(min(float(share), 1.0), 6),
     )

@@ -138,12 +138,12 @@ def fit_sites(
     norms = {site.name: site.norm for site in graph.sites}
     model.eval()
     probes = {site.name: replacement(find_conv(model, site), site).eval() for site in plan.sites}
-    sites = [site for site in plan.sites if site.value_channels]
+    sites = [site for site in plan.sites if site.given_up]
     if not sites:
         return {}
     spread(model, {site.name: probes[site.name] for site in sites}, next(iter(calibration.fitting())))
     scales = fisher_roots(model, [site.name for site in sites], calibration.fitting())
-    passes, fits = _passes(sites), {}
+    passes, fits = _passes(sites, probes), {}
     count = len(calibration.images) - calibration.held
     for number, part in enumerate(passes):
         layers = {site.name: probes[site.name] for site in part}
@@ -162,11 +162,11 @@ def fit_sites(
     return fits
 
 
-def _passes(sites: list[SitePlan]) -> list[list[SitePlan]]:
+def _passes(sites: list[SitePlan], probes: dict[str, AAConv2d]) -> list[list[SitePlan]]:
     """Sites in parts whose sums fit _MOST_BYTES."""
     parts, size = [[]], 0
     for site in sites:
-        features = site.heads * site.in_channels
+        features = probes[site.name].heads * site.in_channels
         own = 2 * 8 * (features**2 + features * site.out_channels + site.out_channels**2)
         if parts[-1] and size + own > _MOST_BYTES:
             parts, size = [*parts, []], 0
@@ -177,16 +177,16 @@ def _passes(sites: list[SitePlan]) -> list[list[SitePlan]]:
 
 def _fit_site(site: SitePlan, conv: nn.Conv2d, probe: AAConv2d, centred: bool, fitting: Seen, scale: Tensor) -> Fit:
     """Projections for the filters that attention replaces best, from sums over images."""
-    rank, every = site.value_channels // site.heads, torch.arange(site.out_channels)
+    rank, every = probe.value_channels // probe.heads, torch.arange(site.out_channels)
     ridge = choose_ridge(*(half.targets(every, scale) for half in fitting.covariances(centred)), rank)
     sums = fitting.total()
     moments = sums.covariance(centred)
     given_up = every
-    while len(given_up) > site.value_channels:
+    while len(given_up) > site.given_up:
         heads = fit_heads(moments.targets(given_up, scale[given_up]), rank, ridge, sweeps=2)
         costs = torch.full((site.out_channels,), torch.inf)
         costs[given_up] = heads.errors(moments.targets(given_up, scale[given_up]))
-        count = max(site.value_channels, len(given_up) // 2 // conv.groups * conv.groups)
+        count = max(site.given_up, len(given_up) // 2 // conv.groups * conv.groups)
         kept = keep_highest(costs.tolist(), conv, site.out_channels - count)
         given_up = torch.tensor(sorted(set(range(site.out_channels)) - set(kept)))
     kept = sorted(set(range(site.out_channels)) - set(given_up.tolist()))

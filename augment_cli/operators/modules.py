@@ -1,0 +1,82 @@
+"""Layers made of a convolution: its filters, kernels and biases are taken over, what is added starts at random."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from augment_cli.analysis.graph import conv_padding
+from augment_cli.analysis.site import Size
+from augment_cli.layers import AAConv2d, AWConv2d, ScaledStandardize, Standardize
+from augment_cli.operators.aa import AASplit
+
+
+def select_filters(conv: nn.Conv2d, kept: list[int]) -> nn.Conv2d:
+    """A convolution of the same class and behaviour with some of the filters: every parameter cut along dimension 0."""
+    memo = {id(p): nn.Parameter(p.detach()[kept], p.requires_grad) for p in conv.parameters()}
+    selected = copy.deepcopy(conv, memo)
+    selected.out_channels = len(kept)
+    return selected
+
+
+def attend_kernel(conv: nn.Conv2d, reduction: int) -> AWConv2d:
+    """AWConv2d on a convolution's own kernel, bias and weight standardisation."""
+    new = AWConv2d(
+        conv.in_channels,
+        conv.out_channels,
+        conv.kernel_size,
+        reduction=reduction,
+        standardize=_standardization(conv),
+        **_like(conv),
+    )
+    new.weight, new.bias = conv.weight, conv.bias
+    return new
+
+
+def _like(conv: nn.Conv2d) -> dict[str, Any]:
+    """What a replacement has in common with a convolution."""
+    return {
+        "stride": conv.stride,
+        "padding": conv_padding(conv),
+        "dilation": conv.dilation,
+        "groups": conv.groups,
+        "bias": conv.bias is not None,
+        "device": conv.weight.device,
+        "dtype": conv.weight.dtype,
+    }
+
+
+def _standardization(conv: nn.Conv2d) -> Standardize | None:
+    if hasattr(conv, "gain"):
+        standardize = ScaledStandardize(conv.out_channels, conv.scale, conv.eps)
+        standardize.gain = conv.gain
+        return standardize
+    return Standardize(conv.eps) if hasattr(conv, "eps") else None
+
+
+def augment(conv: nn.Conv2d, branch: nn.Module, kept: list[int], resolution: Size, split: AASplit) -> AAConv2d:
+    """AAConv2d around a convolution branch, its output channels in the source's order."""
+    new = AAConv2d(
+        conv.in_channels,
+        conv.out_channels,
+        conv.kernel_size,
+        heads=split.heads,
+        key_channels=split.key_channels,
+        value_channels=split.value_channels,
+        resolution=resolution,
+        attention_pool=split.attention_pool,
+        reorder=True,
+        conv_layer=lambda *args, **kwargs: branch,
+        **_like(conv),
+    )
+    order = channel_order(kept, conv.out_channels)
+    new.channel_order.copy_(torch.tensor(order, device=new.channel_order.device))
+    return new
+
+
+def channel_order(kept: list[int], out_channels: int) -> list[int]:
+    """For each output channel its place in Concat[kept filters, attention]."""
+    given_up = sorted(set(range(out_channels)) - set(kept))
+    place = {channel: i for i, channel in enumerate([*kept, *given_up])}
+    return [place[channel] for channel in range(out_channels)]
