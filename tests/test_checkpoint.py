@@ -15,7 +15,7 @@ from augment_cli.checkpoint.files import save_weights
 from augment_cli.checkpoint.metadata import Metadata, read_metadata
 from augment_cli.errors import AugmentError
 from augment_cli.formats import METADATA_KEY
-from augment_cli.report.output import write_model
+from augment_cli.reporting.output import write_model
 from tests.conftest import graph_of, plan_of
 
 

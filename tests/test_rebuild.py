@@ -15,7 +15,7 @@ from augment_cli.analysis import source
 from augment_cli.checkpoint import rebuild
 from augment_cli.errors import AugmentError
 from augment_cli.layers import AAConv2d
-from augment_cli.report.output import write_model
+from augment_cli.reporting.output import write_model
 from tests.conftest import graph_of, plan_of
 
 

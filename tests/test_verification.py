@@ -11,7 +11,7 @@ from augment_cli.checkpoint.check import verify_file
 from augment_cli.errors import AugmentError
 from augment_cli.formats import METADATA_KEY
 from augment_cli.operators.aa import AA
-from augment_cli.report.output import write_model
+from augment_cli.reporting.output import write_model
 from tests.conftest import graph_of, plan_of
 
 

@@ -9,6 +9,7 @@ import inspect
 import math
 import re
 from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,7 +56,7 @@ def analyze(model: nn.Module, input_size: tuple[int, int, int]) -> ModelGraph:
     graph = trace(model)
     with CallRecorder(model) as calls, FlopCounterMode(display=False) as flops:
         shapes = propagate_shapes(model, graph, input_size)
-    sites = tuple(_sites(model, graph, calls, input_size))
+    sites = tuple(_sites(model, graph, calls))
     macs = flops.get_total_flops() // 2
     return ModelGraph(graph, input_size, shapes, sites, count_parameters(model), macs, _constants(model, graph))
 
@@ -67,6 +68,18 @@ def _constants(model: nn.Module, graph: fx.Graph) -> dict[str, Tensor]:
 
 def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
+
+
+def count_classes(model: nn.Module) -> int:
+    """How many classes a model tells apart; 0 for a feature extractor.
+
+    timm's models say so as `num_classes`; of others it is the width of the last linear layer.
+    """
+    known = getattr(model, "num_classes", None)
+    if isinstance(known, int):
+        return known
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    return linear[-1].out_features if linear else 0
 
 
 def meta_copy(model: nn.Module) -> nn.Module:
@@ -153,10 +166,10 @@ class CallRecorder:
         return record
 
 
-def _sites(model: nn.Module, graph: fx.Graph, calls: CallRecorder, input_size: tuple[int, int, int]):
+def _sites(model: nn.Module, graph: fx.Graph, calls: CallRecorder) -> Iterator[ConvSite]:
     convs = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
     order = [name for name in calls.sizes if name in convs] + [name for name in convs if name not in calls.sizes]
-    stage_of = _stages(model, graph)
+    stage_of = _stages(model, graph, calls)
     in_stem = _stem_matcher(model)
     norms = _following_norms(model, graph)
     image_readers = _image_readers(model, graph)
@@ -180,7 +193,7 @@ def _sites(model: nn.Module, graph: fx.Graph, calls: CallRecorder, input_size: t
             in_resolution=in_size,
             resolution=out_size,
             calls=len(sizes),
-            stage=stage_of(name, input_size, out_size),
+            stage=stage_of(name),
             block=blocks[name],
             block_index=seen[place],
             reads_image=name in image_readers,
@@ -218,28 +231,41 @@ def _block(model: nn.Module, name: str) -> str:
     return name
 
 
-def _stages(model: nn.Module, graph: fx.Graph):
+def _stages(model: nn.Module, graph: fx.Graph, calls: CallRecorder) -> Callable[[str], int]:
     """Stages are timm's feature levels, as features_only's out_indices count them: 0, 1, ...
 
-    A convolution belongs to the first level that is complete only after it. Models without levels count halvings of the
-    image instead.
+    A convolution belongs to the first level that is complete only after it. Models without levels count the sizes of
+    their convolutions' output maps, the largest first, as timm's levels do for the same architecture.
     """
     paths = [_path(node) for node in graph.nodes]
     infos = getattr(model, "feature_info", None) or []
     levels = [info.get("module") for info in infos if isinstance(info, dict)]
     ends = [max((i for i, p in enumerate(paths) if _within(p, level)), default=None) for level in levels if level]
-    first = {}
+    first: dict[str, int] = {}
     for i, path in enumerate(paths):
         first.setdefault(path, i)
+    by_size = _stages_by_size(calls)
 
-    def stage(name: str, input_size: tuple[int, int, int], size: Size) -> int:
+    def stage(name: str) -> int:
         # A convolution inside a leaf module takes the place of the leaf.
         index = next((first[p] for p in _ancestors(name) if p in first), None)
         if not ends or None in ends or index is None:
-            return round(math.log2(input_size[1] / size[0])) if size[0] else 0
-        return next((level for level, end in enumerate(ends) if index <= end), len(ends))
+            return by_size.get(name, 0)
+        return next((level for level, end in enumerate(ends) if end is not None and index <= end), len(ends))
 
     return stage
+
+
+def _stages_by_size(calls: CallRecorder) -> dict[str, int]:
+    """For each called convolution the rank of its map's size. Maps of one position, as in gates, rank with the last."""
+    outputs = {name: sizes[0][1] for name, sizes in calls.sizes.items()}
+    ranks = {
+        size: rank for rank, size in enumerate(sorted({*outputs.values()} - {(1, 1)}, key=math.prod, reverse=True))
+    }
+    stages, latest = {}, 0
+    for name, size in outputs.items():
+        latest = stages[name] = ranks.get(size, latest)
+    return stages
 
 
 def _path(node: fx.Node) -> str:

@@ -1,4 +1,4 @@
-"""The source: a model of timm's, by name, with or without weights."""
+"""The source: a model by a timm name, by the function that makes it, or as an object; with or without weights."""
 
 import hashlib
 import logging
@@ -6,13 +6,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import timm
 import torch
+from timm.models import get_model_args
 from torch import nn
 
 from augment_cli.analysis.arguments import freeze_arguments
+from augment_cli.analysis.functions import is_function, resolve
+from augment_cli.analysis.graph import meta_copy
 from augment_cli.analysis.guard import limited
 from augment_cli.analysis.weights import find_weights, misfit, read_checkpoint
 from augment_cli.bounds import MOST_SIDE
@@ -20,17 +23,21 @@ from augment_cli.errors import AugmentError, boundary, first_line, nearest
 from augment_cli.formats import ARCHITECTURE, METADATA_KEY, read_tensor_metadata
 from augment_cli.seeds import preserved, seeded
 
+Base = Literal["timm", "other"]
+
 
 @dataclass(frozen=True)
 class Source:
-    """A timm model by its registry name, what it is created with, and the images it is converted for.
+    """A model's name, what it is created with, and the images it is converted for.
 
-    `input_size` is (channels, height, width).
+    base: "timm" for a name in timm's registry; "other" for `package.module:function`, or an object's class, which
+    only the user can make again. input_size: (channels, height, width).
     """
 
     name: str
     args: dict[str, Any]
     input_size: tuple[int, int, int]
+    base: Base = "timm"
 
 
 def describe(
@@ -39,8 +46,9 @@ def describe(
     """A source and its model on the meta device: architecture and shapes without weights.
 
     Args:
-        name: timm's registry name, with or without a tag, or hf-hub:... or local-dir:... of a plain timm model.
-        args: keyword arguments for timm.create_model, JSON values.
+        name: timm's registry name, with or without a tag, hf-hub:... or local-dir:... of a plain timm model, or
+            `package.module:function`.
+        args: keyword arguments for timm.create_model or the function, JSON values.
         image_size: (height, width) to convert for; None takes the model's own.
 
     Raises:
@@ -49,6 +57,10 @@ def describe(
     args = dict(args or {})
     if image_size and not all(1 <= side <= MOST_SIDE for side in image_size):
         raise AugmentError(f"image size {'x'.join(map(str, image_size))}: a side is from 1 to {MOST_SIDE} pixels long")
+    if is_function(name):
+        with torch.device("meta"), seeded("shapes"):
+            model = _call(name, args)
+        return Source(name, args, _input_size(model, name, image_size), "other"), model
     with torch.device("meta"), seeded("shapes"):
         model = _create(name, args)
         if image_size and model.pretrained_cfg.get("fixed_input_size"):
@@ -61,6 +73,62 @@ def describe(
     return Source(_registry_name(name, model), args, (channels, *size)), model
 
 
+def describe_module(model: nn.Module, image_size: tuple[int, int] | None = None) -> tuple[Source, nn.Module]:
+    """A source that exists as an object, and its copy on the meta device.
+
+    A timm model whose architecture and arguments timm can make again keeps its name in timm's registry.
+
+    Raises:
+        AugmentError: a converted model, or one that does not say its image size, where none is given.
+    """
+    if hasattr(model, "augment_metadata"):
+        raise AugmentError(f"{type(model).__name__} is a converted model already: convert its source, or edit its plan")
+    meta_model, found = meta_copy(model), _as_timm(model)
+    if found is not None:
+        name, args = found
+        return Source(name, args, _input_size(model, name, image_size)), meta_model
+    name = f"{type(model).__module__}.{type(model).__qualname__}"
+    return Source(name, {}, _input_size(model, name, image_size), "other"), meta_model
+
+
+def _as_timm(model: nn.Module) -> tuple[str, dict[str, Any]] | None:
+    """The name and arguments under which timm makes a model with the same tensors; None where it does not."""
+    cfg = getattr(model, "pretrained_cfg", None)
+    if not isinstance(cfg, dict) or not timm.is_model(cfg.get("architecture") or ""):
+        return None
+    name = ".".join(filter(None, (cfg["architecture"], cfg.get("tag"))))
+    args = dict(get_model_args(model)) | {"num_classes": model.num_classes}
+    try:
+        freeze_arguments(args)
+        with torch.device("meta"), seeded("shapes"):
+            again = _create(name, args)
+    except (AugmentError, ValueError):
+        return None
+    shapes = ({key: tensor.shape for key, tensor in m.state_dict().items()} for m in (model, again))
+    return (name, args) if next(shapes) == next(shapes) else None
+
+
+def _input_size(model: nn.Module, name: str, image_size: tuple[int, int] | None) -> tuple[int, int, int]:
+    """(channels, height, width) of one image; the channels are those of the first convolution."""
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    known = cfg.get("input_size") if isinstance(cfg, dict) else None
+    if image_size is None and known is None:
+        raise AugmentError(f"{name} does not say how large its images are: give their size, `img_size=224`")
+    height, width = image_size or known[1:]
+    return (first.in_channels if first is not None else 3), height, width
+
+
+def _call(name: str, args: dict[str, Any]) -> nn.Module:
+    function = resolve(name)
+    given = f" with {str(args)[:300]}" if args else ""
+    with boundary(f"{name} makes no model{given}"):
+        model = function(**args)
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"it returns a {type(model).__name__}")
+    return model
+
+
 def create(source: Source, seed: int = 0, origin: str | None = None) -> nn.Module:
     """The source's model on the CPU, its weights random from the seed.
 
@@ -71,6 +139,10 @@ def create(source: Source, seed: int = 0, origin: str | None = None) -> nn.Modul
     """
     with preserved():
         torch.default_generator.manual_seed(seed)
+        if source.base == "other":
+            if origin is not None:
+                raise AugmentError(f"`pretrained` is for timm's models: give the arguments that {origin} takes")
+            return _call(source.name, source.args)
         if origin is None:
             return _create(source.name, source.args)
         try:

@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 from augment_cli.analysis.graph import analyze, count_parameters
 from augment_cli.checkpoint.files import load
 from augment_cli.checkpoint.metadata import read_metadata
+from augment_cli.checkpoint.rebuild import Base
 from augment_cli.errors import boundary
 from augment_cli.planning.plan import Plan
 
@@ -24,14 +25,25 @@ class Finding:
     passed: bool
 
 
-def verify_file(path: Path) -> list[Finding]:
-    """Everything checked of a converted model's file or folder.
+def verify_file(path: Path, base: Base | None = None) -> list[Finding]:
+    """Load a converted model's file or folder and check everything in it; `base` as for `load`.
 
     Raises:
         AugmentError: it cannot be loaded at all.
     """
-    plan = read_metadata(path).plan
-    model = load(path).eval()
+    return verify_model(load(path, base), read_metadata(path).plan)
+
+
+def verify_model(model: nn.Module, plan: Plan) -> list[Finding]:
+    """Recount a converted model, whole and site by site, and run it on an image. The model is left as it is."""
+    training = model.training
+    try:
+        return _findings(model.eval(), plan)
+    finally:
+        model.train(training)
+
+
+def _findings(model: nn.Module, plan: Plan) -> list[Finding]:
     findings = [
         _count("parameters", plan.params_after, count_parameters(model)),
         _count("multiply-adds", plan.macs_after, analyze(model, plan.input_size).macs),
@@ -62,10 +74,13 @@ if __name__ == "__main__":
     import json
     import sys
 
+    from augment_cli.analysis.functions import resolve
     from augment_cli.errors import AugmentError
 
     try:
-        print(json.dumps([asdict(finding) for finding in verify_file(Path(sys.argv[1]))]))
+        path, *bases = sys.argv[1:]
+        findings = verify_file(Path(path), resolve(bases[0]) if bases else None)
+        print(json.dumps([asdict(finding) for finding in findings]))
     except AugmentError as error:
         print(error, file=sys.stderr)
         sys.exit(2)

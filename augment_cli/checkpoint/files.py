@@ -45,8 +45,14 @@ def _sort_metadata(path: Path) -> None:
         file.write(text.ljust(size))
 
 
-def load(path: str | Path) -> nn.Module:
-    """The converted model of a file, or of a folder with `model.safetensors` in it: a timm model, in train mode.
+def load(path: str | Path, base: rebuild.Base | None = None) -> nn.Module:
+    """The converted model of a file, or of a folder with `model.safetensors` in it, in train mode.
+
+    A converted timm model comes back as a timm model. Of any other the file holds no code: `base` makes it.
+
+    Args:
+        base: the source's architecture, for a model that timm does not know: a module, which is left as it is, or a
+            function without arguments that makes one. Its weights do not matter.
 
     Raises:
         AugmentError: not a converted model's file, cut short, of a newer schema, or a plan or weights that do not fit.
@@ -54,9 +60,12 @@ def load(path: str | Path) -> nn.Module:
     from safetensors.torch import load_file
 
     metadata, file = read_metadata(Path(path)), weights_file(Path(path))
-    rebuild.check_weights(metadata.plan, file)
+    if metadata.plan.base == "timm":
+        rebuild.check_weights(metadata.plan, file)
     with boundary(f"{file} cannot be loaded"), seeded("load"):
-        model = rebuild.build(metadata.plan)
+        model = rebuild.build(metadata.plan, base)
+        if metadata.plan.base == "other":
+            rebuild.check_tensors(model, file)
         model.load_state_dict(load_file(file))
     model.augment_metadata = metadata
     return model

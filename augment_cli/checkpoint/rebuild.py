@@ -1,6 +1,7 @@
 """A converted model from its plan alone: built by timm's own machinery, whole or as a feature extractor."""
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import timm
 import torch
 from timm.models import build_model_with_cfg, get_pretrained_cfg
-from torch import nn
+from torch import Tensor, nn
 
 from augment_cli.analysis.guard import Limit, limited
 from augment_cli.checkpoint.metadata import WEIGHTS, parse_metadata
@@ -24,14 +25,36 @@ _SOURCES = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source
 _FEATURE_ARGUMENTS = ("out_indices", "feature_cls", "feature_cfg", "output_fmt")
 
 
-def build(plan: Plan) -> nn.Module:
-    """A plan's model, its weights random; a timm model of the architecture `augmented`.
+Base = nn.Module | Callable[[], nn.Module]
+"""A model that timm does not know, or a function that makes it."""
+
+
+def build(plan: Plan, base: Base | None = None) -> nn.Module:
+    """A plan's model, its weights random; of a timm model one of the architecture `augmented`.
+
+    Args:
+        base: for a plan whose base is not timm's: the source's architecture, which is left as it is.
 
     Raises:
-        AugmentError: the base is not a model of timm's registry, or the plan does not fit it.
+        AugmentError: the base is not a model of timm's registry and none is given, or the plan does not fit it.
     """
+    if plan.base == "other":
+        return _on_base(plan, base)
+    if base is not None:
+        raise AugmentError(f"{plan.model} is a model of timm, which makes it again: leave out `base`")
     with boundary(f"{plan.model} cannot be built by its plan"):
         return timm.create_model(ARCHITECTURE, **_arguments(plan))
+
+
+def _on_base(plan: Plan, base: Base | None) -> nn.Module:
+    if base is None:
+        raise AugmentError(
+            f"{plan.model} is not a model of timm: give the model, or a function that makes it, as `base=`"
+        )
+    with boundary(f"the base of {plan.model}"):
+        model = copy.deepcopy(base) if isinstance(base, nn.Module) else base()
+        apply_plan(model, plan)
+    return model
 
 
 def _arguments(plan: Plan) -> dict[str, Any]:
@@ -47,17 +70,33 @@ def check_fit(file: Path, arguments: dict[str, Any]) -> None:
     Raises:
         AugmentError: the model cannot be built, or has other tensors than the file.
     """
+    found = _shapes_in(file)
+    try:
+        with limited("the model", Limit.of(found.values())), seeded("shapes"), torch.device("meta"):
+            state = timm.create_model(ARCHITECTURE, **arguments).state_dict()
+    except Exception as error:  # timm's, of its constructors and of a configuration that it cannot read
+        raise AugmentError(f"{file}: {first_line(error)}") from error
+    _compare(file, found, state)
+
+
+def check_tensors(model: nn.Module, file: Path) -> None:
+    """Hold a model against the tensors of a file.
+
+    Raises:
+        AugmentError: it has others than the file.
+    """
+    _compare(file, _shapes_in(file), model.state_dict())
+
+
+def _shapes_in(file: Path) -> dict[str, tuple[int, ...]]:
     from safetensors import safe_open
 
     with boundary(f"{file} cannot be read"), safe_open(file, "numpy") as opened:
-        found = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
-    try:
-        with limited("the model", Limit.of(found.values())), seeded("shapes"), torch.device("meta"):
-            expected = {
-                name: tuple(t.shape) for name, t in timm.create_model(ARCHITECTURE, **arguments).state_dict().items()
-            }
-    except Exception as error:  # timm's, of its constructors and of a configuration that it cannot read
-        raise AugmentError(f"{file}: {first_line(error)}") from error
+        return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+
+
+def _compare(file: Path, found: dict[str, tuple[int, ...]], state: dict[str, Tensor]) -> None:
+    expected = {name: tuple(tensor.shape) for name, tensor in state.items()}
     wrong = [name for name in sorted(expected.keys() | found) if expected.get(name) != found.get(name)]
     if wrong:
         name = wrong[0]
@@ -68,12 +107,14 @@ def check_fit(file: Path, arguments: dict[str, Any]) -> None:
 
 
 def check_weights(plan: Plan, file: Path) -> None:
-    """Hold a plan against the tensors of its file, as `check_fit` does."""
+    """Hold the plan of a timm model against the tensors of its file, as `check_fit` does."""
     check_fit(file, _arguments(plan))
 
 
 def adopt(model: nn.Module, plan: Plan) -> None:
-    """Make a model that was converted in memory the same to timm as one built from its plan."""
+    """Make a timm model that was converted in memory the same to timm as one built from its plan."""
+    if plan.base == "other":
+        return
     model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, "architecture": ARCHITECTURE}
     model._model_args = {**getattr(model, "_model_args", {}), "plan": plan.model_dump(mode="json", by_alias=True)}
 
@@ -109,7 +150,7 @@ def _checked(plan: dict[str, Any] | None) -> Plan:
         raise AugmentError(f"{ARCHITECTURE} is the architecture of converted models: load one, or give its plan")
     plan = validate_plan(plan, "the plan")
     base = plan.model.partition(".")[0]
-    if not timm.is_model(base) or base == ARCHITECTURE:
+    if plan.base != "timm" or not timm.is_model(base) or base == ARCHITECTURE:
         raise AugmentError(f"the plan's base {plan.model!r} is not in timm's registry")
     return plan
 

@@ -71,7 +71,7 @@ def convert(
     augment convert resnet50 --recipe aa-resnet --set budget.params=keep --pretrained -o resnet50-aa
     """
     from augment_cli import specs
-    from augment_cli.report.output import check_target, write_model
+    from augment_cli.reporting.output import check_target, write_model
 
     if pretrained and checkpoint:
         raise AugmentError("--pretrained and --checkpoint both name weights: give one of them")
@@ -99,8 +99,8 @@ def convert(
         from augment_cli.analysis import source
         from augment_cli.analysis.graph import analyze
         from augment_cli.planning.plan import make_plan
-        from augment_cli.report import Report
-        from augment_cli.report.table import table
+        from augment_cli.reporting import Report
+        from augment_cli.reporting.table import table
         from augment_cli.surgery import replace
         from augment_cli.surgery.calibration import load_images
 

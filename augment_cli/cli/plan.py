@@ -78,7 +78,7 @@ def plan(
         found = _measure(described, meta_model, graph, settings, images, origin, checkpoint, ema)
         made, solution = make_plan(described.name, graph, settings, described.args, found)
         if plot:
-            from augment_cli.report.sensitivity import draw
+            from augment_cli.reporting.sensitivity import draw
 
             draw(made, plot)
             common.say(f"wrote {plot}")
@@ -100,8 +100,8 @@ def _fitted(given: "Plan", file: Path) -> "Plan":
 
 
 def _show(plan: "Plan", as_json: bool, full: bool) -> None:
-    from augment_cli.report import Report
-    from augment_cli.report.table import table
+    from augment_cli.reporting import Report
+    from augment_cli.reporting.table import table
 
     if as_json:
         common.echo(plan.to_json())

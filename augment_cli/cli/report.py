@@ -47,8 +47,8 @@ def report(
     from augment_cli.checkpoint.metadata import read_metadata, weights_file
     from augment_cli.files import check_output, write_file
     from augment_cli.planning.plan import read_plan
-    from augment_cli.report import FORMATS, Report
-    from augment_cli.report.table import plain_table, table
+    from augment_cli.reporting import FORMATS, Report
+    from augment_cli.reporting.table import plain_table, table
 
     form = _format(form, output)
     is_plan = path.suffix == ".json"

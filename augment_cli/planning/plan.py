@@ -172,10 +172,13 @@ class Skipped(_Frozen):
 class Plan(_Frozen):
     """What a model becomes. `macs` are multiply-adds of one image of `input_size`; FLOPs are twice as many.
 
+    `base` says who makes the model: timm, by its name and arguments, or the user, for whom `model` is a description.
+
     `params_after` and `macs_after` are always summed from the sites: a number given for them is not believed.
     """
 
     schema_number: Annotated[Literal[1], Field(alias="schema")] = SCHEMA
+    base: Literal["timm", "other"] = "timm"
     model: Name
     model_args: Arguments = ()
     input_size: tuple[Channels, Side, Side]
@@ -191,8 +194,10 @@ class Plan(_Frozen):
 
     @field_validator("model")
     @classmethod
-    def _is_no_address(cls, value: str) -> str:
-        if ":" in value:  # hf-hub:... and local-dir:... make timm read other files, or the network
+    def _is_no_address(cls, value: str, info: ValidationInfo) -> str:
+        if (
+            info.data.get("base") == "timm" and ":" in value
+        ):  # hf-hub:... and local-dir:... make timm read other files, or the network
             raise ValueError(f"{value!r} is not in timm's registry")
         return value
 
@@ -242,11 +247,12 @@ def make_plan(
     recipe: Recipe,
     model_args: dict[str, Any] | None = None,
     sensitivity: dict[str, Sensitivity] | None = None,
+    base: Literal["timm", "other"] = "timm",
 ) -> tuple[Plan, Solution]:
     """The plan of a recipe for a model: sites selected, budget solved.
 
     Args:
-        model: its name in timm's registry.
+        model: its name in timm's registry, or a description where `base` is "other".
         graph: the analysed model.
         model_args: what the model is created with besides its name; JSON values.
         sensitivity: of every chosen site, by name; the budget's program then puts attention where it changes the
@@ -260,6 +266,7 @@ def make_plan(
     solution = solve(selection.chosen, recipe, Counts(graph.params, graph.macs), losses)
     sites = tuple(_site_plan(site, split, recipe.operator, found.get(site.name)) for site, split in solution.splits)
     plan = Plan(
+        base=base,
         model=model,
         model_args=model_args or {},
         input_size=graph.input_size,

@@ -2,13 +2,16 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from augment_cli.analysis.graph import count_classes
 from augment_cli.dataset import ImageStream, open_dataset
-from augment_cli.errors import AugmentError
+from augment_cli.errors import AugmentError, boundary
 from augment_cli.surgery.records import Fidelity
 
 FEWEST = 20
@@ -17,7 +20,7 @@ _BATCH = 32
 
 @dataclass(frozen=True)
 class Calibration:
-    """Images as bytes, (N, C, H, W), with what brings them to a model's input; the last fifth is held out of fits."""
+    """Images (N, C, H, W), the last fifth held out of fits: bytes, to be normalised, or floats as they are."""
 
     images: Tensor
     mean: tuple[float, ...]
@@ -37,6 +40,9 @@ class Calibration:
         return self._batches(self.images[len(self.images) - self.held :])
 
     def _batches(self, images: Tensor) -> Iterator[Tensor]:
+        if images.is_floating_point():
+            yield from images.split(_BATCH)
+            return
         mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
         for batch in images.split(_BATCH):
             yield (batch.float() / 255 - mean) / std
@@ -55,21 +61,62 @@ def load_images(
     Raises:
         AugmentError: nothing there, or too few images.
     """
-    from timm.data import create_transform, resolve_data_config
-
     if count < FEWEST:
         raise AugmentError(
-            f"--calibrate-images {count}: a fit needs {FEWEST} images at least, a few hundred to be good"
+            f"`calibrate_images={count}`: a fit needs {FEWEST} images at least, a few hundred to be good"
         )
-    config = resolve_data_config({"input_size": input_size}, model=model)
     data = open_dataset(spec, labels=False, on_corrupt="skip", channels=input_size[0], seed=seed)
-    data.transform = create_transform(**{**config, "input_size": input_size}, is_training=False, normalize=False)
+    data.transform, mean, std = _transform(model, input_size)
     images = list(_drawn(data, count, seed))
-    if len(images) < FEWEST:
-        raise AugmentError(f"{spec} has {len(images)} images: a fit needs {FEWEST} at least, a few hundred to be good")
-    channels = input_size[0]
-    mean, std = (_for_channels(config[key], channels) for key in ("mean", "std"))
+    _check_enough(len(images), spec)
     return Calibration(torch.stack(images), mean, std, spec)
+
+
+def gather_images(
+    images: Any, model: nn.Module, input_size: tuple[int, int, int], count: int = 512, seed: int = 0
+) -> Calibration:
+    """Calibration images from whatever holds them.
+
+    Args:
+        images: a spec or path as for `load_images`; a tensor (N, C, H, W), of bytes or of floats as the model takes
+            them; or a torch data set or other iterable of such images (C, H, W) or PIL images, alone or before a label.
+        model, input_size, count, seed: as for `load_images`.
+
+    Raises:
+        AugmentError: none of these, too few images, or images of another size than the model's.
+    """
+    if isinstance(images, (str, Path)):
+        return load_images(str(images), model, input_size, count, seed)
+    transform, mean, std = _transform(model, input_size)
+    if isinstance(images, Tensor):
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:count]
+        stacked = images[order]
+    else:
+        with boundary("`calibrate`"):
+            items = (item[0] if isinstance(item, (tuple, list)) else item for item in islice(images, count))
+            stacked = torch.stack([item if isinstance(item, Tensor) else transform(item) for item in items])
+    if tuple(stacked.shape[1:]) != input_size:
+        size, wanted = ("x".join(map(str, shape)) for shape in (stacked.shape[1:], input_size))
+        raise AugmentError(f"`calibrate` has images of {size}, and the model takes {wanted}")
+    _check_enough(len(stacked), "`calibrate`")
+    if stacked.is_floating_point():
+        return Calibration(stacked, (), (), "given")
+    return Calibration(stacked, mean, std, "given")
+
+
+def _transform(model: nn.Module, input_size: tuple[int, int, int]) -> tuple[Any, tuple[float, ...], tuple[float, ...]]:
+    """timm's evaluation transform to bytes for a model, and its mean and standard deviation."""
+    from timm.data import create_transform, resolve_data_config
+
+    config = resolve_data_config({"input_size": input_size}, model=model)
+    transform = create_transform(**{**config, "input_size": input_size}, is_training=False, normalize=False)
+    mean, std = (_for_channels(config[key], input_size[0]) for key in ("mean", "std"))
+    return transform, mean, std
+
+
+def _check_enough(count: int, origin: str) -> None:
+    if count < FEWEST:
+        raise AugmentError(f"{origin} has {count} images: a fit needs {FEWEST} at least, a few hundred to be good")
 
 
 def _drawn(data: Any, count: int, seed: int) -> Iterator[Tensor]:
@@ -90,7 +137,7 @@ def _for_channels(values: tuple[float, ...], channels: int) -> tuple[float, ...]
 @torch.no_grad()
 def predictions(model: nn.Module, calibration: Calibration) -> Tensor | None:
     """A model's log-probabilities on the held-out images, (n, classes); None where it has no classes."""
-    if not getattr(model, "num_classes", 0):
+    if not count_classes(model):
         return None
     training = model.training
     model.eval()

@@ -131,7 +131,7 @@ def write_confusion(result: Result, path: Path) -> None:
 def _write_csv(path: Path, result: Result) -> None:
     import csv
 
-    from augment_cli.report.text import cell
+    from augment_cli.reporting.text import cell
 
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")

@@ -20,7 +20,7 @@ from augment_cli.errors import AugmentError
 from augment_cli.files import read_text, write_folder
 from augment_cli.formats import ARCHITECTURE
 from augment_cli.planning.plan import Plan, fit_plan
-from augment_cli.report.output import write_config, write_model
+from augment_cli.reporting.output import write_config, write_model
 from augment_cli.seeds import seed_all
 
 FINETUNED = "fine-tuned on"

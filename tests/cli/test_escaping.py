@@ -11,8 +11,8 @@ from rich.text import Text
 
 from augment_cli.cli import common
 from augment_cli.console import Terminal
-from augment_cli.report import FORMATS, Report
-from augment_cli.report.text import cell
+from augment_cli.reporting import FORMATS, Report
+from augment_cli.reporting.text import cell
 from augment_cli.terminal import echo, plain, say
 from tests.cli.helpers import ok, run
 from tests.conftest import plan_of

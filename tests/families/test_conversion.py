@@ -19,7 +19,7 @@ from augment_cli.analysis import source
 from augment_cli.analysis.graph import ModelGraph, analyze
 from augment_cli.planning.plan import Plan, make_plan
 from augment_cli.planning.recipe import load_recipe
-from augment_cli.report.output import write_model
+from augment_cli.reporting.output import write_model
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,9 @@ from augment_cli.analysis.graph import analyze
 from augment_cli.checkpoint.metadata import read_metadata
 from augment_cli.planning.plan import fit_plan, make_plan, parse_plan, read_plan
 from augment_cli.planning.recipe import builtin_recipes, load_recipe
-from augment_cli.report import FORMATS, Report
-from augment_cli.report.output import write_model
-from augment_cli.report.table import plain_table
+from augment_cli.reporting import FORMATS, Report
+from augment_cli.reporting.output import write_model
+from augment_cli.reporting.table import plain_table
 from augment_cli.surgery import replace
 from augment_cli.training.run import read_saved
 from augment_cli.training.settings import Settings, read_settings

@@ -10,7 +10,7 @@ from augment_cli.analysis import source
 from augment_cli.analysis.graph import analyze
 from augment_cli.planning.plan import make_plan
 from augment_cli.planning.recipe import load_recipe
-from augment_cli.report.output import write_model
+from augment_cli.reporting.output import write_model
 from tests.interop.models import RECIPES, converted, images, replaced
 
 

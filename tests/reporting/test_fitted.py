@@ -8,12 +8,12 @@ import pytest
 
 from augment_cli.checkpoint.metadata import Metadata
 from augment_cli.planning.plan import Plan
-from augment_cli.report import Report, model_card
-from augment_cli.report.html import to_html
-from augment_cli.report.table import plain_table
-from augment_cli.report.text import to_csv, to_json, to_markdown
+from augment_cli.reporting import Report, model_card
+from augment_cli.reporting.html import to_html
+from augment_cli.reporting.table import plain_table
+from augment_cli.reporting.text import to_csv, to_json, to_markdown
 from augment_cli.surgery.records import Fidelity, Inheritance
-from tests.report.conftest import metadata
+from tests.reporting.conftest import metadata
 
 SENTENCE = "98.5% of 102 held-out calibration images"
 

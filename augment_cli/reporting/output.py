@@ -1,4 +1,4 @@
-"""What a conversion leaves on disk: the file alone, or a folder for timm with its reports and a model card.
+"""A converted model on disk: the file alone, or a folder for timm with its reports and a model card.
 
 Imports torch and timm only to write.
 """
@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 from augment_cli.checkpoint.metadata import WEIGHTS, Metadata, read_metadata
 from augment_cli.errors import AugmentError
 from augment_cli.files import check_output, check_place, recover, write_file, write_folder
-from augment_cli.report import FORMATS, Report
-from augment_cli.report.card import model_card
+from augment_cli.reporting import FORMATS, Report
+from augment_cli.reporting.card import model_card
 
 if TYPE_CHECKING:
     from torch import nn
@@ -107,7 +107,8 @@ def _fill(folder: Path, model: "nn.Module", metadata: Metadata) -> None:
 
     report = Report.of(metadata.plan, metadata)
     save_weights(model, metadata, folder / WEIGHTS)
-    write_config(model, metadata.plan.input_size, folder)
+    if metadata.plan.base == "timm":
+        write_config(model, metadata.plan.input_size, folder)
     (folder / "plan.json").write_text(metadata.plan.to_json() + "\n", encoding="utf-8")
     (folder / "README.md").write_text(model_card(report), encoding="utf-8")
     for form in ("json", "html"):

@@ -5,11 +5,11 @@ Imports neither torch nor timm.
 
 from collections.abc import Callable
 
-from augment_cli.report.card import model_card
-from augment_cli.report.html import to_html
-from augment_cli.report.numbers import Report
-from augment_cli.report.table import table
-from augment_cli.report.text import to_csv, to_json, to_markdown
+from augment_cli.reporting.card import model_card
+from augment_cli.reporting.html import to_html
+from augment_cli.reporting.numbers import Report
+from augment_cli.reporting.table import table
+from augment_cli.reporting.text import to_csv, to_json, to_markdown
 
 FORMATS: dict[str, Callable[[Report], str]] = {
     "json": to_json,

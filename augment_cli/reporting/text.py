@@ -8,10 +8,10 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
-from augment_cli.report.folding import fold_names
-from augment_cli.report.numbers import Change, Limit, Report, SiteRow
-from augment_cli.report.provenance import fidelity
-from augment_cli.report.units import UNITS, amount, counted, error, kernel, percent, share, signed_amount, size
+from augment_cli.reporting.folding import fold_names
+from augment_cli.reporting.numbers import Change, Limit, Report, SiteRow
+from augment_cli.reporting.provenance import fidelity
+from augment_cli.reporting.units import UNITS, amount, counted, error, kernel, percent, share, signed_amount, size
 from augment_cli.terminal import plain
 
 SCHEMA = 1
@@ -22,6 +22,7 @@ def to_json(report: Report) -> str:
     recipe = report.recipe
     data = {
         "schema": SCHEMA,
+        "base": report.base,
         "model": report.model,
         "model_args": report.model_args,
         "input_size": report.input_size,

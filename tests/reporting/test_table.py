@@ -3,9 +3,9 @@ import io
 import pytest
 from rich.console import Console
 
-from augment_cli.report import Report, table
-from augment_cli.report.table import plain_table
-from tests.report.conftest import attended, plan
+from augment_cli.reporting import Report, table
+from augment_cli.reporting.table import plain_table
+from tests.reporting.conftest import attended, plan
 
 
 def shown(report: Report, width: int = 80, full: bool = False, **console) -> str:

@@ -4,9 +4,9 @@ import pytest
 
 from augment_cli.operators.aa_aw import AAAWSplit
 from augment_cli.planning.recipe import load_recipe
-from augment_cli.report import Report, model_card
-from augment_cli.report.card import base_model
-from tests.report.conftest import attended, metadata, plan, site
+from augment_cli.reporting import Report, model_card
+from augment_cli.reporting.card import base_model
+from tests.reporting.conftest import attended, metadata, plan, site
 
 
 def front_matter(card: str) -> dict[str, object]:

@@ -5,9 +5,9 @@ import pytest
 
 from augment_cli.planning.plan import Plan
 from augment_cli.planning.recipe import Budget, load_recipe
-from augment_cli.report import Report
-from augment_cli.report.numbers import Change
-from tests.report.conftest import attended, metadata, plan, site
+from augment_cli.reporting import Report
+from augment_cli.reporting.numbers import Change
+from tests.reporting.conftest import attended, metadata, plan, site
 
 
 def test_sites_add_up_to_the_change_of_the_model(report: Report):
@@ -92,6 +92,6 @@ def test_a_recipe_is_known_by_its_hash():
 
 
 def test_reports_need_neither_torch_nor_timm():
-    code = "import sys, augment_cli.report; print({'torch', 'timm', 'scipy'} & sys.modules.keys() or 'none')"
+    code = "import sys, augment_cli.reporting; print({'torch', 'timm', 'scipy'} & sys.modules.keys() or 'none')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "none"

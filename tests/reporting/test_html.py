@@ -3,10 +3,10 @@ from html.parser import HTMLParser
 
 import pytest
 
-from augment_cli.report import Report
-from augment_cli.report.html import to_html
-from augment_cli.report.markup import Markup, tag
-from tests.report.conftest import attended, metadata, plan, site
+from augment_cli.reporting import Report
+from augment_cli.reporting.html import to_html
+from augment_cli.reporting.markup import Markup, tag
+from tests.reporting.conftest import attended, metadata, plan, site
 
 VOID = {"meta", "br"}
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from augment_cli.planning.plan import Plan
 from augment_cli.planning.recipe import Paper, builtin_recipes, load_recipe
-from augment_cli.report.units import share
+from augment_cli.reporting.units import share
 from augment_cli.surgery.records import Fidelity
 
 TRUST_TERMS = (

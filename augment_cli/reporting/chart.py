@@ -2,10 +2,10 @@
 
 from collections.abc import Callable
 
-from augment_cli.report.folding import Line
-from augment_cli.report.markup import Markup, minus, tag
-from augment_cli.report.numbers import Change
-from augment_cli.report.units import amount, counted, percent
+from augment_cli.reporting.folding import Line
+from augment_cli.reporting.markup import Markup, minus, tag
+from augment_cli.reporting.numbers import Change
+from augment_cli.reporting.units import amount, counted, percent
 
 _WIDTH, _ROW, _BAR, _LABEL = 480, 38, 6, 40
 

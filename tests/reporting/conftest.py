@@ -7,7 +7,7 @@ from augment_cli.operators.aa import AASplit
 from augment_cli.operators.aw import AWSplit
 from augment_cli.planning.plan import Plan, SitePlan, Skipped
 from augment_cli.planning.recipe import Budget, load_recipe
-from augment_cli.report import Report
+from augment_cli.reporting import Report
 from augment_cli.surgery.records import Inheritance
 
 HOSTILE = "<script>alert(1)</script>|`[red]x[/red]`\x1b[31m"

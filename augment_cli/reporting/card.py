@@ -4,11 +4,11 @@ import re
 from collections.abc import Iterator
 
 from augment_cli.operators import get_operator
-from augment_cli.report.folding import Line, fold
-from augment_cli.report.numbers import Report
-from augment_cli.report.provenance import TRUST_TERMS, fidelity
-from augment_cli.report.text import code, escape, markdown_table, totals_table
-from augment_cli.report.units import counted, error, percent, share, size, span
+from augment_cli.reporting.folding import Line, fold
+from augment_cli.reporting.numbers import Report
+from augment_cli.reporting.provenance import TRUST_TERMS, fidelity
+from augment_cli.reporting.text import code, escape, markdown_table, totals_table
+from augment_cli.reporting.units import counted, error, percent, share, size, span
 
 _TAGGED = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)+")
 
@@ -24,7 +24,7 @@ def model_card(report: Report) -> str:
         _what(report),
         *_warning(report),
         "## Loading",
-        _LOADING,
+        _LOADING if report.base == "timm" else _LOADING_ON_BASE,
         "## What it costs",
         totals_table(report),
         f"Multiply-adds are those of one image of {size(report.input_size)}; FLOPs = 2 x multiply-adds.",
@@ -57,10 +57,22 @@ model = augment_cli.load("model.safetensors")
 Either gives a timm model, with timm's usual methods."""
 
 
+_LOADING_ON_BASE = """The file holds no code. With augment-cli installed, from this folder, here called `DIR`, and a function
+`make_source` that makes the source's architecture:
+
+```python
+import augment_cli
+
+model = augment_cli.load("DIR", base=make_source)
+```"""
+
+
 def _front_matter(report: Report) -> str:
     base = base_model(report)
-    lines = ["library_name: timm", *([f"base_model: {base}"] if base else [])]
-    return "\n".join(["---", *lines, "tags:", "- image-classification", "- timm", "- augment-cli", "---"])
+    timm = report.base == "timm"
+    lines = ["library_name: timm" if timm else "library_name: pytorch", *([f"base_model: {base}"] if base else [])]
+    tags = ["- image-classification", "- timm", "- augment-cli"] if timm else ["- augment-cli"]
+    return "\n".join(["---", *lines, "tags:", *tags, "---"])
 
 
 def base_model(report: Report) -> str | None:
@@ -71,9 +83,10 @@ def base_model(report: Report) -> str | None:
 
 def _what(report: Report) -> str:
     arguments = ", ".join(f"{key}={value}" for key, value in report.model_args.items())
+    whose = "timm's " if report.base == "timm" else ""
     created = f" (created with {code(arguments)})" if arguments else ""
     return (
-        f"timm's {code(report.model)}{created} with {len(report.sites)} of "
+        f"{whose}{code(report.model)}{created} with {len(report.sites)} of "
         f"{counted(report.convolutions, 'convolution')} replaced: {report.becomes}. "
         f"Converted for images of {size(report.input_size[1:])}."
     )

@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from augment_cli.report.chart import bar_chart, direction
-from augment_cli.report.folding import overview
-from augment_cli.report.markup import DASH, TIMES, Markup, join, minus, tag
-from augment_cli.report.numbers import Change, Limit, Report, SkippedGroup
-from augment_cli.report.provenance import TRUST_TERMS
-from augment_cli.report.sites_table import sites_table
-from augment_cli.report.units import amount, counted, error, percent, share, signed_amount, span
+from augment_cli.reporting.chart import bar_chart, direction
+from augment_cli.reporting.folding import overview
+from augment_cli.reporting.markup import DASH, TIMES, Markup, join, minus, tag
+from augment_cli.reporting.numbers import Change, Limit, Report, SkippedGroup
+from augment_cli.reporting.provenance import TRUST_TERMS
+from augment_cli.reporting.sites_table import sites_table
+from augment_cli.reporting.units import amount, counted, error, percent, share, signed_amount, span
 
 _MOST_BARS = 30
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"

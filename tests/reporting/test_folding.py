@@ -1,10 +1,10 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from augment_cli.report import Report
-from augment_cli.report.folding import by_module, fold, fold_names, overview
-from augment_cli.report.numbers import Change
-from tests.report.conftest import attended, plan, site
+from augment_cli.reporting import Report
+from augment_cli.reporting.folding import by_module, fold, fold_names, overview
+from augment_cli.reporting.numbers import Change
+from tests.reporting.conftest import attended, plan, site
 
 
 def labels(*sites) -> list[str]:

@@ -11,10 +11,10 @@ from rich.table import Table
 from rich.text import Text
 
 from augment_cli.console import Terminal
-from augment_cli.report.folding import Line, fold, fold_names, unfolded
-from augment_cli.report.numbers import Change, Limit, Report
-from augment_cli.report.provenance import fidelity
-from augment_cli.report.units import (
+from augment_cli.reporting.folding import Line, fold, fold_names, unfolded
+from augment_cli.reporting.numbers import Change, Limit, Report
+from augment_cli.reporting.provenance import fidelity
+from augment_cli.reporting.units import (
     amount,
     counted,
     divergence,

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from augment_cli.report import FORMATS, Report
-from augment_cli.report.text import code, escape, to_csv, to_json, to_markdown
-from augment_cli.report.units import amount, percent, share, span
-from tests.report.conftest import HOSTILE, metadata, plan, site
+from augment_cli.reporting import FORMATS, Report
+from augment_cli.reporting.text import code, escape, to_csv, to_json, to_markdown
+from augment_cli.reporting.units import amount, percent, share, span
+from tests.reporting.conftest import HOSTILE, metadata, plan, site
 
 
 def test_json_has_the_numbers_as_numbers(report: Report):

@@ -3,10 +3,10 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from augment_cli.report.chart import direction
-from augment_cli.report.markup import DASH, TIMES, Markup, minus, tag
-from augment_cli.report.numbers import Change, Report, SiteRow
-from augment_cli.report.units import amount, error, kernel, percent, share, size
+from augment_cli.reporting.chart import direction
+from augment_cli.reporting.markup import DASH, TIMES, Markup, minus, tag
+from augment_cli.reporting.numbers import Change, Report, SiteRow
+from augment_cli.reporting.units import amount, error, kernel, percent, share, size
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,11 @@ from typing import Any
 
 from augment_cli.analysis.site import Size
 from augment_cli.checkpoint.metadata import Metadata
+from augment_cli.errors import AugmentError, nearest
 from augment_cli.operators import Operator, Split, get_operator
 from augment_cli.planning.plan import Plan, Sensitivity, SitePlan
 from augment_cli.planning.recipe import resolve_amount
-from augment_cli.report.provenance import RecipeOrigin
+from augment_cli.reporting.provenance import RecipeOrigin
 from augment_cli.surgery.records import Fidelity, Inheritance
 
 
@@ -129,6 +130,7 @@ class SkippedGroup:
 class Report:
     """What a plan makes of a model, in numbers. What only a converted model has is None without metadata."""
 
+    base: str
     model: str
     model_args: dict[str, Any]
     input_size: tuple[int, int, int]
@@ -152,6 +154,7 @@ class Report:
         params = Change(plan.params_before, plan.params_after)
         macs = Change(plan.macs_before, plan.macs_after)
         return cls(
+            base=plan.base,
             model=plan.model,
             model_args=dict(plan.model_args),
             input_size=plan.input_size,
@@ -168,6 +171,27 @@ class Report:
             versions=dict(metadata.versions) if metadata else {},
             fidelity=metadata.fidelity if metadata else None,
         )
+
+    def __str__(self) -> str:
+        """The table that `augment report` shows."""
+        from augment_cli.reporting.table import plain_table
+
+        return plain_table(self)
+
+    def to(self, form: str) -> str:
+        """The report as "json", "csv", "markdown" or "html"; the last is a page of its own.
+
+        Raises:
+            AugmentError: no such form.
+        """
+        from augment_cli.reporting import FORMATS
+
+        if form not in FORMATS:
+            raise AugmentError(f"no report as {form}{nearest(form, FORMATS)}")
+        return FORMATS[form](self)
+
+    def _repr_markdown_(self) -> str:
+        return self.to("markdown")
 
     @property
     def flops(self) -> Change:

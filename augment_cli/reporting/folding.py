@@ -8,7 +8,7 @@ from itertools import pairwise
 from math import prod
 
 from augment_cli.planning.plan import natural
-from augment_cli.report.numbers import Change, SiteRow
+from augment_cli.reporting.numbers import Change, SiteRow
 
 # Numbers as one would count them: those with leading zeros stay part of the name.
 _NUMBER = re.compile(r"(?<!\d)(0|[1-9]\d{0,8})(?!\d)", re.ASCII)

@@ -1,0 +1,208 @@
+"""The Python API: plan, convert, save, check and report, with the names of the command line's commands.
+
+A model is the name of a timm model, `package.module:function`, or a torch.nn.Module that torch.fx can trace. No call
+changes the caller's random state, loggers or signal handlers.
+"""
+
+import copy
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from augment_cli.analysis import source
+from augment_cli.analysis.graph import ModelGraph, analyze
+from augment_cli.checkpoint.check import Finding, verify_file, verify_model
+from augment_cli.checkpoint.metadata import Metadata, read_metadata
+from augment_cli.conversion import check_fittable, operate
+from augment_cli.errors import AugmentError
+from augment_cli.planning.plan import Plan, check_budget, fit_plan, make_plan, read_plan
+from augment_cli.planning.recipe import Recipe, load_recipe
+from augment_cli.reporting import Report
+from augment_cli.reporting.output import check_target, write_model
+from augment_cli.seeds import preserved
+from augment_cli.surgery import replace
+from augment_cli.surgery.calibration import Calibration, gather_images
+
+if TYPE_CHECKING:
+    from augment_cli.checkpoint.rebuild import Base
+
+Model = str | nn.Module
+Size = int | tuple[int, int] | tuple[int, int, int]
+
+
+def plan(
+    model: Model, recipe: str | Recipe = "aa", *overrides: str, input_size: Size | None = None, **args: Any
+) -> Plan:
+    """What each convolution of a model would become. Needs no weights and computes nothing on images.
+
+    Args:
+        model: the name of a timm model, `package.module:function`, or a module, which is left as it is.
+        recipe: a built-in recipe's name, a TOML file's path, or a recipe.
+        overrides: values of the recipe, such as "budget.params=keep".
+        input_size: of an image: side, (height, width) or (channels, height, width). None takes the model's own.
+        args: arguments for timm.create_model or the function.
+
+    Raises:
+        AugmentError: no such model or recipe, nothing to replace, or a budget that cannot be met.
+
+    Example:
+        >>> made = plan("resnet18", "aa", "select.names=layer4.*")
+        >>> len(made.sites), made.params_after <= made.params_before
+        (4, True)
+    """
+    described, meta_model = _describe(model, input_size, args)
+    return _planned(described, analyze(meta_model, described.input_size), recipe, overrides)
+
+
+def convert(
+    model: Model,
+    plan: str | Path | Recipe | Plan = "aa",
+    *overrides: str,
+    pretrained: bool = False,
+    checkpoint: str | Path | None = None,
+    input_size: Size | None = None,
+    calibrate: "str | Path | Tensor | Iterable[Any] | None" = None,
+    calibrate_images: int = 512,
+    seed: int = 0,
+    **args: Any,
+) -> nn.Module:
+    """A converted copy of a model. It has the source's interface, and `augment_metadata` says what was done to it.
+
+    Args:
+        model: the name of a timm model, `package.module:function`, or a module with weights, which is left as it is.
+        plan: what becomes of it: a recipe by name, path or as an object, or a plan.
+        overrides: values of the recipe, such as "budget.params=keep".
+        pretrained: for a timm model's name: timm's pretrained weights; otherwise they are random from the seed.
+        checkpoint: for a name: a file with the source's weights, safetensors or torch.
+        input_size: of an image: side, (height, width) or (channels, height, width). None takes the model's own.
+        calibrate: unlabelled images to fit attention on: a folder or another data set of `augment convert --calibrate`,
+            a tensor (N, C, H, W) of bytes, or of floats as the model takes them, or a torch data set of such tensors
+            or PIL images. None leaves attention untrained.
+        calibrate_images: how many of them at most.
+        seed: of random weights, of what is added, and of the images drawn.
+        args: arguments for timm.create_model or the function.
+
+    Raises:
+        AugmentError: bad input, nothing to replace, a budget that cannot be met, or weights that are not finite.
+
+    Example:
+        >>> model = convert("resnet18", "aa", "select.names=layer4.*")
+        >>> type(model).__name__, type(model.layer4[0].conv1).__name__
+        ('ResNet', 'AAConv2d')
+    """
+    if not isinstance(model, str) and (pretrained or checkpoint):
+        raise AugmentError("a module has its weights: leave out `pretrained` and `checkpoint`")
+    if pretrained and checkpoint:
+        raise AugmentError("`pretrained` and `checkpoint` both name weights: give one of them")
+    described, meta_model = _describe(model, input_size, args)
+    graph = analyze(meta_model, described.input_size)
+    made = _given(plan, graph) if isinstance(plan, Plan) else _planned(described, graph, plan, overrides)
+    replace.verify(meta_model, made, graph)
+    images = _images(calibrate, meta_model, made, calibrate_images, seed)
+    with preserved():
+        if isinstance(model, str):
+            weights = source.create(described, seed, origin=model if pretrained else None)
+            origin = source.weights_origin(pretrained, seed)
+            if checkpoint is not None:
+                origin = source.load_checkpoint(weights, Path(checkpoint))
+        else:
+            weights, origin = copy.deepcopy(model), "given"
+        operate(weights, made, graph, origin, images, seed=seed)
+    return weights
+
+
+def save(model: nn.Module, path: str | Path, overwrite: bool = False) -> None:
+    """Write a converted model with its weights as they are now, trained or not.
+
+    Args:
+        model: from `convert` or `load`.
+        path: a name that ends in .safetensors for one file; any other for a folder, with reports and a model card,
+            and for a timm model what timm loads as "local-dir:PATH".
+        overwrite: replace what is there.
+
+    Raises:
+        AugmentError: not a converted model, or a path that cannot be written.
+    """
+    metadata, target = _metadata_of(model), Path(path)
+    check_target(target, overwrite)
+    write_model(model, metadata, target)
+
+
+def check(model: "nn.Module | str | Path", base: "Base | None" = None) -> list[Finding]:
+    """Hold a converted model, or its file, against its plan: recounted, and run on an image.
+
+    Args:
+        model: a converted model, or the file or folder of one, which is loaded first.
+        base: for a file, as for `load`.
+
+    Raises:
+        AugmentError: it is no converted model, or cannot be loaded at all.
+    """
+    if isinstance(model, nn.Module):
+        return verify_model(model, _metadata_of(model).plan)
+    return verify_file(Path(model), base)
+
+
+def report(model: "nn.Module | Plan | str | Path") -> Report:
+    """The numbers of a plan or of a converted model; print it, or take `to("html")` and other forms.
+
+    Args:
+        model: a converted model, its file or folder, a plan, or a plan's JSON file.
+
+    Raises:
+        AugmentError: none of these.
+    """
+    if isinstance(model, Plan):
+        return Report.of(model)
+    if isinstance(model, nn.Module):
+        metadata = _metadata_of(model)
+    elif Path(model).suffix == ".json":
+        return Report.of(read_plan(Path(model)))
+    else:
+        metadata = read_metadata(Path(model))
+    return Report.of(metadata.plan, metadata)
+
+
+def _describe(model: Model, input_size: Size | None, args: dict[str, Any]) -> tuple[source.Source, nn.Module]:
+    size = (input_size, input_size) if isinstance(input_size, int) else input_size
+    height_width = None if size is None else (size[-2], size[-1])
+    if isinstance(model, str):
+        return source.describe(model, args, height_width)
+    if args:
+        raise AugmentError(f"a module knows its own arguments: leave out {', '.join(args)}")
+    return source.describe_module(model, height_width)
+
+
+def _planned(
+    described: source.Source, graph: ModelGraph, recipe: str | Path | Recipe, overrides: tuple[str, ...]
+) -> Plan:
+    if not isinstance(recipe, Recipe):
+        recipe = load_recipe(str(recipe), overrides)
+    elif overrides:
+        raise AugmentError("overrides are for a recipe's name or file: a recipe object is taken as it is")
+    made, _ = make_plan(described.name, graph, recipe, described.args, base=described.base)
+    return made
+
+
+def _given(plan: Plan, graph: ModelGraph) -> Plan:
+    fitted = fit_plan(plan, graph, "the plan")
+    check_budget(fitted, "the plan")
+    return fitted
+
+
+def _images(calibrate: Any, model: nn.Module, plan: Plan, count: int, seed: int) -> Calibration | None:
+    if calibrate is None:
+        return None
+    check_fittable(plan)
+    return gather_images(calibrate, model, plan.input_size, count, seed)
+
+
+def _metadata_of(model: nn.Module) -> Metadata:
+    metadata = getattr(model, "augment_metadata", None)
+    if not isinstance(metadata, Metadata):
+        raise AugmentError(
+            f"{type(model).__name__} is not a converted model: take one from augment_cli.convert or augment_cli.load"
+        )
+    return metadata
