@@ -11,7 +11,7 @@ from augment_cli.errors import AugmentError
 from augment_cli.inherit.calls import recorded
 from augment_cli.inherit.moments import Covariance, Moments
 from augment_cli.layers import AAConv2d
-from augment_cli.layers.attention import attention
+from augment_cli.layers.aa.attention import attention
 
 POSITIONS = 2**15
 """Output positions whose moments are summed for a site. On large maps a few images have as many."""

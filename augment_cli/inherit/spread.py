@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from augment_cli.inherit.calls import recorded
 from augment_cli.layers import AAConv2d
-from augment_cli.layers.relative import relative_logits
+from augment_cli.layers.aa.relative import relative_logits
 
 CONTENT, POSITION = 2.0, 1.0
 
