@@ -19,7 +19,7 @@ from augment_cli.layers.aa.relative import relative_logits
 Backend = Literal["auto", "reference", "blocked", "fused", "native"]
 
 # Fewest logits of a call, with gradients and without, for which blocks save more than they cost: measured on maps of
-# 7x7, 10x10 and 14x14 with one and two threads.
+# 7x7, 10x10 and 14x14 with one and two threads, on the machine of benchmarks/results/layers-1-thread.json.
 _FEW_LOGITS = {True: 2**18, False: 2**16}
 
 

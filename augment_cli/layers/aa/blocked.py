@@ -35,8 +35,8 @@ from augment_cli.layers.aa.relative import by_position
 from augment_cli.layers.dispatch import operator
 
 BLOCK_BYTES = 1_600_000
-"""Bytes of a block of logits for each thread: a little more than the 1 MiB second-level cache of the machine in
-benchmarks/results/layers-1-thread.json. Measured there; up to twice as many are as fast."""
+"""Bytes of a block of logits for each thread: a little more than a second-level cache of 1 MiB. Measured on the machine
+of benchmarks/results/layers-1-thread.json, where up to twice as many are as fast."""
 
 _LOG2_E = math.log2(math.e)
 _SAFE_SUM = 2.0**60

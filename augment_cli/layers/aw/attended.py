@@ -40,8 +40,8 @@ from augment_cli.layers.geometry import Geometry
 from augment_cli.layers.native import attended
 
 LEAST_BYTES = 1_000_000
-"""Smallest kernel for which `unfolded` and `static` gain more than their many small steps cost. Chosen with
-benchmarks/layers.py on the machine of benchmarks/results/layers-1-thread.json."""
+"""Smallest kernel for which `unfolded` and `static` gain more than their many small steps cost. Chosen on the
+machine of benchmarks/results/layers-1-thread.json."""
 
 FEW_POSITIONS = 32
 """Largest number of output positions for which "static" is the fastest. Chosen like LEAST_BYTES."""

@@ -10,8 +10,8 @@ from augment_cli.layers.aw.backend import Sums, UsualOrder
 from augment_cli.layers.aw.per_sample import as_channels, conv_of_each
 
 KERNELS_BYTES = 2_400_000
-"""Bytes of the samples' kernels, and of the samples, in one chunk; a chunk is at least one sample. Chosen with
-benchmarks/layers.py on the machine of benchmarks/results/layers-1-thread.json."""
+"""Bytes of the samples' kernels, and of the samples, in one chunk; a chunk is at least one sample. Chosen on the
+machine of benchmarks/results/layers-1-thread.json."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ machine of benchmarks/results/layers-1-thread.json."""
 
 CHUNK_BYTES = 8_000_000
 """Bytes of the unfolding of a chunk, the samples that `unfolded` and `static` unfold at a time; a chunk is at least one
-sample. Chosen with benchmarks/layers.py on the machine of benchmarks/results/layers-1-thread.json."""
+sample. Chosen on the machine of benchmarks/results/layers-1-thread.json."""
 
 
 @dataclass(frozen=True)
