@@ -32,7 +32,7 @@ EXPONENTIAL = 9  # multiply-adds: six for a polynomial, and to take the whole pa
 
 
 def bottleneck_attention(q: Tensor, k: Tensor, v: Tensor, rel_height: Tensor, rel_width: Tensor) -> Tensor:
-    """What timm.layers.BottleneckAttn does between its qkv convolution and its pooling, scale_pos_embed=True.
+    """Attend as timm.layers.BottleneckAttn does between its qkv convolution and its pooling, scale_pos_embed=True.
 
     Shapes: q, k (N, heads, H, W, d); v (N, heads, H, W, e); tables (2 S - 1, d); result (N, heads, H, W, e).
     """
@@ -145,7 +145,7 @@ def rate(amount: float, step: Callable[[], object]) -> float:
 
 
 def rates() -> dict[str, float]:
-    """What torch does here at its fastest, a second, on its threads: multiply-adds, and bytes moved."""
+    """Highest rates of torch on this machine and its threads, a second: multiply-adds, and bytes moved."""
     x, taps = torch.randn(8, 512, 14, 14), torch.randn(512, 512, 5, 5)  # so large that memory for results is no matter
     many = torch.randn(2**24)
     other = torch.empty_like(many)

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the machine's description, quartiles, and where results go."""
+"""Helpers of the benchmarks: the machine's description, quartiles, peak memory, and the folder of results."""
 
 import json
 import os

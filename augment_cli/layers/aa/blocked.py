@@ -45,8 +45,8 @@ largest number, and weights that vanish beside its inverse are negligible."""
 
 Size = tuple[int, int]
 Shape = tuple[int, ...]
-Three = tuple[Tensor, Tensor, Tensor]
-Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+Results = tuple[Tensor, Tensor, Tensor]
+InputGradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def blocked_relative_attention(
@@ -87,11 +87,11 @@ class _Attention(FirstOrder):
     """
 
     @staticmethod
-    def forward(*inputs: Any) -> Three:
+    def forward(*inputs: Any) -> Results:
         return _attention(*inputs)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Three) -> None:
+    def setup_context(ctx: Any, inputs: tuple, output: Results) -> None:
         *tensors, ctx.size, ctx.scale, ctx.block_bytes = inputs
         ctx.save_for_backward(*tensors, *output[1:])
         ctx.mark_non_differentiable(*output[1:])
@@ -108,13 +108,13 @@ class _Gradients(Gradients):
     """Gradients of `_Attention`."""
 
     @staticmethod
-    def forward(*inputs: Any) -> Five:
+    def forward(*inputs: Any) -> InputGradients:
         return _attention_backward(*inputs)
 
 
 def _run(
     q: Tensor, k: Tensor, v: Tensor, rel_height: Tensor, rel_width: Tensor, size: Size, scale: float, block_bytes: int
-) -> Three:
+) -> Results:
     """The result, and for each query the shift and the sum of its weights. Shapes: as for `_Attention`."""
     values = _with_ones(v)
     sums = torch.empty_like(values)
@@ -143,7 +143,7 @@ def _run_backward(
     size: Size,
     scale: float,
     block_bytes: int,
-) -> Five:
+) -> InputGradients:
     """Gradients of the five inputs. Shapes: as for `_Attention`."""
     dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
     d_rel_height, d_rel_width = torch.zeros_like(rel_height), torch.zeros_like(rel_width)
@@ -156,7 +156,7 @@ def _run_backward(
     return dq, dk, dv, d_rel_height, d_rel_width
 
 
-def _results(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Three:
+def _results(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Results:
     return torch.empty_like(v), torch.empty_like(q[:, :1]), torch.empty_like(q[:, :1])
 
 
@@ -232,7 +232,7 @@ def _attend_backward(
     v: Tensor,
     rel_height: Tensor,
     rel_width: Tensor,
-    grads: Five,
+    grads: InputGradients,
 ) -> None:
     """Write the gradient of some heads' queries; add to the gradients of their keys and values, and of the tables.
 

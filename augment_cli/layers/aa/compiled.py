@@ -62,7 +62,7 @@ def _backward_flops(d_out_shape: Shape, *shapes: Shape, **_: Any) -> int:
     return 2 * _flops(*shapes[:5])
 
 
-def _gradient_results(d_out: Tensor, *inputs_and_results: Tensor) -> attention.Five:
+def _gradient_results(d_out: Tensor, *inputs_and_results: Tensor) -> attention.Gradients:
     return attention.empty_gradients(*inputs_and_results[:5])
 
 

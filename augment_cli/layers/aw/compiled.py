@@ -41,7 +41,7 @@ class Native(UsualOrder):
             attended.backward(d_out.contiguous(), _inputs(x, kernel, mixing, scales), self.geometry, of_x, of_rest)
 
 
-def _inputs(x: Tensor, kernel: Tensor, mixing: Tensor, scales: Tensor) -> attended.Four:
+def _inputs(x: Tensor, kernel: Tensor, mixing: Tensor, scales: Tensor) -> attended.Inputs:
     """Shapes: from those that `UsualOrder.arranged` gives to those that `native.attended.forward` takes."""
     kernel, mixing, scales = kernel.flatten(1), mixing.flatten(1).t(), scales.squeeze(2)
     return x.contiguous(), kernel.contiguous(), mixing.contiguous(), scales.contiguous()

@@ -42,8 +42,8 @@ class _Numbers(ctypes.Structure):
 _forward_kernel = Kernel("attended_forward", _Numbers, tensors=5)
 _backward_kernel = Kernel("attended_backward", _Numbers, tensors=9)
 
-Four = tuple[Tensor, Tensor, Tensor, Tensor]
-Three = tuple[Tensor, Tensor, Tensor]
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
+KernelGradients = tuple[Tensor, Tensor, Tensor]
 
 
 def forward(x: Tensor, kernel: Tensor, mixing: Tensor, scales: Tensor, geometry: Geometry, out: Tensor) -> None:
@@ -55,7 +55,9 @@ def forward(x: Tensor, kernel: Tensor, mixing: Tensor, scales: Tensor, geometry:
     _forward_kernel(numbers, *inputs, (out, of_out))
 
 
-def backward(d_out: Tensor, inputs: Four, geometry: Geometry, dx: Tensor | None, rest: Three | None) -> None:
+def backward(
+    d_out: Tensor, inputs: Inputs, geometry: Geometry, dx: Tensor | None, rest: KernelGradients | None
+) -> None:
     """Write the gradient of x to `dx`, and the gradients of K, s and A2 to `rest`; None skips them.
 
     Shapes, all dense: inputs as for `forward`, each gradient in its input's shape.
@@ -68,7 +70,7 @@ def backward(d_out: Tensor, inputs: Four, geometry: Geometry, dx: Tensor | None,
 
 
 def _arguments(
-    inputs: Four, geometry: Geometry
+    inputs: Inputs, geometry: Geometry
 ) -> tuple[_Numbers, list[tuple[Tensor, tuple[int, ...]]], tuple[int, ...]]:
     """Numbers and inputs that both kernels take, and the shape of the result."""
     x, kernel, mixing, _ = inputs

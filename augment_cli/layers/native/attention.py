@@ -20,11 +20,11 @@ class _Numbers(ctypes.Structure):
 _forward_kernel = Kernel("attention_forward", _Numbers, tensors=8)
 _backward_kernel = Kernel("attention_backward", _Numbers, tensors=14)
 
-Three = tuple[Tensor, Tensor, Tensor]
-Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+Results = tuple[Tensor, Tensor, Tensor]
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, rel_height: Tensor, rel_width: Tensor) -> Three:
+def forward(q: Tensor, k: Tensor, v: Tensor, rel_height: Tensor, rel_width: Tensor) -> Results:
     """The result, and for each query the shift and the sum of its weights: weight = 2^(logit - shift) / sum.
 
     Shapes: q, k (N, heads, d, HW); v and result (N, heads, e, HW); tables (2 H - 1, d) and (2 W - 1, d); shifts and
@@ -46,7 +46,7 @@ def backward(
     out: Tensor,
     shifts: Tensor,
     sums: Tensor,
-) -> Five:
+) -> Gradients:
     """Gradients of the five inputs of `forward`, each in its input's shape."""
     numbers, inputs = _arguments(q, k, v, rel_height, rel_width)
     of_out = numbers.batch, numbers.heads, numbers.e, numbers.height * numbers.width
@@ -57,13 +57,13 @@ def backward(
     return grads
 
 
-def empty_results(q: Tensor, k: Tensor, v: Tensor, *tables: Tensor) -> Three:
+def empty_results(q: Tensor, k: Tensor, v: Tensor, *tables: Tensor) -> Results:
     """Tensors for the results of `forward`."""
     batch, heads, _, positions = q.shape
     return v.new_empty(v.shape), q.new_empty(batch, heads, positions), q.new_empty(batch, heads, positions)
 
 
-def empty_gradients(q: Tensor, k: Tensor, v: Tensor, rel_height: Tensor, rel_width: Tensor) -> Five:
+def empty_gradients(q: Tensor, k: Tensor, v: Tensor, rel_height: Tensor, rel_width: Tensor) -> Gradients:
     """Tensors for the results of `backward`."""
     q, k, v, rel_height, rel_width = (t.new_empty(t.shape) for t in (q, k, v, rel_height, rel_width))
     return q, k, v, rel_height, rel_width

@@ -17,13 +17,12 @@
 
 namespace {
 
-// Where the gradients of a call go: d_q, d_k (N, heads, d, HW), d_v (N, heads, e, HW).
+// Gradients that a call writes: d_q, d_k (N, heads, d, HW), d_v (N, heads, e, HW).
 struct Gradients {
     float *q, *k, *v;
 };
 
-// What the forward pass left, and the gradient of its result: out, d_out (N, heads, e, HW), shifts, sums (N, heads,
-// HW).
+// Results of the forward pass, out (N, heads, e, HW), shifts and sums (N, heads, HW), and the gradient of out.
 struct Results {
     const float *out, *shifts, *sums, *d_out;
 };

@@ -27,16 +27,8 @@ def test_a_library_was_compiled():
 def test_with_avx2_too():
     """Run these tests again with the instruction set that a processor with AVX-512 does not choose."""
     here = Path(__file__).parent
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:xdist",
-        here,
-        here.parent / "aa" / "test_large_logits.py",
-    ]
+    folders = here, here.parent / "aa" / "test_large_logits.py"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", *folders]
     done = subprocess.run(command, env={**os.environ, "ATEN_CPU_CAPABILITY": "avx2"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
