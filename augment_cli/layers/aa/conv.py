@@ -20,7 +20,7 @@ from augment_cli.layers.aa.relative import resize_table, table_rows
 
 
 class AAConv2d(nn.Module):
-    """Convolution whose last output channels come from self-attention over the input map.
+    """Convolution some of whose output channels come from self-attention over the input map.
 
         AAConv(X) = Concat[ Conv(X), MHA(X) ]            F_out - d_v channels, then d_v channels
         MHA(X)    = Concat[O_1 .. O_heads] W^O
@@ -35,9 +35,9 @@ class AAConv2d(nn.Module):
     interpolated bilinearly to the output's size.
 
     Args:
-        in_channels, out_channels, kernel_size, stride, padding, dilation, bias: as in `nn.Conv2d`. With
-            less padding than keeps the map's size, the attention sees the input without the border on which no window
-            is centred.
+        in_channels, out_channels, kernel_size, stride, padding, dilation, bias: as in `nn.Conv2d`. With less
+            padding than keeps the map's size, the attention sees the input without the border on which no window is
+            centred.
         heads: attention heads.
         key_channels: d_k, over all heads; a multiple of `heads`.
         value_channels: d_v, over all heads; a multiple of `heads`, at most `out_channels`.
@@ -126,7 +126,7 @@ class AAConv2d(nn.Module):
         self.reset_attention_parameters()
 
     def reset_attention_parameters(self) -> None:
-        """Tables: normal, standard deviation (d_k/heads)^(-1/2). Projections: normal, variance-preserving. [ours]"""
+        """Draw normal numbers: standard deviation (d_k/heads)^(-1/2) in tables, fan-in^(-1/2) in projections. [ours]"""
         for table in (self.rel_height, self.rel_width):
             nn.init.normal_(table, std=table.shape[1] ** -0.5)
         for layer in (self.qkv, self.proj):
