@@ -5,7 +5,7 @@ NATIVE := $(wildcard augment_cli/layers/native/*.cpp augment_cli/layers/native/*
 
 LOWEST := out/lowest
 QUICK := tests/cli tests/reporting tests/training tests/test_files.py tests/test_signals.py tests/test_dataset.py \
-	tests/test_budget.py tests/test_checkpoint.py tests/test_recipe.py tests/layers/test_aa_conv.py tests/layers/test_aw_conv.py
+	tests/test_budget.py tests/test_checkpoint.py tests/test_recipe.py tests/layers/aa/test_conv.py tests/layers/aw/test_conv.py
 
 .PHONY: demo test sanitize fuzz lowest lint format benchmark sweep story clean
 

@@ -1,10 +1,10 @@
-"""One layer at a time, side by side in one process: AAConv2d's ways and their peers, AWConv2d against nn.Conv2d.
+"""Time one layer at a time, side by side in one process: AAConv2d's backends and peers, AWConv2d and nn.Conv2d.
 
     python benchmarks/layers.py [--only aa aw] [--rounds 15] [--threads 1] [--floors]
 
 Each reading is a whole layer, convolution branch and projections included, float32, forward or forward + backward. The
-rounds of all ways alternate, so that what else the machine does meets each of them; ratios are medians of the rounds'
-ratios, with quartiles. Peak memory is that of the tensors that one call makes.
+rounds of all backends alternate, so that other load on the machine slows all of them alike; ratios are medians of the
+rounds' ratios, with quartiles. Peak memory is that of the tensors that one call makes.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from timm.layers.bottleneck_attn import PosEmbedRel
 from torch import Tensor, nn
 
 from augment_cli.layers import AAConv2d, AWConv2d
-from augment_cli.layers.attention import PATHS
+from augment_cli.layers.aa.attention import BACKENDS
 
 HEADS, KEY_CHANNELS = 8, 160
 AA_CASES = {7: (512, 8, 56), 14: (256, 8, 32), 28: (128, 4, 16), 56: (64, 2, 8)}  # map: channels, batch, d_v
@@ -32,7 +32,7 @@ EXPONENTIAL = 9  # multiply-adds: six for a polynomial, and to take the whole pa
 
 
 def bottleneck_attention(q: Tensor, k: Tensor, v: Tensor, rel_height: Tensor, rel_width: Tensor) -> Tensor:
-    """What timm.layers.BottleneckAttn does between its qkv convolution and its pooling, scale_pos_embed=True.
+    """Attend as timm.layers.BottleneckAttn does between its qkv convolution and its pooling, scale_pos_embed=True.
 
     Shapes: q, k (N, heads, H, W, d); v (N, heads, H, W, e); tables (2 S - 1, d); result (N, heads, H, W, e).
     """
@@ -45,7 +45,7 @@ def bottleneck_attention(q: Tensor, k: Tensor, v: Tensor, rel_height: Tensor, re
     return out.unflatten(0, (-1, HEADS)).unflatten(-1, (height, width)).movedim(2, -1)
 
 
-PATHS["timm"] = bottleneck_attention
+BACKENDS["timm"] = bottleneck_attention
 
 
 def aa_layer(size: int) -> tuple[AAConv2d, Tensor]:
@@ -66,9 +66,8 @@ def run(layer: nn.Module, x: Tensor, mode: str) -> None:
     out.backward(torch.ones_like(out))
 
 
-def along(path: str, attribute: str, layer: nn.Module, x: Tensor, mode: str) -> None:
-    automatic = getattr(type(layer), attribute)
-    setattr(layer, attribute, automatic if path == "auto" else path)
+def run_by(backend: str, layer: nn.Module, x: Tensor, mode: str) -> None:
+    layer.backend = backend
     run(layer, x, mode)
 
 
@@ -88,23 +87,23 @@ def side_by_side(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str,
     return {name: [reading[name] for reading in readings] for name in steps}
 
 
-def measure_aa(rounds: int, cases: list[int], paths: list[str]) -> list[dict]:
+def measure_aa(rounds: int, cases: list[int], backends: list[str]) -> list[dict]:
     rows = []
     for size in cases:
         layer, x = aa_layer(size)
         for mode in MODES:
-            steps = {path: partial(along, path, "attention_path", layer, x, mode) for path in paths}
+            steps = {backend: partial(run_by, backend, layer, x, mode) for backend in backends}
             taken = side_by_side(steps, rounds)
-            for path in paths:
-                row = {"map": size, "mode": mode, "path": path, "milliseconds": milliseconds(taken[path])}
-                row["peak_mib"] = peak_mib(steps[path])
-                row |= {f"times_{other}": ratios(taken[other], taken[path]) for other in ("reference", "timm")}
+            for backend in backends:
+                row = {"map": size, "mode": mode, "backend": backend, "milliseconds": milliseconds(taken[backend])}
+                row["peak_mib"] = peak_mib(steps[backend])
+                row |= {f"times_{other}": ratios(taken[other], taken[backend]) for other in ("reference", "timm")}
                 rows.append(row)
-                show(f"AA {size:2d} {mode:16s} {path:10s}", row, ("times_reference", "times_timm"))
+                show(f"AA {size:2d} {mode:16s} {backend:10s}", row, ("times_reference", "times_timm"))
     return rows
 
 
-def measure_aw(rounds: int, cases: list[int], paths: list[str]) -> list[dict]:
+def measure_aw(rounds: int, cases: list[int], backends: list[str]) -> list[dict]:
     rows = []
     for size in cases:
         channels = AW_CASES[size]
@@ -114,18 +113,18 @@ def measure_aw(rounds: int, cases: list[int], paths: list[str]) -> list[dict]:
             x = torch.randn(batch, channels, size, size, requires_grad=True)
             for mode in MODES:
                 steps = {"conv": partial(run, plain, x, mode)}
-                steps |= {path: partial(along, path, "way", layer, x, mode) for path in paths}
+                steps |= {backend: partial(run_by, backend, layer, x, mode) for backend in backends}
                 taken = side_by_side(steps, rounds)
                 for name in steps:
-                    row = {"map": size, "batch": batch, "mode": mode, "path": name}
+                    row = {"map": size, "batch": batch, "mode": mode, "backend": name}
                     row |= {"milliseconds": milliseconds(taken[name]), "peak_mib": peak_mib(steps[name])}
                     row["cost_of_conv"] = ratios(taken[name], taken["conv"])
                     rows.append(row)
                     show(f"AW {size:2d} x{batch:<3d} {mode:16s} {name:10s}", row, ("cost_of_conv",))
     for mode in MODES:
-        for path in paths:
-            costs = [r["cost_of_conv"]["median"] for r in rows if r["path"] == path and r["mode"] == mode]
-            print(f"AW {mode} {path}: geometric mean {statistics.geometric_mean(costs):.2f}, worst {max(costs):.2f}")
+        for backend in backends:
+            costs = [r["cost_of_conv"]["median"] for r in rows if r["backend"] == backend and r["mode"] == mode]
+            print(f"AW {mode} {backend}: geometric mean {statistics.geometric_mean(costs):.2f}, worst {max(costs):.2f}")
     return rows
 
 
@@ -146,7 +145,7 @@ def rate(amount: float, step: Callable[[], object]) -> float:
 
 
 def rates() -> dict[str, float]:
-    """What torch does here at its fastest, a second, on its threads: multiply-adds, and bytes moved."""
+    """Highest rates of torch on this machine and its threads, a second: multiply-adds, and bytes moved."""
     x, taps = torch.randn(8, 512, 14, 14), torch.randn(512, 512, 5, 5)  # so large that memory for results is no matter
     many = torch.randn(2**24)
     other = torch.empty_like(many)
@@ -165,12 +164,12 @@ def aa_floor(size: int, per_second: dict[str, float]) -> dict:
     _, batch, value_channels = AA_CASES[size]
     d, e, logits = KEY_CHANNELS // HEADS, value_channels // HEADS, batch * HEADS * size**4
     layer, x = aa_layer(size)
-    PATHS["nothing"] = lambda q, k, v, *tables: v
+    BACKENDS["nothing"] = lambda q, k, v, *tables: v
     row = {"map": size}
     products = d + 1 + e + EXPONENTIAL, 4 * d + 1 + 3 * e + 2 * EXPONENTIAL
     for mode, of_logit in zip(MODES, products, strict=True):
         core = logits * of_logit / per_second["multiply_adds"]
-        rest = 1 / rate(1, partial(along, "nothing", "attention_path", layer, x, mode))
+        rest = 1 / rate(1, partial(run_by, "nothing", layer, x, mode))
         row[mode] = {"core_ms": round(1e3 * core, 3), "convolutions_ms": round(1e3 * rest, 3)}
         print(f"AA {size:2d} {mode:16s} floor {1e3 * (core + rest):9.2f} ms: core {1e3 * core:.2f}", flush=True)
     return row
@@ -197,8 +196,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--maps", type=int, nargs="+", choices=AA_CASES, default=list(AA_CASES))
-    parser.add_argument("--aa-paths", nargs="+", default=["reference", "timm", "auto"])
-    parser.add_argument("--aw-paths", nargs="+", default=["grouped", "auto"])
+    parser.add_argument("--aa-backends", nargs="+", default=["reference", "timm", "auto"])
+    parser.add_argument("--aw-backends", nargs="+", default=["grouped", "auto"])
     parser.add_argument(
         "--floors", action="store_true", help="what each case takes at the least, by this machine's rates"
     )
@@ -209,14 +208,14 @@ def main() -> None:
     torch.empty(31 * 2**18)  # freed at once: from then on glibc keeps large blocks, as in a long training run
     results = {"machine": machine(), "threads": options.threads, "rounds": options.rounds}
     if "aa" in options.only:
-        results["aa"] = measure_aa(options.rounds, options.maps, options.aa_paths)
+        results["aa"] = measure_aa(options.rounds, options.maps, options.aa_backends)
     if options.floors:
         per_second = results["per_second"] = rates()
         print("  ".join(f"{name} {value / 1e9:.1f} billion/s" for name, value in per_second.items()))
         results["aa_floors"] = [aa_floor(size, per_second) for size in options.maps]
         results["aw_floors"] = [aw_floor(size, batch, per_second) for size in options.maps for batch in AW_BATCHES]
     if "aw" in options.only:
-        results["aw"] = measure_aw(options.rounds, options.maps, options.aw_paths)
+        results["aw"] = measure_aw(options.rounds, options.maps, options.aw_backends)
     if not options.no_write:
         write_results(f"layers-{options.threads}-thread{'s' * (options.threads > 1)}", results)
 

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the machine's description, quartiles, and where results go."""
+"""Helpers of the benchmarks: the machine's description, quartiles, peak memory, and the folder of results."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
-from augment_cli.layers.native import instructions
+from augment_cli.layers import native
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -26,7 +26,7 @@ def machine() -> dict[str, str | int]:
         "cores": os.cpu_count() or 0,
         "system": platform.system(),
         "python": platform.python_version(),
-        "kernels": instructions or "none",
+        "kernels": native.library.instructions if native.library else "none",
         "torch": version("torch"),
         "timm": version("timm"),
     }
@@ -67,7 +67,7 @@ def peak_mib(function: Callable[[], object]) -> float:
     """The most memory that tensors made by a call hold at one time, in MiB, on the CPU: by torch's profiler."""
     from torch.profiler import ProfilerActivity, profile
 
-    from augment_cli.layers.blocked import free_blocks
+    from augment_cli.layers.aa.blocked import free_blocks
 
     free_blocks()  # or what is kept from earlier calls would not count
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:

@@ -1,7 +1,10 @@
-"""The two convolutions of this project. Nothing here knows about timm, graphs or recipes."""
+"""The two convolutions of this project, as torch modules. They know nothing of timm, graphs or recipes.
 
-from augment_cli.layers.aa_conv import AAConv2d
-from augment_cli.layers.aw_conv import AWConv2d
-from augment_cli.layers.standardize import ScaledStandardize, Standardize
+`aa` and `aw` hold one operator each, and import nothing of each other; both call the compiled kernels in `native`.
+"""
+
+from augment_cli.layers.aa.conv import AAConv2d
+from augment_cli.layers.aw.conv import AWConv2d
+from augment_cli.layers.aw.standardize import ScaledStandardize, Standardize
 
 __all__ = ["AAConv2d", "AWConv2d", "ScaledStandardize", "Standardize"]

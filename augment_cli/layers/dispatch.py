@@ -1,10 +1,11 @@
-"""The layers' operators in torch's dispatcher: compilers keep them whole, and torch.utils.flop_counter counts them.
+"""Register the layers' operators with torch: compilers keep them whole, and torch.utils.flop_counter counts them.
 
-A formula counts the multiply-adds of the plain operations that an operator stands for, in a forward pass as the plan
-does (`augment_cli.planning.cost`), and not those of the way in which it is computed. FLOPs are twice as many.
+A FLOP formula counts two FLOPs for each multiply-add of the plain operations that the operator replaces, whatever the
+backend computes. So a count of the forward pass equals the plan's.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
@@ -14,15 +15,15 @@ LIBRARY = torch.library.Library("augment_cli", "FRAGMENT")
 
 def operator(
     schema: str, run: Callable, result: Callable, flops: Callable[..., int], key: str = "CompositeExplicitAutograd"
-) -> Callable:
-    """Define an operator.
+) -> Callable[..., Any]:
+    """Define an operator, and return it.
 
     Args:
-        schema: its name, arguments and results, as torch writes them. Other arguments want another name: Inductor's
-            cache on disk knows an operator by its name alone.
-        run: computes it, for the dispatcher's `key`.
-        result: makes empty tensors like its results, from tensors without data.
-        flops: FLOPs, from the arguments with shapes in the place of tensors, and `out_shape`.
+        schema: name, arguments and results, in torch's notation. When the arguments change, the name must change:
+            Inductor's cache on disk knows an operator by its name alone.
+        run: computes the operator, for the dispatcher's `key`.
+        result: makes empty tensors like the results; it is also called with tensors that have no data.
+        flops: FLOPs of a call. It gets the arguments with a shape in place of each tensor, and `out_shape`.
     """
     name = schema.partition("(")[0]
     LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
@@ -34,5 +35,5 @@ def operator(
 
 
 def differentiate(name: str, backward: Callable, save: Callable | None = None) -> None:
-    """Give an operator its derivative, as torch.library.register_autograd does."""
+    """Give an operator its derivative; arguments as for `torch.library.register_autograd`."""
     torch.library.register_autograd(f"augment_cli::{name}", backward, setup_context=save, lib=LIBRARY)

@@ -1,4 +1,4 @@
-"""What the tests of the layers are given."""
+"""Fixtures of the layers' tests."""
 
 import pytest
 
@@ -7,5 +7,5 @@ from augment_cli.layers import native
 
 @pytest.fixture
 def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where none could be compiled."""
-    monkeypatch.setattr(native, "instructions", None)
+    """Pretend that no kernels could be compiled."""
+    monkeypatch.setattr(native, "library", None)

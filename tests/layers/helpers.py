@@ -1,16 +1,23 @@
-"""What the tests of the layers share."""
+"""Helpers that the layers' tests share."""
 
+import os
 from collections.abc import Callable
 
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.profiler import ProfilerActivity, profile
 
-from augment_cli.layers.blocked import free_blocks
+from augment_cli.layers import native
+from augment_cli.layers.aa.blocked import free_blocks
 
 seeds = st.integers(0, 2**31)
+needs_kernels = pytest.mark.skipif(
+    native.library is None and os.environ.get("AUGMENT_NATIVE") != "1",
+    reason="no kernels were compiled; AUGMENT_NATIVE=1 makes that an error",
+)
 
 
 def pairs(*values: int) -> st.SearchStrategy:
@@ -19,7 +26,7 @@ def pairs(*values: int) -> st.SearchStrategy:
 
 
 def randomised(layer: nn.Module, seed: int) -> nn.Module:
-    """Every parameter normal around 1/2 (so that ReLUs are open, and no part is zero), every channel order shuffled."""
+    """Draw parameters around 1/2, so that ReLUs are open and no part is zero, and shuffle channel orders."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in layer.parameters():

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from augment_cli.layers import AAConv2d, AWConv2d, ScaledStandardize, native
-from augment_cli.layers.attended import WAYS
-from augment_cli.layers.attention import PATHS
-from augment_cli.layers.blocked import free_blocks
-from tests.layers.helpers import normal, randomised
+from augment_cli.layers import AAConv2d, AWConv2d, ScaledStandardize
+from augment_cli.layers.aa.attention import BACKENDS as AA_BACKENDS
+from augment_cli.layers.aa.blocked import free_blocks
+from augment_cli.layers.aw.attended import BACKENDS as AW_BACKENDS
+from tests.layers.helpers import needs_kernels, normal, randomised
 
 SHAPE = (2, 32, 9, 7)
 
@@ -44,38 +44,33 @@ DEFAULTS = {
 every_default = pytest.mark.parametrize("default", DEFAULTS)
 
 
-def aa_layer(path: str) -> nn.Module:
+def aa_layer(backend: str) -> nn.Module:
     """A strided layer whose pooled map is not the one that its tables are for."""
     split = {"heads": 2, "key_channels": 16, "value_channels": 8, "resolution": (8, 4), "attention_pool": 2}
     layer = AAConv2d(32, 32, 3, stride=(1, 2), padding=1, **split, reorder=True)
-    layer.attention_path = path
+    layer.backend = backend
     return layer
 
 
-def aw_layer(way: str) -> nn.Module:
+def aw_layer(backend: str) -> nn.Module:
     layer = AWConv2d(32, 32, 3, stride=(2, 1), padding="same", standardize=ScaledStandardize(32, 288**-0.5))
-    layer.way = way
+    layer.backend = backend
     return layer
 
 
 LAYERS = {
-    **{f"aa {path}": (aa_layer, path) for path in PATHS},
-    **{f"aw {way}": (aw_layer, way) for way in ("grouped", *WAYS)},
+    **{f"aa {backend}": (aa_layer, backend) for backend in AA_BACKENDS},
+    **{f"aw {backend}": (aw_layer, backend) for backend in ("grouped", *AW_BACKENDS)},
 }
 every_layer = pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=pytest.mark.skipif(native.instructions is None, reason="no kernels"))
-        if "native" in name
-        else name
-        for name in LAYERS
-    ],
+    [pytest.param(name, marks=needs_kernels) if "native" in name else name for name in LAYERS],
 )
 
 
 def layer_of(name: str) -> nn.Module:
-    make, way = LAYERS[name]
-    layer = randomised(make(way), 0)
+    make, backend = LAYERS[name]
+    layer = randomised(make(backend), 0)
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.mul_(0.4)
@@ -124,10 +119,10 @@ def test_forward_and_backward(default, name):
 
 
 @every_default
-@pytest.mark.parametrize("name", ["aa auto", "aw None"])
+@pytest.mark.parametrize("name", ["aa auto", "aw auto"])
 def test_compiled(default, name, monkeypatch):
     monkeypatch.setitem(LAYERS, "aa auto", (aa_layer, "auto"))
-    monkeypatch.setitem(LAYERS, "aw None", (aw_layer, None))
+    monkeypatch.setitem(LAYERS, "aw auto", (aw_layer, "auto"))
     layer = layer_of(name)
     tensors = input_and_weights(layer)
     expected(name)
@@ -139,13 +134,12 @@ def test_compiled(default, name, monkeypatch):
 
 
 @every_default
+@needs_kernels
 def test_what_kernels_are_handed(default):
     """Every tensor that an operator makes is of its inputs' type."""
     change, value = DEFAULTS[default]
     maps = [normal(1, 2, c, 6, seed=c, dtype=torch.float32) for c in (4, 4, 3)]
     tables = [normal(2 * size - 1, 4, seed=size, dtype=torch.float32) for size in (2, 3)]
-    if native.instructions is None:
-        pytest.skip("no kernels")
     with change(value):
         for t in torch.ops.augment_cli.relative_attention(*maps, *tables):
             assert (t.dtype, t.device.type) == (torch.float32, "cpu")

@@ -5,16 +5,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from augment_cli.layers import AAConv2d, AWConv2d, attended, native
-from tests.layers.helpers import randomised
+from augment_cli.layers import AAConv2d, AWConv2d, native
+from augment_cli.layers.aw.attended import BACKENDS
+from tests.layers.helpers import needs_kernels, randomised
 
-AA_PATHS, AW_WAYS = ("auto", "native", "blocked", "reference"), (None, "grouped", *attended.WAYS)
+AA_BACKENDS, AW_BACKENDS = ("auto", "native", "blocked", "reference"), ("auto", "grouped", *BACKENDS)
 
 
 def marked(names: tuple) -> list:
-    """Native ones are skipped where there are no kernels."""
-    skip = pytest.mark.skipif(native.instructions is None, reason="no kernels")
-    return [pytest.param(name, marks=skip) if name == "native" else name for name in names]
+    """Skip "native" where there are no kernels."""
+    return [pytest.param(name, marks=needs_kernels) if name == "native" else name for name in names]
 
 
 def flops(layer: nn.Module, x: Tensor, backward: bool = False) -> int:
@@ -30,21 +30,21 @@ def aa_layer(stride: int = 1, pool: int = 1, **options) -> AAConv2d:
     return AAConv2d(32, 64, 3, stride=stride, padding=1, **split, reorder=True, **options)
 
 
-@pytest.mark.parametrize("path", marked(AA_PATHS))
+@pytest.mark.parametrize("backend", marked(AA_BACKENDS))
 @pytest.mark.parametrize(("stride", "pool"), [(1, 1), (2, 1), (1, 2), (2, 3)])
-def test_aa_counts_as_on_the_meta_device(path, stride, pool):
+def test_aa_counts_as_on_the_meta_device(backend, stride, pool):
     layer, x = aa_layer(stride, pool), torch.randn(2, 32, 14, 14)
-    layer.attention_path = path
+    layer.backend = backend
     expected = flops(aa_layer(stride, pool, device="meta"), x.to("meta"))
     assert flops(layer, x) == expected
     with torch.no_grad():
         assert flops(layer, x) == expected
 
 
-@pytest.mark.parametrize("path", marked(AA_PATHS))
-def test_aa_counts_the_backward_pass_of_plain_operations(path):
+@pytest.mark.parametrize("backend", marked(AA_BACKENDS))
+def test_aa_counts_the_backward_pass_of_plain_operations(backend):
     found, expected = (aa_layer(2, 2) for _ in range(2))
-    found.attention_path, expected.attention_path = path, "reference"
+    found.backend, expected.backend = backend, "reference"
     x = torch.randn(2, 32, 14, 14)
     assert flops(found, x, backward=True) == flops(expected, x, backward=True)
 
@@ -53,39 +53,39 @@ def aw_layer(in_channels: int = 32, reduction: int = 16, **options) -> AWConv2d:
     return AWConv2d(in_channels, 64, 3, stride=(2, 1), padding=1, reduction=reduction, **options)
 
 
-@pytest.mark.parametrize("way", marked(AW_WAYS))
+@pytest.mark.parametrize("backend", marked(AW_BACKENDS))
 @pytest.mark.parametrize("batch", [1, 3])
-def test_aw_counts_as_on_the_meta_device(way, batch):
+def test_aw_counts_as_on_the_meta_device(backend, batch):
     layer, x = randomised(aw_layer(), 0), torch.randn(batch, 32, 9, 9)
-    layer.way = way
+    layer.backend = backend
     expected = flops(aw_layer(device="meta"), x.to("meta"))
     assert flops(layer, x) == expected
     with torch.no_grad():
         assert flops(layer, x) == expected
 
 
-@pytest.mark.parametrize("way", marked(AW_WAYS))
-def test_aw_counts_the_backward_pass_of_plain_operations(way):
+@pytest.mark.parametrize("backend", marked(AW_BACKENDS))
+def test_aw_counts_the_backward_pass_of_plain_operations(backend):
     """One sample and one map: of a convolution in groups torch counts too much, the kernel's gradient as if dense."""
-    channels = 2 * native.lanes() if native.instructions else 32
+    channels = 2 * native.library.lanes if native.library else 32
     found, expected = (randomised(aw_layer(channels, channels), 0) for _ in range(2))
-    found.way, expected.way = way, "grouped"
+    found.backend, expected.backend = backend, "grouped"
     x = torch.randn(1, channels, 9, 9, requires_grad=True)
     assert flops(found, x, backward=True) == flops(expected, x, backward=True)
 
 
-@pytest.mark.parametrize("way", marked(tuple(attended.WAYS)))
-def test_aw_counts_a_backward_pass_in_proportion_to_the_batch(way):
+@pytest.mark.parametrize("backend", marked(tuple(BACKENDS)))
+def test_aw_counts_a_backward_pass_in_proportion_to_the_batch(backend):
     layer = randomised(aw_layer(), 0)
-    layer.way = way
+    layer.backend = backend
     one, three = (flops(layer, torch.randn(n, 32, 9, 9, requires_grad=True), backward=True) for n in (1, 3))
     assert three == 3 * one
 
 
-@pytest.mark.parametrize("way", marked(tuple(attended.WAYS)))
-def test_aw_counts_only_the_gradients_that_are_made(way):
+@pytest.mark.parametrize("backend", marked(tuple(BACKENDS)))
+def test_aw_counts_only_the_gradients_that_are_made(backend):
     layer, x = randomised(aw_layer(), 0), torch.randn(2, 32, 9, 9)
-    layer.way = way
+    layer.backend = backend
     forward, convolution = flops(layer, x), 2 * 2 * 5 * 9 * layer.weight.numel()
     reduced = flops(nn.Sequential(layer.reduce, layer.mix), torch.randn(2, 32, 3, 3))
     maps = forward - convolution - reduced

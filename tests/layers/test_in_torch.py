@@ -1,4 +1,4 @@
-"""What the rest of PyTorch does with both layers: dtypes, memory formats, copies, files, compilation, export."""
+"""Both layers in PyTorch: dtypes, memory formats, copies, files, compilation, export."""
 
 import copy
 import io

@@ -1,27 +1,32 @@
-"""The convolution of AW as one compiled kernel. `attended.h` says how it is arranged."""
+"""Call the compiled convolution of AW, `attended_forward.cpp` and `attended_backward.cpp`."""
 
 import ctypes
+import math
 
 import torch
 from torch import Tensor
 
-from augment_cli.layers.native import Kernel, fields, lanes, takes
-from augment_cli.layers.per_sample import Geometry
+from augment_cli.layers import native
+from augment_cli.layers.geometry import Geometry
+from augment_cli.layers.native import Argument, Kernel, fields
 
 MOST_TAPS = 49
-"""Of a kernel."""
+"""Largest number of taps of a kernel, h w: `MOST_TAPS` in attended.h."""
 
 
 def takes_convolution(x: Tensor, kernel: Tensor, geometry: Geometry, groups: int) -> bool:
-    """Whether there is a compiled kernel for a convolution in which `groups` of input channels have scales.
+    """Whether the compiled kernel does a convolution whose C1 input channels share `groups` = C1/r scales.
+
+    C1 and C2 must be multiples of two vectors, and r of one.
 
     Shapes: x (N, C1, H, W), kernel (C2, C1, h, w).
     """
-    if geometry.groups > 1 or not takes(x, kernel) or torch.is_autocast_enabled("cpu"):
+    library = native.library
+    if library is None or geometry.groups > 1 or not native.takes(x, kernel) or torch.is_autocast_enabled("cpu"):
         return False
-    (outputs, inputs), pair, reduction = kernel.shape[:2], 2 * lanes(), kernel.shape[1] // groups
-    in_vectors = inputs % pair == outputs % pair == reduction % lanes() == pair % reduction == 0
-    return in_vectors and kernel[0, 0].numel() <= MOST_TAPS
+    (outputs, inputs), pair, reduction = kernel.shape[:2], 2 * library.lanes, kernel.shape[1] // groups
+    in_vectors = inputs % pair == outputs % pair == reduction % library.lanes == pair % reduction == 0
+    return in_vectors and math.prod(geometry.size) <= MOST_TAPS
 
 
 class _Numbers(ctypes.Structure):
@@ -37,6 +42,9 @@ class _Numbers(ctypes.Structure):
 _forward_kernel = Kernel("attended_forward", _Numbers, tensors=5)
 _backward_kernel = Kernel("attended_backward", _Numbers, tensors=9)
 
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
+KernelGradients = tuple[Tensor, Tensor, Tensor]
+
 
 def forward(x: Tensor, kernel: Tensor, mixing: Tensor, scales: Tensor, geometry: Geometry, out: Tensor) -> None:
     """Write conv(x[n], K_n) of every sample to `out`.
@@ -48,28 +56,26 @@ def forward(x: Tensor, kernel: Tensor, mixing: Tensor, scales: Tensor, geometry:
 
 
 def backward(
-    d_out: Tensor, inputs: tuple[Tensor, ...], geometry: Geometry, dx: Tensor | None, rest: tuple[Tensor, ...] | None
+    d_out: Tensor, inputs: Inputs, geometry: Geometry, dx: Tensor | None, rest: KernelGradients | None
 ) -> None:
-    """Write the gradient of x to `dx`, and those of K, s and A2 to `rest`, unless they are None.
+    """Write the gradient of x to `dx`, and the gradients of K, s and A2 to `rest`; None skips them.
 
-    Shapes: inputs as for `forward`, gradients as what they are of, dense too.
+    Shapes, all dense: inputs as for `forward`, each gradient in its input's shape.
     """
     numbers, arguments, of_out = _arguments(inputs, geometry)
-    shapes = [shape for _, shape in arguments]
-    of_inputs = None if dx is None else (dx, shapes[0])
-    of_rest = zip(rest, shapes[1:], strict=True) if rest else [None] * 3
-    _backward_kernel(numbers, *arguments, (d_out, of_out), of_inputs, *of_rest)
+    of_x, *of_rest = (shape for _, shape in arguments)
+    results: list[Argument | None] = [None if dx is None else (dx, of_x)]
+    results += [None] * 3 if rest is None else zip(rest, of_rest, strict=True)
+    _backward_kernel(numbers, *arguments, (d_out, of_out), *results)
 
 
-def _arguments(inputs: tuple[Tensor, ...], geometry: Geometry) -> tuple[_Numbers, list, tuple[int, ...]]:
-    """Numbers and inputs of a call of either kernel, and the shape of the result."""
+def _arguments(
+    inputs: Inputs, geometry: Geometry
+) -> tuple[_Numbers, list[tuple[Tensor, tuple[int, ...]]], tuple[int, ...]]:
+    """Numbers and inputs that both kernels take, and the shape of the result."""
     x, kernel, mixing, _ = inputs
-    (batch, c1, height, width), c2, groups, taps = (
-        x.shape,
-        len(kernel),
-        len(mixing),
-        geometry.size[0] * geometry.size[1],
-    )
+    batch, c1, height, width = x.shape
+    c2, groups, taps = len(kernel), len(mixing), math.prod(geometry.size)
     over = *geometry.size, *geometry.stride, *geometry.padding, *geometry.dilation
     out_size = geometry.out_size(x)
     numbers = _Numbers(batch, c1, c2, height, width, c1 // groups, *over, *out_size)

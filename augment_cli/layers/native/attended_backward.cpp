@@ -1,13 +1,23 @@
 // AW's convolution, as attended.h describes it: the backward pass.
-#include <omp.h>
-
+//
+// Per sample n, tap t and position p, with x_t (C1, P) for the padded input as tap t sees it:
+//
+//   dx_t[c, p]    += sum_o K_n[o, c, t] d_out[o, p]
+//   d_K_n[o, c, t] = sum_p d_out[o, p] x_t[c, p]
+//
+// and from d_K_n, which is formed in registers and never stored, with f = 1 + mixing scales:
+//
+//   d_kernel += f d_K_n,   d_mixing[g, o] += scales K d_K_n,   d_scales[n, g, t] += mixing K d_K_n
 #include "attended.h"
+
+#include <omp.h>
 
 namespace {
 
-// K (C2, C1, taps) to [C1 / PAIR][taps][C2][PAIR], and back: some input channels.
+// Pair the places of one panel's numbers in K (C2, C1, T) and in packed K [C1 / PAIR][T][C2][PAIR]: calls
+// f(place in K, place in packed K).
 template <class F>
-void each_for_inputs(const Conv &s, int panel, F f) {  // f(place in K, place in packed K)
+void each_for_inputs(const Conv &s, int panel, F f) {
     int taps = s.taps();
     for (int o = 0; o < s.c2; ++o)
         for (int l = 0; l < PAIR; ++l)
@@ -15,7 +25,7 @@ void each_for_inputs(const Conv &s, int panel, F f) {  // f(place in K, place in
                 f(((long)o * s.c1 + panel * PAIR + l) * taps + t, (((long)panel * taps + t) * s.c2 + o) * PAIR + l);
 }
 
-// A sample's channels, PAIR of them, with zeros around: [padded height][padded width][PAIR].
+// Copy one panel of a sample with zeros around: x (PAIR, H, W) to padded [padded height][padded width][PAIR].
 void pad(const Conv &s, const float *x, float *padded) {
     std::memset(padded, 0, sizeof(float) * s.padded() * PAIR);
     for (int c = 0; c < PAIR; ++c)
@@ -25,6 +35,7 @@ void pad(const Conv &s, const float *x, float *padded) {
                     x[((long)c * s.height + y) * s.width + i];
 }
 
+// Inverse of `pad`: padded [padded height][padded width][PAIR] to x (PAIR, H, W); zeros where no window reads.
 void unpad(const Conv &s, const float *padded, float *x) {
     for (int c = 0; c < PAIR; ++c)
         for (int y = 0; y < s.height; ++y)
@@ -35,7 +46,8 @@ void unpad(const Conv &s, const float *padded, float *x) {
             }
 }
 
-// Gradients of the padded inputs at tap t of P positions from `start` on: adds K_n^T d_out. d_out [C2][P].
+// Gradient of one panel's input through tap t, for P positions from `start` on: adds K_n^T d_out to d_padded [padded
+// height][padded width][PAIR]. kernel [C2][PAIR], factors [2][C2], one row for each vector of the panel; d_out [C2][P]
 template <int P>
 void inputs_of_positions(const Conv &s, const float *kernel, const float *factors, const float *d_out, int t, int start,
                          float *d_padded) {
@@ -51,7 +63,8 @@ void inputs_of_positions(const Conv &s, const float *kernel, const float *factor
     }
 }
 
-// Gradients of the kernels of P output channels at tap t for one sample. d_out [positions][P].
+// Gradient of K_n at tap t for one panel and P output channels: x_t^T d_out to sums [P][PAIR].
+// padded [padded height][padded width][PAIR], d_out [positions][P]
 template <int P>
 void kernels_of_outputs(const Conv &s, const float *padded, const float *d_out, int t, Tile<P> &sums) {
     const float *row = padded + (long)(s.tap_y(t) * s.padded_width() + s.tap_x(t)) * PAIR;
@@ -63,22 +76,26 @@ void kernels_of_outputs(const Conv &s, const float *padded, const float *d_out, 
     }
 }
 
-// A backward pass: what it is given, what it makes of it, and its steps, whose parts may run side by side. Samples are
-// taken some at a time, and their padded inputs and gradients are held.
+// Inputs, scratch memory and passes of one backward call. The pieces of a pass may run in parallel. Samples are taken
+// some at a time (`together`), and each has a slot for its padded input and its d_out.
 struct Backward {
     const Conv s;
     const float *x, *kernel, *mixing, *scales, *d_out;
     int together, panels = s.c1 / PAIR, output_tiles = (s.c2 + TILE - 1) / TILE;
     long of_padded = (long)s.padded() * PAIR, of_out = (long)s.c2 * s.positions(), of_tap = (long)s.c2 * PAIR;
     long of_kernel = (long)s.c1 * s.c2 * s.taps(), of_mixing = (long)s.taps() * s.groups() * s.c2;
-    float *packed, *d_packed, *d_mixed;       // kernel, its gradient, and that of mixing at every tap
-    float *padded, *by_position, *by_output;  // of the samples held
-    float *of_threads;
+    float *packed, *d_packed;        // [C1 / PAIR][T][C2][PAIR]
+    float *d_mixed;                  // [T][G][C2]: gradient of mixing at each tap
+    float *padded;                   // [slots][C1 / PAIR][padded height][padded width][PAIR]
+    float *by_position, *by_output;  // [slots]: d_out, for each tile of positions [C2][its positions], and for each
+                                     // tile of output channels [P][its channels]
+    float *of_threads;               // each thread: d_padded, factors [2][C2], d_mixing [C2][PAIR]
     long each = of_padded + s.c2 * (2 + PAIR), taken = 0;
 
     Backward(const Conv &conv, const float *x, const float *kernel, const float *mixing, const float *scales,
              const float *d_out, float *place)
         : s(conv), x(x), kernel(kernel), mixing(mixing), scales(scales), d_out(d_out) {
+        // Floats of the slots: 4 MB, or one sample. Chosen on the machine of benchmarks/results/layers-1-thread.json.
         constexpr long FITTING = 1000000;
         together = (int)std::max(1L, std::min((long)s.batch, FITTING / (panels * of_padded + 2 * of_out)));
         auto take = [&](long n) { return taken += n, place + (taken - n); };
@@ -92,7 +109,7 @@ struct Backward {
     const float *scale_of(int n, int g, int t) const { return scales + ((long)n * s.groups() + g) * s.taps() + t; }
     float *of_thread() const { return of_threads + each * omp_get_thread_num(); }
 
-    // K_n's factors, for the first and for the second vector of a panel: [2][C2].
+    // Factors of K_n at tap t, for both vectors of a panel: 1 + mixing scales to factors [2][C2].
     void make_factors(int n, int panel, int t, float *factors) const {
         for (int half = 0; half < 2; ++half) {
             const float *row = mixing + (long)group(panel, half) * s.c2;
@@ -102,13 +119,13 @@ struct Backward {
         }
     }
 
+    // Pass: x (C1, H, W) of a sample to its slot of `padded`, one panel.
     void hold_input(int n, int slot, int panel) const {
         long map = (long)s.height * s.width;
         pad(s, x + ((long)n * s.c1 + panel * PAIR) * map, padded + ((long)slot * panels + panel) * of_padded);
     }
 
-    // Gradients of a sample's results as the two steps want them: for each tile of positions [C2][positions of it], and
-    // for each tile of output channels [positions][channels of it].
+    // Pass: d_out (C2, P) of a sample to its slot of `by_position`, one tile [C2][its positions].
     void hold_by_position(int n, int slot, int tile) const {
         int start = s.tile_start(tile), width = s.tile_start(tile + 1) - start;
         const float *from = d_out + n * of_out + start;
@@ -116,6 +133,7 @@ struct Backward {
         for (int o = 0; o < s.c2; ++o, from += s.positions())
             for (int j = 0; j < width; ++j) *to++ = from[j];
     }
+    // Pass: d_out (C2, P) of a sample to its slot of `by_output`, one tile [P][its channels].
     void hold_by_output(int n, int slot, int tile) const {
         int start = output_start(tile), width = output_start(tile + 1) - start;
         const float *from = d_out + n * of_out + (long)start * s.positions();
@@ -124,6 +142,7 @@ struct Backward {
             for (int j = 0; j < width; ++j) *to++ = from[(long)j * s.positions() + p];
     }
 
+    // Pass: `packed`, factors and `by_position` to dx (N, C1, H, W), one sample and panel.
     void inputs(int n, int slot, int panel, float *dx) const {
         float *d_padded = of_thread(), *factors = d_padded + of_padded;
         std::memset(d_padded, 0, sizeof(float) * of_padded);
@@ -141,7 +160,7 @@ struct Backward {
         unpad(s, d_padded, dx + ((long)n * s.c1 + panel * PAIR) * s.height * s.width);
     }
 
-    // Of kernel and mixing at one tap, from all samples held, and of their scales.
+    // Pass: `padded` and `by_output` to d_packed, d_mixed and d_scales (N, G, T), one panel and tap, all samples held.
     void kernels(int first, int samples, int panel, int t, float *d_scales) const {
         float *factors = of_thread() + of_padded, *d_mixing = factors + 2 * s.c2;
         std::memset(d_mixing, 0, sizeof(float) * of_tap);
@@ -164,7 +183,8 @@ struct Backward {
         }
     }
 
-    // What gradients of a sample's own kernels, of P output channels from o on, are to K, to mixing and to its scales.
+    // Use the gradient of K_n, sums [P][PAIR] for P output channels from o on: adds to d_packed, to d_mixing [C2][PAIR]
+    // and to totals [PAIR], whose sum is the gradient of the scale.
     template <int P>
     INLINE void use(const Tile<P> &sums, int n, int panel, int t, int o, const float *factors, float *d_mixing,
                     vec (&totals)[2]) const {
@@ -192,8 +212,8 @@ EXPORT long attended_backward_scratch(const Conv *conv, int threads) {
     return pass.taken + threads * pass.each;
 }
 
-// Writes dx unless it is null, and, unless they are null, d_kernel, d_mixing and d_scales; shapes as of what they are
-// of.
+// x (N, C1, H, W), kernel (C2, C1, T), mixing (G, C2), scales (N, G, T), d_out (N, C2, P) to gradients in the inputs'
+// shapes. dx may be null, and so may be d_kernel, d_mixing and d_scales together: they are skipped.
 EXPORT void attended_backward(const Conv *conv, const float *x, const float *kernel, const float *mixing,
                               const float *scales, const float *d_out, float *dx, float *d_kernel, float *d_mixing,
                               float *d_scales, float *scratch, int threads) {
@@ -201,16 +221,22 @@ EXPORT void attended_backward(const Conv *conv, const float *x, const float *ker
     const Conv &s = pass.s;
     const int panels = pass.panels, taps = s.taps(), of_tap = s.groups() * s.c2;
     if (d_kernel) {
-        std::memset(pass.d_packed, 0, sizeof(float) * (pass.of_kernel + pass.of_mixing));  // and d_mixed behind it
-        std::fill_n(d_scales, (long)s.batch * s.groups() * taps, 0.f);  // null where there are no samples
+        std::memset(pass.d_packed, 0,
+                    sizeof(float) * (pass.of_kernel + pass.of_mixing));  // d_mixed lies behind d_packed
+        std::fill_n(d_scales, (long)s.batch * s.groups() * taps, 0.f);   // not memset: null where there are no samples
     }
 #pragma omp parallel num_threads(threads)
     {
+        // 1. kernel: (C2, C1, T) to packed [C1 / PAIR][T][C2][PAIR]
 #pragma omp for schedule(static)
         for (int panel = 0; panel < panels; ++panel)
             each_for_inputs(s, panel, [&](long i, long j) { pass.packed[j] = kernel[i]; });
+
+        // 2. samples, some at a time
         for (int first = 0; first < s.batch; first += pass.together) {
             int samples = std::min(pass.together, s.batch - first);
+
+            // 2a. padded inputs [slots][C1 / PAIR][padded map][PAIR], and d_out (C2, P) in the layouts of 2b and 2c
             if (d_kernel) {
 #pragma omp for collapse(2) schedule(static) nowait
                 for (int slot = 0; slot < samples; ++slot)
@@ -225,11 +251,15 @@ EXPORT void attended_backward(const Conv *conv, const float *x, const float *ker
                     for (int tile = 0; tile < s.tiles(); ++tile) pass.hold_by_position(first + slot, slot, tile);
             }
 #pragma omp barrier
+
+            // 2b. input: packed, d_out to dx (C1, H, W) of each sample
             if (dx) {
 #pragma omp for collapse(2) schedule(static) nowait
                 for (int panel = 0; panel < panels; ++panel)
                     for (int slot = 0; slot < samples; ++slot) pass.inputs(first + slot, slot, panel, dx);
             }
+
+            // 2c. kernel, mixing and scales: padded inputs, d_out to d_packed, d_mixed [T][G][C2] and d_scales (G, T)
             if (d_kernel) {
 #pragma omp for collapse(2) schedule(static) nowait
                 for (int panel = 0; panel < panels; ++panel)
@@ -237,6 +267,8 @@ EXPORT void attended_backward(const Conv *conv, const float *x, const float *ker
             }
 #pragma omp barrier
         }
+
+        // 3. results: d_packed to d_kernel (C2, C1, T), d_mixed [T][G][C2] to d_mixing (G, C2)
         if (d_kernel) {
 #pragma omp for schedule(static)
             for (int panel = 0; panel < panels; ++panel)

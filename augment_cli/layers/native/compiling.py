@@ -1,7 +1,7 @@
-"""Compiles the layers' kernels; `python compiling.py FOLDER` does, for the sources in a folder.
+"""Compile the layers' kernels; `python compiling.py FOLDER` compiles the sources in a folder.
 
-$CXX is the compiler and $CXXFLAGS are added to its flags. Imports nothing of the package: hatch_build.py runs this file
-before there is one.
+$CXX names the compiler, and $CXXFLAGS are added to its flags. This file imports nothing of the package, because
+hatch_build.py runs it before the package is installed.
 """
 
 import hashlib
@@ -21,33 +21,31 @@ FOR_INSTRUCTIONS = {
 
 
 def library_path(folder: Path, instructions: str) -> Path:
-    """Path of the library for a set of instructions. It names a digest of the sources, so that no other's is loaded."""
+    """Path of the library for an instruction set; its name holds a digest of the sources, so no stale one is loaded."""
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in _sources(folder))).hexdigest()
     return folder / f"kernels-{instructions.lower()}-{digest[:12]}.so"
 
 
 def compile_kernels(folder: Path) -> list[Path]:
-    """Compile a library for every set of instructions; those of other sources are deleted.
+    """Compile a library for every instruction set, and delete the libraries of other sources.
 
     Raises:
-        OSError: another system or processor, or no compiler.
+        OSError: not Linux on x86-64, or no compiler.
         subprocess.CalledProcessError: the compiler failed; stderr holds its messages.
     """
     if sys.platform != "linux" or platform.machine() not in ("x86_64", "AMD64"):
-        raise OSError("they are for Linux on x86-64")
+        raise OSError("the kernels are for Linux on x86-64")
     compiler = shutil.which(os.environ.get("CXX") or "c++")
     if compiler is None:
         raise OSError("there is no C++ compiler (c++, or $CXX)")
-    flags, units = (
-        [*FLAGS, *os.environ.get("CXXFLAGS", "").split()],
-        [p for p in _sources(folder) if p.suffix == ".cpp"],
-    )
+    flags = [*FLAGS, *os.environ.get("CXXFLAGS", "").split()]
+    units = [str(path) for path in _sources(folder) if path.suffix == ".cpp"]
     libraries = {library_path(folder, name): more for name, more in FOR_INSTRUCTIONS.items()}
     for library, more in libraries.items():
         if library.exists() and library.stat().st_mtime > Path(__file__).stat().st_mtime:
-            continue  # the build hook runs for the metadata, and again for the wheel
+            continue  # the build hook runs twice: for the metadata and for the wheel
         new = library.with_suffix(".new")
-        command = [compiler, *flags, *more, *map(str, units), "-o", str(new)]
+        command = [compiler, *flags, *more, *units, "-o", str(new)]
         subprocess.run(command, check=True, capture_output=True, text=True)
         new.replace(library)
     for old in set(folder.glob("kernels-*.so")) - set(libraries):

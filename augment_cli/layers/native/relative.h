@@ -1,4 +1,4 @@
-// The tables of relative positions laid out for vectors of queries, and products with them.
+// Tables of relative positions, laid out for vectors of queries, and products of queries with them.
 #pragma once
 #include <algorithm>
 
@@ -12,16 +12,19 @@ struct Shape {
     int padded() const { return round_up(positions(), PAIR); }
 };
 
-// Entries of a table for LANES queries side by side: of line l (a row or a column of the map) and channel c.
+// Entries of a table for LANES neighbouring queries: `at(l, c)` are those for line l, a row or a column of the map, and
+// channel c.
 struct Lines {
     float *start;
     long line_step, channel_step;
     float *at(int l, int c) const { return start + l * line_step + c * channel_step; }
 };
 
-// A table's entries laid out along queries, for the columns of the map and for its rows:
-//   columns[x][c][j] = rel_width[x - j mod W], for the key's column x and a query in column j mod W
-//   rows[c][m]       = rel_height[2 (H - 1) - m div W], for a query m - (H - 1) W positions after the key's row begins
+// Both tables, with queries along the lanes. rel_height (2H - 1, d) and rel_width (2W - 1, d) become
+//   rows    [d][(2H - 1) W + PAIR]: rows[c][m] = rel_height[2 (H - 1) - m div W][c], for a query that is
+//                                   m - (H - 1) W positions behind the first position of the key's row
+//   columns [W][d][W + LANES]:      columns[x][c][j] = rel_width[x - j mod W + W - 1][c], for a key in column x and a
+//                                   query in column j mod W
 struct Tables {
     Shape s;
     float *columns, *rows;
@@ -36,8 +39,9 @@ struct Tables {
     }
     Lines of_rows(int query) const { return {rows + (s.height - 1) * s.width + query, -s.width, row_length()}; }
 
+    // Call f(entry, whether it is rel_width's, its row in that table, its channel) for every entry.
     template <class F>
-    void each(F f) {  // f(an entry here, whether of rel_width, its row, channel)
+    void each(F f) {
         for (int x = 0; x < s.width; ++x)
             for (int c = 0; c < s.d; ++c)
                 for (int j = 0; j < column_length(); ++j)
@@ -48,9 +52,9 @@ struct Tables {
     }
 };
 
-// Products of LANES queries with the entries of each line, lane by lane. Shapes: q (d, PAIR), logits (lines, PAIR).
+// Relative logits of LANES queries with each line: q [d][PAIR] and the entries to logits [lines][PAIR].
 void line_logits(const float *q, int d, Lines entries, int lines, float *logits) {
-    constexpr int TOGETHER = 7;
+    constexpr int TOGETHER = 7;  // lines at once: their sums and operands fit the 16 registers of AVX2
     for (int l = 0; l < lines; l += TOGETHER)
         with_constant<TOGETHER>(lines - l, [&](auto n) {
             constexpr int N = decltype(n)::value;
@@ -63,11 +67,12 @@ void line_logits(const float *q, int d, Lines entries, int lines, float *logits)
         });
 }
 
-// Adds to the gradients of the queries (d, PAIR) and of the entries. `apart`: lines nearer than this overlap, and what
-// was just stored is slow to load again.
+// Gradients through `line_logits`: q [d][PAIR], the entries and d_logits [lines][PAIR]; adds to d_q [d][PAIR] and to
+// `totals`, laid out like the entries. Lines less than `apart` from one another overlap in memory. They are taken in
+// turns, because a load of what was just stored is slow.
 void line_logits_backward(const float *q, int d, Lines entries, Lines totals, int lines, int apart,
                           const float *d_logits, float *d_q) {
-    constexpr int TOGETHER = 4;
+    constexpr int TOGETHER = 4;  // channels at once: queries, sums and operands fit the 16 registers of AVX2
     for (int c = 0; c < d; c += TOGETHER)
         with_constant<TOGETHER>(d - c, [&](auto n) {
             constexpr int N = decltype(n)::value;

@@ -1,4 +1,4 @@
-// Vectors of LANES floats, and what the kernels need of them beyond + - *. Compiled once for AVX-512, once for AVX2.
+// Vectors of LANES floats, with the operations that the kernels use beside + - *. Compiled for AVX-512 and for AVX2.
 #pragma once
 #include <immintrin.h>
 #include <cstring>
@@ -9,7 +9,7 @@
 
 #ifdef __AVX512F__
 constexpr int LANES = 16;
-constexpr int TILE = 14;  // rows of two vectors that stay in 32 registers, with room for the operands
+constexpr int TILE = 14;  // rows of a tile: 28 of 32 registers, the others for operands
 using vec = __m512;
 static inline vec load(const float *p) { return _mm512_loadu_ps(p); }
 static inline void store(float *p, vec a) { _mm512_storeu_ps(p, a); }
@@ -21,7 +21,7 @@ static inline vec nearest(vec a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_
 static inline vec times_power(vec a, vec n) { return _mm512_scalef_ps(a, n); }
 #else
 constexpr int LANES = 8;
-constexpr int TILE = 6;
+constexpr int TILE = 6;  // 12 of 16 registers
 using vec = __m256;
 static inline vec load(const float *p) { return _mm256_loadu_ps(p); }
 static inline void store(float *p, vec a) { _mm256_storeu_ps(p, a); }
@@ -40,11 +40,11 @@ static inline vec times_power(vec a, vec n) {
 }
 #endif
 
-constexpr int PAIR = 2 * LANES;
+constexpr int PAIR = 2 * LANES;  // floats in a row of a tile
 
 static inline int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// Calls f with the compile-time constant n, 1 <= n <= N.
+// Call f with n, 1 <= n <= N, as a compile-time constant.
 template <int N>
 struct Constant {
     static constexpr int value = N;
@@ -56,7 +56,7 @@ static inline void with_constant(int n, F f) {
     f(Constant<N>());
 }
 
-// P rows of PAIR numbers in registers. In memory, a block: [P][PAIR].
+// P rows of PAIR numbers in registers; [P][PAIR] in memory.
 template <int P>
 struct Tile {
     vec at[P][2];
@@ -68,7 +68,7 @@ struct Tile {
     INLINE void write(float *block) const {
         UNROLL for (int j = 0; j < P; ++j) store(block + j * PAIR, at[j][0]), store(block + j * PAIR + LANES, at[j][1]);
     }
-    // Row j += numbers[j] (a, b)
+    // row j += numbers[j] (a, b)
     INLINE void add_products(const float *numbers, vec a, vec b) {
         UNROLL for (int j = 0; j < P; ++j) {
             vec number = all(numbers[j]);
@@ -77,9 +77,9 @@ struct Tile {
     }
 };
 
-// 2^a to about one unit in the last place; NaN stays NaN. A sixth-degree polynomial on [-1/2, 1/2].
+// 2^a to about one unit in the last place, by a sixth-degree polynomial on [-1/2, 1/2]. NaN stays NaN.
 static inline vec exp2(vec a) {
-    a = larger(all(-126.f), a);  // in this order NaN goes through
+    a = larger(all(-126.f), a);  // max returns its second operand if one is NaN
 #ifndef __AVX512F__
     a = _mm256_min_ps(all(127.f), a);
 #endif
@@ -93,7 +93,7 @@ static inline vec exp2(vec a) {
     return times_power(p, whole);
 }
 
-// A normal positive number as significand 2^exponent, 1 <= significand < 2: std::frexp, but many at a time.
+// A normal positive number as significand 2^exponent, 1 <= significand < 2. Unlike std::frexp, compilers vectorise it.
 struct Split {
     float significand, exponent;
 };
@@ -106,7 +106,7 @@ static inline Split split_power(float a) {
     return {a, exponent};
 }
 
-// Rows become columns, LANES x LANES: at every step blocks of half the width change places across the diagonal.
+// Transpose LANES x LANES numbers. Each step swaps blocks of half the width across the diagonal.
 typedef int ints __attribute__((vector_size(4 * LANES)));
 template <int WIDTH = LANES / 2>
 static inline __attribute__((always_inline)) void transpose(vec (&rows)[LANES]) {

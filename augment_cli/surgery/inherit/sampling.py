@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from augment_cli.errors import AugmentError
 from augment_cli.layers import AAConv2d
-from augment_cli.layers.attention import attention
+from augment_cli.layers.aa.attention import attention
 from augment_cli.surgery.inherit.calls import recorded
 from augment_cli.surgery.inherit.moments import Covariance, Moments
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from augment_cli.layers import AAConv2d
-from augment_cli.layers.relative import relative_logits
+from augment_cli.layers.aa.relative import relative_logits
 from augment_cli.surgery.inherit.calls import recorded
 
 CONTENT, POSITION = 2.0, 1.0

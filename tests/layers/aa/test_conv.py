@@ -8,7 +8,7 @@ from timm.layers import Conv2dSame
 from torch import nn
 
 from augment_cli.layers import AAConv2d
-from augment_cli.layers.aa_conv import _Reorder
+from augment_cli.layers.aa.conv import _Reorder
 from tests.layers import oracles
 from tests.layers.helpers import assert_equal, assert_gradients, normal, pairs, randomised, seeds
 
@@ -290,3 +290,11 @@ def test_reordering_has_the_derivatives_of_an_index_of_every_kind():
     assert torch.equal(tangent, 2 * value)
     mapped = torch.func.vmap(torch.func.grad(lambda x: _Reorder.apply(x[None], order).cumsum(1).sum()))(x)
     assert torch.equal(mapped, (4 - order.argsort()).double()[None, :, None].expand(2, 4, 3))
+
+
+def test_the_weight_is_the_branchs_and_absent_without_one():
+    branch, alone = (
+        AAConv2d(4, 8, 3, padding=1, heads=2, key_channels=4, value_channels=n, resolution=5) for n in (4, 8)
+    )
+    assert branch.weight is branch.conv.weight
+    assert not hasattr(alone, "weight")

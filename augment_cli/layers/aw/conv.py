@@ -1,16 +1,21 @@
-"""Attention-weights convolution (AW): the kernel itself is attended, for every sample.
+"""Attention-weights convolution (AW): every sample's attention scales the kernel itself.
 
 Paper: `An Attention Module for Convolutional Neural Networks` (Zhu Baozhou, Hofstee, Lee, Al-Ars), arXiv 2108.08205.
-Status: our reading of AW. The shape of the map, conv(I (x) A, K) = conv(I, A (x) K) and the residual are the paper's;
-widths, groups and reduction are [ours].
+Status: our reading of AW. The map's shape, conv(I (x) A, K) = conv(I, A (x) K), the order of operations and the
+residual follow the paper; widths, groups and reduction are [ours].
 """
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from augment_cli.layers.attended import attended_conv, fastest_way
-from augment_cli.layers.per_sample import Geometry, conv_of_each
+from augment_cli.layers.aw.attended import attended_conv, choose_backend
+from augment_cli.layers.aw.backend import Backend
+from augment_cli.layers.aw.per_sample import conv_of_each
+from augment_cli.layers.geometry import Geometry, Pair
 
 
 class AWConv2d(nn.Conv2d):
@@ -23,18 +28,20 @@ class AWConv2d(nn.Conv2d):
         A3 = expand(A2), in C1/r groups of one channel               N, C2 C1/r, h, w
         A  = every map of A3 repeated r times along the inputs       N, C2, C1, h, w
 
-    `expand` is zero at the start, so that a fresh layer computes the plain convolution.
+    `expand` starts at zero, so that a fresh layer computes the plain convolution.
 
-    A grouped kernel is the dense one with only the blocks on its diagonal, and the same formula holds for the entries
-    that there are: an output channel meets a = max(1, C1/groups/r) maps. A3 has C2 a channels then, and on a depthwise
-    convolution every channel's kernel has a map of its own, scaled from one that r channels share. [ours]
+    A grouped kernel is the dense one with only the blocks on its diagonal, and the same formula holds for its entries:
+    each output channel meets a = max(1, C1/groups/r) maps, and A3 has C2 a channels. On a depthwise convolution every
+    channel's kernel has a map of its own, scaled from one that r channels share. [ours]
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias: as in `nn.Conv2d`, except that
             padding="same" is TensorFlow's, for any stride.
-        reduction: r, the input channels that share a map; of the divisors of `in_channels` that no group straddles, the
-            largest up to it is used.
-        standardize: applied to the kernel before the attention (weight standardisation); None for the kernel as it is.
+        reduction: r, the number of input channels that share a map. `fitting_reduction` may lower it.
+        standardize: weight standardisation, applied to the kernel before the attention; None for none.
+
+    Raises:
+        ValueError: `reduction` is less than 1.
 
     Example:
         >>> layer = AWConv2d(32, 48, 3, padding=1)
@@ -42,8 +49,13 @@ class AWConv2d(nn.Conv2d):
         torch.Size([2, 48, 8, 10])
     """
 
-    way: str | None = None
-    """Through the convolution: "grouped" or one of `attended.WAYS`; None for the one expected to be fastest."""
+    backend: Backend = "auto"
+    """Backend of the convolution; "auto" lets `attended.choose_backend` decide at each call."""
+
+    kernel_size: Pair
+    stride: Pair
+    padding: str | Pair
+    dilation: Pair
 
     def __init__(
         self,
@@ -61,13 +73,13 @@ class AWConv2d(nn.Conv2d):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.same_pad = padding == "same"
         fixed_padding = 0 if self.same_pad else padding
         super().__init__(in_channels, out_channels, kernel_size, stride, fixed_padding, dilation, groups, bias, **dd)
         self.reduction = fitting_reduction(in_channels, reduction, groups)
         hidden = in_channels // self.reduction
-        self.maps = max(1, hidden // groups)  # a: of an output channel
+        self.maps = max(1, hidden // groups)  # a, the maps that an output channel meets
         self.standardize = standardize
         self.reduce = nn.Conv2d(in_channels, hidden, 1, bias=False, **dd)
         self.mix = nn.Conv2d(hidden, hidden, 1, bias=False, **dd)
@@ -76,11 +88,11 @@ class AWConv2d(nn.Conv2d):
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
-        if hasattr(self, "expand"):  # nn.Conv2d calls this before there is any
+        if hasattr(self, "expand"):  # nn.Conv2d's constructor calls this earlier
             self.reset_attention_parameters()
 
     def reset_attention_parameters(self) -> None:
-        """`expand` zero, the two others He-normal for the ReLU that follows. [ours]"""
+        """Set `expand` to zero, and the two others to He-normal for the ReLU that follows. [ours]"""
         for layer in (self.reduce, self.mix):
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
         nn.init.zeros_(self.expand.weight)
@@ -90,17 +102,19 @@ class AWConv2d(nn.Conv2d):
         scales, kernel = self.scales(x), self.static_kernel()
         if self.same_pad:
             x = _pad_same(x, self.kernel_size, self.stride, self.dilation)
-        way = self.way or fastest_way(x, kernel, self.geometry, self.expand.groups)
-        if way == "grouped":
+        backend = self.backend
+        if backend == "auto":
+            backend = choose_backend(x, kernel, self.geometry, self.expand.groups)
+        if backend == "grouped":
             out = conv_of_each(x, self._attended(kernel, scales), self.geometry)
         else:
-            mixing = self.expand.weight.view(-1, self.out_channels)  # one row for each of C1/r groups
-            out = attended_conv(x, kernel, mixing, scales, self.geometry, way)
+            mixing = self.expand.weight.view(-1, self.out_channels)  # C1/r, C2
+            out = attended_conv(x, kernel, mixing, scales, self.geometry, backend)
         return out if self.bias is None else out + self.bias.to(out.dtype)[:, None, None]
 
     @property
     def geometry(self) -> Geometry:
-        padding = (0, 0) if self.padding == "valid" else self.padding
+        padding = (0, 0) if isinstance(self.padding, str) else self.padding  # "valid": "same" is padded beforehand
         return Geometry(self.kernel_size, self.stride, padding, self.dilation, self.groups)
 
     def static_kernel(self) -> Tensor:
@@ -114,7 +128,7 @@ class AWConv2d(nn.Conv2d):
     def _attended(self, kernel: Tensor, scales: Tensor) -> Tensor:
         blocks = self.expand.groups // self.maps, self.maps, -1
         maps = self.expand(scales).unflatten(1, blocks).transpose(2, 3).flatten(1, 2)  # N, C2, a, h, w
-        factors = (1 + maps).contiguous()  # or the product takes the order of axes from them, and is copied
+        factors = (1 + maps).contiguous()  # else the product takes its strides from them, and is copied
         grouped = kernel.unflatten(1, (self.maps, -1))  # C2, a, inputs that share a map, h, w
         return (factors.unsqueeze(3) * grouped).flatten(2, 3)
 
@@ -130,10 +144,16 @@ class AWConv2d(nn.Conv2d):
 class Expand(nn.Module):
     """1x1 convolution in groups of one input channel, zero at the start.
 
-    No `nn.Conv2d`, so that functions which initialise the convolutions of a model leave the zeros alone.
+    This is not an `nn.Conv2d`, so that functions that initialise every convolution of a model keep the zeros.
     """
 
-    def __init__(self, groups: int, out_channels: int, device=None, dtype=None) -> None:
+    def __init__(
+        self,
+        groups: int,
+        out_channels: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         self.groups = groups
         self.weight = nn.Parameter(torch.zeros(out_channels, 1, 1, 1, device=device, dtype=dtype))
@@ -147,21 +167,21 @@ class Expand(nn.Module):
 
 
 def fitting_reduction(in_channels: int, reduction: int, groups: int = 1) -> int:
-    """The largest r up to `reduction` that divides `in_channels`, and a group's inputs or is a multiple of them."""
+    """The largest r up to `reduction` for which `fits_groups` holds."""
     if reduction < 1:
         raise ValueError(f"reduction={reduction} is less than 1")
     return next(r for r in range(min(reduction, in_channels), 0, -1) if fits_groups(r, in_channels, groups))
 
 
 def fits_groups(reduction: int, in_channels: int, groups: int) -> bool:
-    """Whether every r-th of the input channels and every group of the convolution are inside one another."""
+    """Whether r divides the input channels, and each r channels that share a map lie in one group or fill groups."""
     inputs = in_channels // groups
     return in_channels % reduction == 0 and (inputs % reduction == 0 or reduction % inputs == 0)
 
 
-def _pad_same(x: Tensor, kernel_size, stride, dilation) -> Tensor:
-    """TensorFlow's SAME padding: ceil(size / stride) outputs, the odd one of the padding at the end."""
-    pads = []
+def _pad_same(x: Tensor, kernel_size: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> Tensor:
+    """Pad as TensorFlow's SAME does: ceil(size / stride) outputs, and an odd padding is longer at the end."""
+    pads: list[int] = []
     for size, k, s, d in zip(x.shape[:-3:-1], kernel_size[::-1], stride[::-1], dilation[::-1], strict=True):
         total = max((-(-size // s) - 1) * s + (k - 1) * d + 1 - size, 0)
         pads += [total // 2, total - total // 2]

@@ -6,20 +6,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from augment_cli.layers import native
-from augment_cli.layers.attention import relative_attention
-from augment_cli.layers.blocked import blocked_relative_attention
-from augment_cli.layers.native.attention import native_relative_attention
-from tests.layers.test_attention_paths import gradients, make_inputs
+from augment_cli.layers.aa.attention import relative_attention
+from augment_cli.layers.aa.blocked import blocked_relative_attention
+from augment_cli.layers.aa.compiled import native_relative_attention
+from tests.layers.aa.test_backends import gradients, make_inputs
+from tests.layers.helpers import needs_kernels
 
 NAMES = "out", "q", "k", "v", "rel_height", "rel_width"
-each_path = pytest.mark.parametrize(
-    "path",
+each_backend = pytest.mark.parametrize(
+    "backend",
     [
         blocked_relative_attention,
-        pytest.param(
-            native_relative_attention, marks=pytest.mark.skipif(native.instructions is None, reason="no kernels")
-        ),
+        pytest.param(native_relative_attention, marks=needs_kernels),
     ],
 )
 
@@ -37,37 +35,39 @@ def close_together(size: float, seed: int) -> list[Tensor]:
     return [q.abs() * size / 4, 1 + (k / 1e3 - 1) * 1e3 / size, v, *(torch.zeros_like(t) for t in tables)]
 
 
-def errors(path, inputs: list[Tensor]) -> Tensor:
+def errors(backend, inputs: list[Tensor]) -> Tensor:
     """Largest absolute error of the result and of every gradient."""
     exact = gradients(relative_attention, [t.detach().double().requires_grad_() for t in inputs])
-    found = gradients(path, [t.detach().clone().requires_grad_() for t in inputs])
+    found = gradients(backend, [t.detach().clone().requires_grad_() for t in inputs])
     return torch.stack([(a.double() - b).detach().abs().max() for a, b in zip(found, exact, strict=True)])
 
 
-@each_path
+@each_backend
 @pytest.mark.parametrize("make", [far_apart, close_together])
 @pytest.mark.parametrize("size", [1e3, 1e4, 1e6, 1e8])
-def test_gradients_are_as_near_as_those_of_plain_operations(path, make, size):
+def test_gradients_are_as_near_as_those_of_plain_operations(backend, make, size):
     inputs = [make(size, seed) for seed in range(6)]
-    found, plain = (sum(errors(run, tensors) for tensors in inputs) / len(inputs) for run in (path, relative_attention))
+    found, plain = (
+        sum(errors(run, tensors) for tensors in inputs) / len(inputs) for run in (backend, relative_attention)
+    )
     for name, a, b in zip(NAMES, found, plain, strict=True):
         assert a <= 6 * b + 1e-7, f"{name}: {a:.1e} where the plain operations are {b:.1e} off"
 
 
-@each_path
-def test_a_query_that_looks_at_one_key_passes_no_gradient_to_the_logits(path):
+@each_backend
+def test_a_query_that_looks_at_one_key_passes_no_gradient_to_the_logits(backend):
     """Rounding errors of the values would be multiplied by queries of 10^4."""
-    for grad in gradients(path, [t.requires_grad_() for t in far_apart(1e8, 0)])[1:3]:
+    for grad in gradients(backend, [t.requires_grad_() for t in far_apart(1e8, 0)])[1:3]:
         assert grad.abs().max() < 1e-20
 
 
-@each_path
+@each_backend
 @pytest.mark.parametrize("scale", [0.1, 1.0, 2.0])
-def test_tiny_gradients_keep_their_digits(path, scale):
+def test_tiny_gradients_keep_their_digits(backend, scale):
     """Sums of weights up to 2^60 divide them, and could push them out of float32's range."""
     inputs = make_inputs(height=9, width=9, d=20, dtype=torch.float32, scale=scale)
     exact = gradients(relative_attention, [t.detach().double().requires_grad_() for t in inputs])
-    out = path(*inputs)
+    out = backend(*inputs)
     weights = torch.linspace(-1, 1, out.numel()).view(out.shape) * 1e-30
     for found, expected in zip(torch.autograd.grad((out * weights).sum(), inputs), exact[1:], strict=True):
         assert (found.double() * 1e30 - expected).abs().max() <= 1e-3 * expected.abs().max()

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from augment_cli.layers import pooling
+from augment_cli.layers.aa import pooling
 
 
 @settings(derandomize=True, deadline=None, max_examples=60)

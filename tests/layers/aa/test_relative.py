@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from augment_cli.layers.relative import by_position, relative_logits, resize_table, table_rows
+from augment_cli.layers.aa.relative import by_position, relative_logits, resize_table, table_rows
 from tests.layers import oracles
 from tests.layers.helpers import assert_equal, normal, seeds
 

@@ -10,14 +10,14 @@ from torch import Tensor
 
 
 def table_rows(size: int) -> int:
-    """Rows of a table for maps `size` long: one for each offset from -(size - 1) to size - 1."""
+    """Rows of a table for an axis of `size` positions: one for each offset from -(size - 1) to size - 1."""
     return 2 * size - 1
 
 
 def resize_table(table: Tensor, size: int) -> Tensor:
-    """A table for maps of another size, by linear interpolation over the offsets. [ours]
+    """Resize a table to another map size by linear interpolation over the offsets. [ours]
 
-    The largest offsets meet the largest offsets and offset 0 stays offset 0.
+    The largest offsets keep their rows, and so does offset 0.
 
     Shapes: table (2 S - 1, d) to (2 size - 1, d).
     """
@@ -32,7 +32,7 @@ def resize_table(table: Tensor, size: int) -> Tensor:
 
 
 def by_position(table: Tensor, size: int) -> Tensor:
-    """Rows of the table in absolute positions: entry (i, j) is the row of the offset j - i.
+    """Rows of the table by absolute positions: entry (i, j) is the row for the offset j - i.
 
     Shapes: table (2 S - 1, d), resized where S is not `size`, to (size, size, d).
     """
@@ -41,7 +41,7 @@ def by_position(table: Tensor, size: int) -> Tensor:
 
 
 def relative_logits(q: Tensor, rel_height: Tensor, rel_width: Tensor) -> tuple[Tensor, Tensor]:
-    """Relative logits of every query, for each absolute row and for each absolute column of the keys.
+    """Relative logits of every query with each absolute row, and with each absolute column, of the keys.
 
     S_H + S_W of a pair (i, j) is rows[i, y_j] + columns[i, x_j].
 
@@ -54,5 +54,5 @@ def relative_logits(q: Tensor, rel_height: Tensor, rel_width: Tensor) -> tuple[T
 
 
 def _line_logits(q: Tensor, table: Tensor) -> Tensor:
-    """Queries of each line with the table's rows for that line. Shapes: (S, ..., d) and (S, S, d) to (S, ..., S)."""
+    """Products of each line's queries with the table for that line. Shapes: (S, ..., d), (S, S, d) to (S, ..., S)."""
     return torch.bmm(q.flatten(1, -2), table.transpose(1, 2)).unflatten(1, q.shape[1:-1])

@@ -1,30 +1,30 @@
-"""The attention core of AA as one call of a fused attention kernel: exact, memory O(HW (d + H + W)), made for GPUs.
+"""The attention core of AA as one call of torch's fused attention: exact, O(HW (d + H + W)) memory, made for GPUs.
 
-Same function as `augment_cli.layers.attention.relative_attention` (Bello et al., arXiv 1904.09925, section 3.2).
+Same function as `augment_cli.layers.aa.attention.relative_attention` (Bello et al., arXiv 1904.09925, section 3.2).
 
-A relative logit depends on the query and on the row, or the column, of the key. So the H + W relative logits of a query
-become H + W more channels of it, and a key gets as many that say which row and which column it is in:
+A relative logit depends on the query and on the key's row or column only. So each query gets its H + W relative logits
+as additional channels, and each key gets H + W channels that are one-hot in its row and its column:
 
     q.k + rows[y_k] + columns[x_k]  =  [q, rows, columns] . [k, onehot(y_k), onehot(x_k)]
 
-with no bias tensor, which the fused kernels either do not take or would read as (HW)^2 numbers. One plain call, so
-torch.compile and torch.export follow it, and vmap where the kernel has a rule.
+This needs no bias tensor, which fused kernels either reject or read as (HW)^2 numbers. It is one plain call, which
+torch.compile and torch.export can follow, and vmap too where torch's kernel has a rule.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from augment_cli.layers.relative import relative_logits
+from augment_cli.layers.aa.relative import relative_logits
 
 
 def fused_relative_attention(q: Tensor, k: Tensor, v: Tensor, rel_height: Tensor, rel_width: Tensor) -> Tensor:
     """Attention of every position to every other, by `scaled_dot_product_attention`.
 
-    In half precision the relative logits are rounded to the type of the queries, as every channel is: an error of at
-    most 2^-8 of their magnitude each in bfloat16, 2^-11 in float16, which the plain form has only where autocast or
-    the inputs' type brings it. The sums are float32 inside the kernels. Derivatives of higher order and function
-    transforms are what PyTorch has for the kernel that it picks.
+    In half precision the relative logits are rounded to the dtype of the queries: a relative error of at most 2^-8 in
+    bfloat16 and 2^-11 in float16. The reference rounds them only where autocast or the inputs' dtype does. Sums are
+    float32 inside the kernels. Higher derivatives and function transforms work as far as torch's chosen kernel has
+    them.
 
     Shapes: q, k (N, heads, H, W, d); v (N, heads, H, W, e); tables (2 S - 1, d); result (N, heads, H, W, e).
     """
@@ -38,14 +38,14 @@ def fused_relative_attention(q: Tensor, k: Tensor, v: Tensor, rel_height: Tensor
 
 
 def _extended(channels: int, maps: Tensor, *more: Tensor) -> Tensor:
-    """The channels of all, and zeros up to `channels`. Shapes: (N, heads, H, W, c_i) to (N, heads, HW, channels)."""
+    """Concatenate channels and pad with zeros. Shapes: (N, heads, H, W, c_i) to (N, heads, HW, channels)."""
     missing = channels - sum(t.shape[-1] for t in (maps, *more))
     zeros = maps.new_zeros(1).expand(*maps.shape[:-1], missing)
     return torch.cat([maps, *(t.to(maps.dtype) for t in more), zeros], dim=-1).flatten(2, 3)
 
 
 def _position(maps: Tensor) -> tuple[Tensor, Tensor]:
-    """Which row and which column each position is in, one-hot. Shapes: (N, heads, H, W, .) to (..., H) and (..., W)."""
+    """One-hot row and column of each position. Shapes: (N, heads, H, W, .) to (..., H) and (..., W)."""
     height, width = maps.shape[2:4]
     rows, columns = (torch.eye(size, dtype=maps.dtype, device=maps.device) for size in (height, width))
     shape = maps.shape[:-1]
@@ -53,5 +53,5 @@ def _position(maps: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _round_up(channels: int, multiple: int = 8) -> int:
-    """GPU kernels want head widths that are multiples of 8; some of them, and the one for CPUs, one width for all."""
+    """Width of a head for the fused kernels: a multiple of 8 for GPUs. Some take one width for q, k and v only."""
     return -(-channels // multiple) * multiple

@@ -1,4 +1,4 @@
-"""The fast ways through the attention core compute what the plain one does, in less memory."""
+"""The fast attention backends compute the same as the reference, in less memory."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,15 +12,15 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from augment_cli.layers import AAConv2d
-from augment_cli.layers import attention as attention_module
-from augment_cli.layers.attention import choose_path, relative_attention
-from augment_cli.layers.blocked import blocked_relative_attention, free_blocks
-from augment_cli.layers.fused import fused_relative_attention
+from augment_cli.layers.aa import attention as attention_module
+from augment_cli.layers.aa.attention import choose_backend, relative_attention
+from augment_cli.layers.aa.blocked import blocked_relative_attention, free_blocks
+from augment_cli.layers.aa.fused import fused_relative_attention
 from tests.layers.helpers import peak_bytes
 
-PATHS = {"blocked": blocked_relative_attention, "fused": fused_relative_attention}
+BACKENDS = {"blocked": blocked_relative_attention, "fused": fused_relative_attention}
 drawn = settings(derandomize=True, deadline=None, max_examples=30)
-each_path = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
+each_backend = pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
 
 
 @st.composite
@@ -76,34 +76,34 @@ def test_ragged_last_blocks(block_bytes, scale):
     assert_same(gradients(blocked, inputs), gradients(relative_attention, inputs), 1e-10)
 
 
-@each_path
-def test_gradcheck(path):
-    torch.autograd.gradcheck(path, make_inputs(n=1, height=2, width=3, d=2, e=2))
+@each_backend
+def test_gradcheck(backend):
+    torch.autograd.gradcheck(backend, make_inputs(n=1, height=2, width=3, d=2, e=2))
 
 
-@each_path
-def test_tables_made_for_another_resolution(path):
+@each_backend
+def test_tables_made_for_another_resolution(backend):
     *maps, _, _ = make_inputs()
     inputs = [*maps, *make_inputs(height=4, width=9)[3:]]
-    assert_same(gradients(path, inputs), gradients(relative_attention, inputs), 1e-10)
+    assert_same(gradients(backend, inputs), gradients(relative_attention, inputs), 1e-10)
 
 
-@each_path
-def test_any_layout(path):
+@each_backend
+def test_any_layout(backend):
     expected = gradients(relative_attention, inputs := make_inputs(n=2, heads=2))
     for order in ((0, 2, 3, 1, 4), (4, 3, 2, 1, 0), (0, 1, 2, 3, 4)):
         back = [order.index(axis) for axis in range(5)]
         laid = [t.detach().permute(order).contiguous().permute(back).requires_grad_() for t in inputs[:3]]
-        assert_same(gradients(path, [*laid, *inputs[3:]]), expected, 1e-10)
+        assert_same(gradients(backend, [*laid, *inputs[3:]]), expected, 1e-10)
 
 
-@each_path
+@each_backend
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.1), (torch.float16, 0.02)], ids=str
 )
-def test_lower_precision(path, dtype, tolerance):
+def test_lower_precision(backend, dtype, tolerance):
     exact = make_inputs(height=14, width=9, dtype=dtype)
-    found = gradients(path, exact)
+    found = gradients(backend, exact)
     assert all(t.dtype == dtype for t in found)
     expected = gradients(relative_attention, [t.detach().double().requires_grad_() for t in exact])
     assert_same([t.double() for t in found], expected, tolerance)
@@ -117,12 +117,12 @@ def test_blocked_computes_half_precision_in_float32():
     torch.testing.assert_close(found.double(), exact, rtol=2**-8, atol=1e-6)
 
 
-@each_path
-def test_autocast(path):
+@each_backend
+def test_autocast(backend):
     q, k, v, *tables = make_inputs(height=14, width=9, dtype=torch.float32)
     inputs = [*(t.detach().bfloat16().requires_grad_() for t in (q, k, v)), *tables]  # as after an autocast convolution
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = gradients(path, inputs)
+        found = gradients(backend, inputs)
         expected = relative_attention(*inputs)
     assert found[0].dtype == expected.dtype == torch.bfloat16
     assert [t.dtype for t in found[1:]] == [t.dtype for t in inputs]
@@ -156,20 +156,20 @@ def test_blocked_takes_large_values_whatever_the_logits(scale):
     torch.testing.assert_close(blocked_relative_attention(*inputs).double(), exact, rtol=1e-4, atol=1e-4 * 1e9 * scale)
 
 
-@each_path
-def test_a_nan_stays_one(path):
+@each_backend
+def test_a_nan_stays_one(backend):
     q, *others = make_inputs(dtype=torch.float32)
     q = q.detach().clone()
     q[0, 0, 0, 0, 0] = float("nan")
-    out = path(q, *others)
+    out = backend(q, *others)
     assert out[0, 0, 0, 0].isnan().all()
     assert not out[1].isnan().any()
 
 
-@each_path
-def test_empty_batch(path):
+@each_backend
+def test_empty_batch(backend):
     inputs = make_inputs(n=0)
-    assert path(*inputs).shape == (0, 2, 6, 5, 3)
+    assert backend(*inputs).shape == (0, 2, 6, 5, 3)
 
 
 def test_blocked_trains_in_a_tenth_of_the_memory():
@@ -220,28 +220,28 @@ def test_threads_do_not_share_blocks():
 def test_blocked_has_no_second_derivatives_and_says_what_has():
     inputs = make_inputs()
     first = torch.autograd.grad(blocked_relative_attention(*inputs).square().sum(), inputs, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"no second derivatives; use augment_cli.layers.attention"):
+    with pytest.raises(RuntimeError, match=r"no second derivatives; set backend"):
         torch.autograd.grad(sum(t.square().sum() for t in first), inputs)
 
 
 def test_blocked_under_functional_grad():
     inputs = [t.detach() for t in make_inputs()]
     found, expected = (
-        torch.func.grad(lambda *a, path=path: path(*a).square().sum(), argnums=(0, 1, 2, 3, 4))(*inputs)
-        for path in (blocked_relative_attention, relative_attention)
+        torch.func.grad(lambda *a, backend=backend: backend(*a).square().sum(), argnums=(0, 1, 2, 3, 4))(*inputs)
+        for backend in (blocked_relative_attention, relative_attention)
     )
     assert_same(found, expected, 1e-10)
 
 
 def test_blocked_under_vmap_says_what_has_a_rule():
     inputs = [t.detach() for t in make_inputs()]
-    with pytest.raises(RuntimeError, match=r"no rule for torch.func.vmap; use augment_cli.layers.attention"):
+    with pytest.raises(RuntimeError, match=r"no rule for torch.func.vmap; set backend"):
         torch.func.vmap(lambda q: blocked_relative_attention(q, *inputs[1:]))(torch.stack([inputs[0]] * 2))
 
 
 def test_blocked_in_forward_mode_says_what_has_it():
     inputs = tuple(t.detach() for t in make_inputs())
-    with pytest.raises(RuntimeError, match=r"no forward-mode derivative; use augment_cli.layers.attention"):
+    with pytest.raises(RuntimeError, match=r"no forward-mode derivative; set backend"):
         torch.func.jvp(blocked_relative_attention, inputs, inputs)
 
 
@@ -265,17 +265,17 @@ def queries(size: int, batch: int = 1) -> Tensor:
 
 @pytest.mark.usefixtures("without_kernels")
 def test_the_rule_takes_blocks_for_many_logits_and_the_reference_for_few():
-    assert choose_path(queries(7)) == "reference"
-    assert choose_path(queries(20)) == "blocked"
-    assert choose_path(queries(7, batch=64)) == "blocked"
+    assert choose_backend(queries(7)) == "reference"
+    assert choose_backend(queries(20)) == "blocked"
+    assert choose_backend(queries(7, batch=64)) == "blocked"
 
 
 def test_the_rule_takes_the_reference_where_blocks_cannot_go():
-    assert choose_path(queries(28).to("meta")) == "reference"
+    assert choose_backend(queries(28).to("meta")) == "reference"
     with FakeTensorMode():
-        assert choose_path(torch.empty(1, 2, 28, 28, 4)) == "reference"
+        assert choose_backend(torch.empty(1, 2, 28, 28, 4)) == "reference"
     seen = []
-    torch.func.vmap(lambda q: seen.append(choose_path(q)) or q)(queries(28).unsqueeze(0))
+    torch.func.vmap(lambda q: seen.append(choose_backend(q)) or q)(queries(28).unsqueeze(0))
     assert seen == ["reference"]
 
 
@@ -296,22 +296,29 @@ def test_compilers_and_exporters_are_given_what_they_can_follow():
         torch.testing.assert_close(out, layer(x), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("path", ["reference", "blocked", "fused"])
-def test_a_layer_can_be_told_its_path(path, monkeypatch):
+@pytest.mark.parametrize("backend", ["reference", "blocked", "fused"])
+def test_a_layer_can_be_told_its_backend(backend, monkeypatch):
     layer = AAConv2d(8, 8, 3, padding=1, heads=2, key_channels=8, value_channels=4, resolution=5)
-    layer.attention_path = path
+    layer.backend = backend
     called = []
-    run = attention_module.PATHS[path]
-    monkeypatch.setitem(attention_module.PATHS, path, lambda *args: called.append(path) or run(*args))
+    run = attention_module.BACKENDS[backend]
+    monkeypatch.setitem(attention_module.BACKENDS, backend, lambda *args: called.append(backend) or run(*args))
     layer(torch.randn(1, 8, 5, 5))
-    assert called == [path]
+    assert called == [backend]
 
 
-@pytest.mark.parametrize("path", ["blocked", "fused"])
-def test_every_path_computes_the_same_layer(path):
+def test_an_unknown_backend_is_refused_by_name():
+    layer = AAConv2d(8, 8, 3, padding=1, heads=2, key_channels=8, value_channels=4, resolution=5)
+    layer.backend = "flash"
+    with pytest.raises(ValueError, match=r"'flash'.*'blocked'"):
+        layer(torch.randn(1, 8, 5, 5))
+
+
+@pytest.mark.parametrize("backend", ["blocked", "fused"])
+def test_every_backend_computes_the_same_layer(backend):
     split = {"heads": 4, "key_channels": 16, "value_channels": 8}
     layer = AAConv2d(12, 16, 3, stride=2, padding=1, **split, resolution=(9, 13), dtype=torch.float64)
     x = torch.randn(2, 12, 18, 25, dtype=torch.float64)
     expected = layer(x)
-    layer.attention_path = path
+    layer.backend = backend
     assert (layer(x) - expected).abs().max() < 1e-10

@@ -1,4 +1,4 @@
-"""Every way of AWConv2d computes the same, in bounded memory; the rule that chooses picks what it says."""
+"""All backends of AWConv2d compute the same, in bounded memory, and `choose_backend` takes the expected one."""
 
 from functools import partial
 
@@ -9,19 +9,23 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from augment_cli.layers import AWConv2d, ScaledStandardize, attended, per_sample, unfolded
+from augment_cli.layers import AWConv2d, ScaledStandardize
+from augment_cli.layers.aw import attended, chunked, unfolded
+from augment_cli.layers.geometry import Geometry
 from tests.layers import oracles
+from tests.layers.aw.test_conv import cases
 from tests.layers.helpers import assert_equal, assert_gradients, normal, peak_bytes, randomised, seeds
-from tests.layers.test_aw_conv import cases
 
-FAST = tuple(way for way in attended.WAYS if way != "native")  # which is for float32: test_native.py
-each_way = pytest.mark.parametrize("way", FAST)
+FAST = tuple(
+    backend for backend in attended.BACKENDS if backend != "native"
+)  # which is for float32: native/test_attended.py
+each_backend = pytest.mark.parametrize("backend", FAST)
 drawn = partial(settings, derandomize=True, deadline=None)
 
 
-def layer_of(*args, way: str | None, seed: int = 0, dtype: torch.dtype = torch.float64, **options) -> AWConv2d:
+def layer_of(*args, backend: str, seed: int = 0, dtype: torch.dtype = torch.float64, **options) -> AWConv2d:
     layer = randomised(AWConv2d(*args, **options), seed).to(dtype)
-    layer.way = way
+    layer.backend = backend
     return layer
 
 
@@ -46,16 +50,16 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that even small layers are done in several parts, the last of them smaller."""
-    monkeypatch.setattr(attended, "KERNELS_BYTES", 5_000)
+    monkeypatch.setattr(chunked, "KERNELS_BYTES", 5_000)
     monkeypatch.setattr(unfolded, "CHUNK_BYTES", 5_000)
     monkeypatch.setattr(unfolded, "BLOCK_BYTES", 0)  # 32 rows
 
 
 @given(cases(most_groups=1), st.integers(1, 9), seeds, st.sampled_from(FAST))
 @drawn(max_examples=150)
-def test_forward_equals_the_formula(case, reduction, seed, way):
+def test_forward_equals_the_formula(case, reduction, seed, backend):
     arguments, shape = case
-    layer = layer_of(**arguments, reduction=reduction, seed=seed, way=way)
+    layer = layer_of(**arguments, reduction=reduction, seed=seed, backend=backend)
     x = normal(*shape, seed=seed)
     options = {name: arguments[name] for name in ("stride", "padding", "dilation")}
     assert_equal(layer(x), oracles.aw_conv(x, layer.state_dict(), reduction=reduction, **options))
@@ -67,40 +71,47 @@ def test_gradients_are_those_of_the_grouped_way(case, reduction, seed):
     arguments, shape = case
     x = normal(*shape, seed=seed)
     expected, *others = (
-        results(layer_of(**arguments, reduction=reduction, seed=seed, way=way), x) for way in ("grouped", *FAST)
+        results(layer_of(**arguments, reduction=reduction, seed=seed, backend=backend), x)
+        for backend in ("grouped", *FAST)
     )
     for found in others:
         assert_same(found, expected, 1e-12)
 
 
-@each_way
-def test_a_grouped_kernel_is_refused_by_all_but_grouped(way):
+@each_backend
+def test_a_grouped_kernel_is_refused_by_all_but_grouped(backend):
     layer = AWConv2d(4, 4, 3, groups=2)
-    layer.way = way
-    with pytest.raises(ValueError, match=f"{way}.*2 groups"):
+    layer.backend = backend
+    with pytest.raises(ValueError, match=f"{backend}.*2 groups"):
         layer(torch.zeros(1, 4, 5, 5))
 
 
-@each_way
-def test_gradcheck(way):
-    layer = layer_of(4, 3, 3, stride=(2, 1), padding="same", reduction=2, way=way)
+def test_an_unknown_backend_is_refused_by_name():
+    layer = layer_of(4, 3, 3, backend="winograd")
+    with pytest.raises(ValueError, match=r"'winograd'.*'grouped'"):
+        layer(normal(1, 4, 5, 5, seed=0))
+
+
+@each_backend
+def test_gradcheck(backend):
+    layer = layer_of(4, 3, 3, stride=(2, 1), padding="same", reduction=2, backend=backend)
     assert_gradients(layer, normal(2, 4, 4, 3, seed=3))
 
 
-@each_way
+@each_backend
 @pytest.mark.usefixtures("small_blocks")
-def test_parts_make_the_whole(way):
+def test_parts_make_the_whole(backend):
     x = normal(7, 8, 5, 6, seed=1)
-    layer = layer_of(8, 70, 3, padding=1, reduction=4, standardize=ScaledStandardize(70, 0.1), way=way)
+    layer = layer_of(8, 70, 3, padding=1, reduction=4, standardize=ScaledStandardize(70, 0.1), backend=backend)
     found = results(layer, x)
-    layer.way = "grouped"
+    layer.backend = "grouped"
     assert_same(found, results(layer, x), 1e-12)
 
 
-@each_way
-def test_a_zero_expand_is_the_plain_convolution_and_still_learns(way):
+@each_backend
+def test_a_zero_expand_is_the_plain_convolution_and_still_learns(backend):
     x = normal(3, 8, 5, 6, seed=1)
-    layers = [layer_of(8, 6, 3, padding=1, reduction=2, way=w) for w in (way, "grouped")]
+    layers = [layer_of(8, 6, 3, padding=1, reduction=2, backend=w) for w in (backend, "grouped")]
     for layer in layers:
         nn.init.zeros_(layer.expand.weight)
     found, expected = (results(layer, x) for layer in layers)
@@ -109,10 +120,10 @@ def test_a_zero_expand_is_the_plain_convolution_and_still_learns(way):
     assert_same(found, expected, 1e-12)
 
 
-@each_way
+@each_backend
 @pytest.mark.parametrize("frozen", ["input", "parameters", "kernel"])
-def test_only_the_gradients_that_are_needed(way, frozen):
-    layer, x = layer_of(8, 6, 3, padding=1, reduction=2, way=way), normal(3, 8, 5, 6, seed=1)
+def test_only_the_gradients_that_are_needed(backend, frozen):
+    layer, x = layer_of(8, 6, 3, padding=1, reduction=2, backend=backend), normal(3, 8, 5, 6, seed=1)
     expected = results(layer, x)
     layer.requires_grad_(frozen != "parameters")
     layer.weight.requires_grad_(frozen == "input")
@@ -125,39 +136,42 @@ def test_only_the_gradients_that_are_needed(way, frozen):
             assert_equal(tensor.grad, expected[name])
 
 
-@each_way
+@each_backend
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 0.03)], ids=str)
-def test_lower_precision(way, dtype, tolerance):
-    layer, x = layer_of(8, 6, 3, padding=1, reduction=2, way=way, dtype=dtype), normal(5, 8, 5, 6, seed=1, dtype=dtype)
+def test_lower_precision(backend, dtype, tolerance):
+    layer, x = (
+        layer_of(8, 6, 3, padding=1, reduction=2, backend=backend, dtype=dtype),
+        normal(5, 8, 5, 6, seed=1, dtype=dtype),
+    )
     found = results(layer, x)
     assert {t.dtype for t in found.values()} == {dtype}
     expected = results(layer.double(), x.double())
     assert_same({name: t.double() for name, t in found.items()}, expected, tolerance)
 
 
-@each_way
-def test_autocast_rounds_what_a_convolution_rounds(way):
-    layer = layer_of(8, 6, 3, padding=1, reduction=2, way=way, dtype=torch.float32)
+@each_backend
+def test_autocast_rounds_what_a_convolution_rounds(backend):
+    layer = layer_of(8, 6, 3, padding=1, reduction=2, backend=backend, dtype=torch.float32)
     x = normal(5, 8, 5, 6, seed=1, dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         found = results(layer, x)
     assert found.pop("out").dtype == torch.bfloat16
     assert {t.dtype for t in found.values()} == {torch.float32}
-    layer.way = "grouped"
+    layer.backend = "grouped"
     assert_same(found, {name: t for name, t in results(layer, x).items() if name != "out"}, 0.03)
 
 
-@each_way
-def test_channels_last_goes_in_and_comes_out(way):
-    layer, x = layer_of(8, 6, 3, padding=1, reduction=2, way=way), normal(3, 8, 5, 6, seed=1)
+@each_backend
+def test_channels_last_goes_in_and_comes_out(backend):
+    layer, x = layer_of(8, 6, 3, padding=1, reduction=2, backend=backend), normal(3, 8, 5, 6, seed=1)
     last = x.to(memory_format=torch.channels_last)
     assert layer(last).is_contiguous(memory_format=torch.channels_last)
     assert_same(results(layer, last), results(layer, x), 1e-12)
 
 
-@each_way
-def test_second_derivatives(way):
-    layer, x = layer_of(4, 3, 3, padding=1, reduction=2, way=way), normal(2, 4, 4, 3, seed=3).requires_grad_()
+@each_backend
+def test_second_derivatives(backend):
+    layer, x = layer_of(4, 3, 3, padding=1, reduction=2, backend=backend), normal(2, 4, 4, 3, seed=3).requires_grad_()
     tensors = [x, *layer.parameters()]
 
     def second() -> tuple[Tensor, ...]:
@@ -165,15 +179,18 @@ def test_second_derivatives(way):
         return torch.autograd.grad(sum(t.square().sum() for t in first), tensors)
 
     found = second()
-    layer.way = "grouped"
+    layer.backend = "grouped"
     for a, b in zip(found, second(), strict=True):
         assert (a - b).abs().max() <= 1e-12 * b.abs().max()
 
 
-@each_way
+@each_backend
 @pytest.mark.filterwarnings("ignore:.*torch.jit")
-def test_function_transforms(way):
-    layer, x, v = (layer_of(4, 3, 3, padding=1, reduction=2, way=way), *(normal(2, 4, 4, 3, seed=s) for s in (3, 4)))
+def test_function_transforms(backend):
+    layer, x, v = (
+        layer_of(4, 3, 3, padding=1, reduction=2, backend=backend),
+        *(normal(2, 4, 4, 3, seed=s) for s in (3, 4)),
+    )
 
     def run() -> list[Tensor]:
         parameters = {name: p.detach() for name, p in layer.named_parameters()}
@@ -184,15 +201,15 @@ def test_function_transforms(way):
         return [batched, dual, torch.func.jvp(layer, (x,), (v,))[1], *gradients.values()]
 
     found = run()
-    layer.way = "grouped"
+    layer.backend = "grouped"
     for a, b in zip(found, run(), strict=True):
         assert (a - b).abs().max() <= 1e-12 * b.abs().max()
 
 
-@pytest.mark.parametrize("way", [None, "grouped", *FAST])
-def test_no_samples_are_as_good_as_in_a_plain_convolution(way):
+@pytest.mark.parametrize("backend", ["auto", "grouped", *FAST])
+def test_no_samples_are_as_good_as_in_a_plain_convolution(backend):
     x = torch.empty(0, 4, 5, 6, dtype=torch.float64, requires_grad=True)
-    layer = layer_of(4, 3, 3, stride=2, reduction=2, way=way)
+    layer = layer_of(4, 3, 3, stride=2, reduction=2, backend=backend)
     out = layer(x)
     assert out.shape == nn.Conv2d(4, 3, 3, stride=2, dtype=torch.float64)(x).shape
     out.sum().backward()
@@ -201,9 +218,9 @@ def test_no_samples_are_as_good_as_in_a_plain_convolution(way):
 
 
 def chosen(shape: tuple[int, ...], out_channels: int, kernel: int = 3, stride: int = 1, **options) -> str:
-    geometry = per_sample.Geometry(*((n, n) for n in (kernel, stride, kernel // 2, 1)))
+    geometry = Geometry(*((n, n) for n in (kernel, stride, kernel // 2, 1)))
     weight = torch.empty(out_channels, shape[1], kernel, kernel, **options)
-    return attended.fastest_way(torch.empty(shape, **options), weight, geometry, max(1, shape[1] // 16))
+    return attended.choose_backend(torch.empty(shape, **options), weight, geometry, max(1, shape[1] // 16))
 
 
 @pytest.mark.usefixtures("without_kernels")
@@ -239,22 +256,24 @@ def test_the_rule_takes_the_differentiable_operations_where_others_do_not_work()
     assert set(taken) == {"grouped"}
 
 
-@each_way
-def test_the_layer_follows_the_rule(way, monkeypatch):
-    monkeypatch.setattr("augment_cli.layers.aw_conv.fastest_way", lambda *_: way)
+@each_backend
+def test_the_layer_follows_the_rule(backend, monkeypatch):
+    monkeypatch.setattr("augment_cli.layers.aw.conv.choose_backend", lambda *_: backend)
     used = []
-    made = attended.WAYS[way]
-    monkeypatch.setitem(attended.WAYS, way, type("Counted", (made,), {"run": lambda *a: used.append(made.run(*a))}))
+    made = attended.BACKENDS[backend]
+    monkeypatch.setitem(
+        attended.BACKENDS, backend, type("Counted", (made,), {"run": lambda *a: used.append(made.run(*a))})
+    )
     x = normal(2, 4, 4, 3, seed=3)
-    found, expected = (layer_of(4, 3, 3, reduction=2, way=w)(x) for w in (None, "grouped"))
+    found, expected = (layer_of(4, 3, 3, reduction=2, backend=w)(x) for w in ("auto", "grouped"))
     assert len(used) == 1
     assert_equal(found, expected)
 
 
-@each_way
-def test_what_training_holds_for_a_sample_is_of_the_size_of_its_maps(way):
+@each_backend
+def test_what_training_holds_for_a_sample_is_of_the_size_of_its_maps(backend):
     """Kernels and unfoldings are nine and 256 times as large as a map."""
-    layer = layer_of(256, 256, 3, padding=1, way=way, dtype=torch.float32)
+    layer = layer_of(256, 256, 3, padding=1, backend=backend, dtype=torch.float32)
     small, large = (normal(n, 256, 4, 4, seed=1, dtype=torch.float32) for n in (64, 192))
     held = [peak_bytes(partial(results, layer, x)) for x in (small, large)]
     assert held[1] - held[0] <= 6 * (large.nbytes - small.nbytes)
@@ -262,9 +281,9 @@ def test_what_training_holds_for_a_sample_is_of_the_size_of_its_maps(way):
     assert held[1] <= 8 * kernel + 4 * unfolded.CHUNK_BYTES + 6 * large.nbytes  # 192 kernels would be 453 MB
 
 
-@each_way
-def test_inference_holds_less_than_two_kernels_for_each_block(way):
-    layer = layer_of(256, 256, 3, padding=1, way=way, dtype=torch.float32)
+@each_backend
+def test_inference_holds_less_than_two_kernels_for_each_block(backend):
+    layer = layer_of(256, 256, 3, padding=1, backend=backend, dtype=torch.float32)
     x = normal(64, 256, 4, 4, seed=1, dtype=torch.float32)
     with torch.no_grad():
         held = peak_bytes(partial(layer, x))

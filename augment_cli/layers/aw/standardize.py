@@ -1,4 +1,4 @@
-"""Weight standardisation, for kernels that are attended instead of used as they are.
+"""Weight standardisation of kernels, before AW's attention scales them.
 
 Papers: `Micro-Batch Training with Batch-Channel Normalization and Weight Standardization`, arXiv 1903.10520;
 `Characterizing signal propagation to close the performance gap in unnormalized ResNets`, arXiv 2101.08692.
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class Standardize(nn.Module):
-    """Every filter brought to mean 0 and variance 1: (w - mean) / sqrt(var + eps), the variance biased.
+    """Bring every filter to mean 0 and variance 1: (w - mean) / sqrt(var + eps), with the biased variance.
 
     Shapes: (C2, C1, h, w) to the same.
     """
@@ -27,9 +27,16 @@ class Standardize(nn.Module):
 
 
 class ScaledStandardize(Standardize):
-    """Standardised filters times a learned `gain` (C2, 1, 1, 1) and a fixed `scale`, gamma / sqrt(fan-in)."""
+    """Standardise filters, times a learned `gain` (C2, 1, 1, 1) and a fixed `scale`, gamma / sqrt(fan-in)."""
 
-    def __init__(self, out_channels: int, scale: float, eps: float = 1e-6, device=None, dtype=None) -> None:
+    def __init__(
+        self,
+        out_channels: int,
+        scale: float,
+        eps: float = 1e-6,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__(eps)
         self.scale = scale
         self.gain = nn.Parameter(torch.ones(out_channels, 1, 1, 1, device=device, dtype=dtype))

@@ -1,7 +1,6 @@
-"""Nothing reaches the compiled kernels that they are not for: their calls, their numbers, and processes that forked."""
+"""Calls of the compiled kernels: wrong tensors are refused, structs have the right size, forked processes work."""
 
 import ctypes
-import os
 import subprocess
 import sys
 
@@ -9,14 +8,11 @@ import pytest
 import torch
 
 from augment_cli.layers import native
+from augment_cli.layers.geometry import Geometry
 from augment_cli.layers.native import attended, attention
-from augment_cli.layers.per_sample import Geometry
-from tests.layers.helpers import normal
+from tests.layers.helpers import needs_kernels, normal
 
-pytestmark = pytest.mark.skipif(
-    native.instructions is None and os.environ.get("AUGMENT_NATIVE") != "1",
-    reason="no kernels were compiled; AUGMENT_NATIVE=1 makes that an error",
-)
+pytestmark = needs_kernels
 
 
 def maps_and_tables() -> list[torch.Tensor]:
@@ -36,12 +32,12 @@ GEOMETRY = Geometry((3, 3), (1, 1), (0, 0), (1, 1))
 
 
 def run_attention(tensors: list[torch.Tensor]) -> None:
-    attention._forward(*tensors)
+    attention.forward(*tensors)
 
 
 def run_attention_backward(tensors: list[torch.Tensor]) -> None:
-    results = attention._forward(*maps_and_tables())
-    attention._backward(tensors[2], *maps_and_tables(), tensors[2], *results[1:])
+    results = attention.forward(*maps_and_tables())
+    attention.backward(tensors[2], *maps_and_tables(), tensors[2], *results[1:])
 
 
 def run_convolution(tensors: list[torch.Tensor]) -> None:
@@ -118,8 +114,8 @@ def test_functions_say_what_they_take():
         attended._forward_kernel,
         attended._backward_kernel,
     ):
-        for function in (kernel._run, kernel._scratch):
-            assert function.argtypes[0] == ctypes.POINTER(kernel.numbers)
+        for function in kernel._functions:
+            assert function.argtypes[0]._type_ in (attention._Numbers, attended._Numbers)
             with pytest.raises(ctypes.ArgumentError):
                 function(*[1.5] * len(function.argtypes))
 
@@ -135,7 +131,8 @@ def test_numbers_of_another_length_are_not_loaded():
 FORK = """
 import os, torch
 from augment_cli.layers import AWConv2d
-from augment_cli.layers.attention import attention
+from augment_cli.layers.aa.attention import attention
+from augment_cli.layers.aw.attended import attended_conv
 
 torch.set_num_threads(2)
 x, layer = torch.randn(8, 64, 14, 14), AWConv2d(64, 64, 3)
@@ -144,7 +141,6 @@ tables = [torch.randn(27, 8) for _ in range(2)]
 geometry, mixing, scales = layer.geometry, torch.randn(4, 64), torch.rand(8, 4, 3, 3)
 
 def run():
-    from augment_cli.layers.attended import attended_conv
     out = attention(*tensors, *tables, "native")
     torch.autograd.backward(out, torch.ones_like(out))
     attended_conv(x, layer.weight.detach(), mixing, scales, geometry, "native")

@@ -1,0 +1,1 @@
+"""Attention-weights convolution (Zhu et al., arXiv 2108.08205): the layer, and the backends of its convolution."""
