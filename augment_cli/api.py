@@ -96,9 +96,17 @@ def convert(
         raise AugmentError("a module has its weights: leave out `pretrained` and `checkpoint`")
     if pretrained and checkpoint:
         raise AugmentError("`pretrained` and `checkpoint` both name weights: give one of them")
+    if isinstance(plan, Plan):
+        input_size, args = (
+            input_size or plan.input_size,
+            args or (dict(plan.model_args) if isinstance(model, str) else {}),
+        )
     described, meta_model = _describe(model, input_size, args)
     graph = analyze(meta_model, described.input_size)
-    made = _given(plan, graph) if isinstance(plan, Plan) else _planned(described, graph, plan, overrides)
+    if isinstance(plan, Plan):
+        made = _given(plan, described, graph)
+    else:
+        made = _planned(described, graph, plan, overrides)
     replace.verify(meta_model, made, graph)
     images = _images(calibrate, meta_model, made, calibrate_images, seed)
     with preserved():
@@ -186,8 +194,9 @@ def _planned(
     return made
 
 
-def _given(plan: Plan, graph: ModelGraph) -> Plan:
-    fitted = fit_plan(plan, graph, "the plan")
+def _given(plan: Plan, described: source.Source, graph: ModelGraph) -> Plan:
+    own = {"base": described.base, "model": described.name, "model_args": described.args}
+    fitted = fit_plan(Plan(**dict(plan) | own), graph, "the plan")
     check_budget(fitted, "the plan")
     return fitted
 

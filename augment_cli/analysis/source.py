@@ -114,7 +114,7 @@ def _input_size(model: nn.Module, name: str, image_size: tuple[int, int] | None)
     cfg = getattr(model, "pretrained_cfg", None) or {}
     known = cfg.get("input_size") if isinstance(cfg, dict) else None
     if image_size is None and known is None:
-        raise AugmentError(f"{name} does not say how large its images are: give their size, `img_size=224`")
+        raise AugmentError(f"{name} does not say how large its images are: give their size, such as `input_size=224`")
     height, width = image_size or known[1:]
     return (first.in_channels if first is not None else 3), height, width
 

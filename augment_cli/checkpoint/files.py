@@ -52,7 +52,7 @@ def load(path: str | Path, base: rebuild.Base | None = None) -> nn.Module:
 
     Args:
         base: the source's architecture, for a model that timm does not know: a module, which is left as it is, or a
-            function without arguments that makes one. Its weights do not matter.
+            function that makes one, called with the plan's `model_args`. Its weights do not matter.
 
     Raises:
         AugmentError: not a converted model's file, cut short, of a newer schema, or a plan or weights that do not fit.

@@ -25,8 +25,8 @@ _SOURCES = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source
 _FEATURE_ARGUMENTS = ("out_indices", "feature_cls", "feature_cfg", "output_fmt")
 
 
-Base = nn.Module | Callable[[], nn.Module]
-"""A model that timm does not know, or a function that makes it."""
+Base = nn.Module | Callable[..., nn.Module]
+"""A model that timm does not know, or a function that makes it from the arguments that the plan has."""
 
 
 def build(plan: Plan, base: Base | None = None) -> nn.Module:
@@ -52,7 +52,7 @@ def _on_base(plan: Plan, base: Base | None) -> nn.Module:
             f"{plan.model} is not a model of timm: give the model, or a function that makes it, as `base=`"
         )
     with boundary(f"the base of {plan.model}"):
-        model = copy.deepcopy(base) if isinstance(base, nn.Module) else base()
+        model = copy.deepcopy(base) if isinstance(base, nn.Module) else base(**dict(plan.model_args))
         apply_plan(model, plan)
     return model
 

@@ -45,6 +45,13 @@ Ema = Annotated[
     ),
 ]
 
+Base = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PACKAGE.MODULE:FUNCTION", help="What makes the source of a converted model that timm does not know."
+    ),
+]
+
 __all__ = ["echo", "say"]
 
 
@@ -131,12 +138,21 @@ def read_given_plan(
     from augment_cli.planning.plan import read_plan
     from augment_cli.planning.recipe import override_budget
 
-    given = zip((model, recipe, *others), ("MODEL", "--recipe", "--img-size", "--model-arg"), strict=True)
-    for value, option in given:
+    plan = read_plan(file)
+    if plan.base == "other" and not model:
+        raise AugmentError(
+            f"plan {file} is for {plan.model}, which is not a model of timm: give MODEL, as package.module:function"
+        )
+    known = (model if plan.base == "timm" else None, recipe, *others)
+    for value, option in zip(known, ("MODEL", "--recipe", "--img-size", "--model-arg"), strict=True):
         if value:
             raise AugmentError(f"--plan says which model and what becomes of it: leave out {option}, or edit the plan")
-    plan = read_plan(file)
     return plan.model_copy(update={"budget": override_budget(plan.budget, tuple(overrides or ()))})
+
+
+def file_name(plan_model: str, recipe: str) -> str:
+    """The name of a converted model's file where the user gives none."""
+    return f"{plan_model.rpartition(':')[2]}-{recipe}.safetensors"
 
 
 def fit_given_plan(plan: "Plan", graph: "ModelGraph", file: Path) -> "Plan":

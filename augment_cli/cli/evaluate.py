@@ -24,6 +24,7 @@ def evaluate(
     checkpoint: Annotated[Path | None, typer.Option(metavar="FILE", help="A file's weights for a name.")] = None,
     ema: common.Ema = None,
     model_args: common.ModelArguments = None,
+    base: common.Base = None,
     against: Annotated[
         str | None, typer.Option(metavar="MODEL", help="Agreement with this model; a name has timm's weights.")
     ] = None,
@@ -73,6 +74,7 @@ def evaluate(
         pretrained=pretrained,
         checkpoint=checkpoint,
         ema=ema,
+        base=base,
         model_args=common.parse_arguments(model_args),
         against=against,
         against_checkpoint=against_checkpoint,

@@ -64,6 +64,7 @@ def finetune(
         str | None, _model(metavar="FILE", help="A file's weights for a timm model's name: safetensors or torch.")
     ] = None,
     ema: common.Ema = None,
+    base: common.Base = None,
     num_classes: Annotated[
         int | None, _model(min=2, help="Classes to train; as many as the data have, if not given.")
     ] = None,

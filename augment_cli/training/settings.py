@@ -24,6 +24,7 @@ class Settings:
     pretrained: bool = False
     checkpoint: str | None = None
     ema: bool | None = None
+    base: str | None = None
     model_args: dict[str, Any] = field(default_factory=dict)
     num_classes: int | None = None
 
@@ -119,7 +120,7 @@ class Settings:
 
 
 FIXED = (
-    *("model", "pretrained", "checkpoint", "ema", "model_args", "num_classes", "img_size", "seed"),
+    *("model", "pretrained", "checkpoint", "ema", "base", "model_args", "num_classes", "img_size", "seed"),
     *("train_split", "hold_out", "batch_size", "accumulate", "opt", "layer_decay", "ema_decay"),
 )
 """Settings that a checkpoint is made with: a run that is resumed keeps them. All others may be changed."""
