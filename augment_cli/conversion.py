@@ -24,7 +24,7 @@ def check_fittable(plan: Plan) -> None:
     if not any(site.given_up for site in plan.sites):
         raise AugmentError(
             f"no site of the plan for {plan.model} is AA, so that there is nothing to fit: AW computes what its source "
-            f"does as it is; leave out --init fit and --calibrate"
+            f"does as it is; leave out `calibrate`"
         )
 
 

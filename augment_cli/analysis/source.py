@@ -150,7 +150,7 @@ def create(source: Source, seed: int = 0, origin: str | None = None) -> nn.Modul
         except Exception as error:  # a dozen exceptions of hub, network, cache and file say the same thing
             raise AugmentError(
                 f"the pretrained weights of {origin} cannot be had: {first_line(error)}. "
-                f"Give a file with --checkpoint, or leave out --pretrained for random weights"
+                f"Give a file as `checkpoint`, or leave out `pretrained` for random weights"
             ) from error
 
 

@@ -364,7 +364,7 @@ def check_budget(plan: Plan, origin: str) -> None:
         if most is not None and after > most:
             raise AugmentError(
                 f"{origin} has {after:,} {unit}, {after - most:,} more than its budget.{name}={asked} allows. Edit its "
-                f"sites or its budget, or set another one, such as --set budget.{name}=free"
+                f"sites or its budget, or set another one, such as budget.{name}=free"
             )
 
 

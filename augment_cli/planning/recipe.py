@@ -27,7 +27,7 @@ from augment_cli.resources import resource
 
 
 def _as_tuple(value: Any) -> Any:
-    """A single value stands for a list of one, so that `--set select.names=layer3.*` needs no brackets."""
+    """A single value stands for a list of one, so that the override select.names=layer3.* needs no brackets."""
     return value if isinstance(value, (list, tuple)) else (value,)
 
 
@@ -178,6 +178,11 @@ def make_recipe(data: dict[str, Any], origin: str) -> Recipe:
         raise AugmentError(f"{origin}: operator: a recipe names one of {', '.join(operator_names())}")
     with boundary(origin):
         wanted = recipe_type(operator)
+    for name in operator_names():
+        foreign = data.keys() & get_operator(name).settings_type.model_fields.keys() - wanted.model_fields.keys()
+        if foreign:
+            own = ", ".join(f"[{table}]" for table in get_operator(operator).settings_type.model_fields)
+            raise AugmentError(f"{origin}: [{min(foreign)}] is not a table of operator {operator}, which reads {own}")
     try:
         return wanted.model_validate(data)
     except ValidationError as error:
@@ -219,7 +224,7 @@ def override_budget(budget: Budget, overrides: tuple[str, ...]) -> Budget:
     for override in overrides:
         _override(data, override)
         if len(data) > 1:
-            raise AugmentError(f"--set {override}: only the budget of a plan can be set; edit its sites instead")
+            raise AugmentError(f"{override[:100]}: only the budget of a plan can be set; edit its sites instead")
     try:
         return Budget.model_validate(data["budget"])
     except ValidationError as error:
@@ -245,10 +250,10 @@ def _override(data: dict[str, Any], override: str) -> None:
         data["operator"] = text.strip()
         return
     if not separator or not name:
-        raise AugmentError(f"--set {override[:100]}: write it as table.key=value, such as budget.params=keep")
+        raise AugmentError(f"{override[:100]}: write it as table.key=value, such as budget.params=keep")
     if not isinstance(data.setdefault(table, {}), dict):
-        raise AugmentError(f"--set {override[:100]}: {table[:100]} is not a table of a recipe")
-    with boundary(f"--set {override[:100]}"):
+        raise AugmentError(f"{override[:100]}: {table[:100]} is not a table of a recipe")
+    with boundary(override[:100]):
         data[table][name] = _parse(text.strip())
 
 

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from augment_cli.analysis.site import ConvSite
 from augment_cli.errors import AugmentError, nearest
 from augment_cli.operators import Operator, Split, get_operator
-from augment_cli.planning.recipe import Recipe, Select
+from augment_cli.planning.recipe import Recipe, Select, builtin_recipes, load_recipe
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,15 @@ def select(sites: tuple[ConvSite, ...], recipe: Recipe) -> Selection:
     Raises:
         AugmentError: a selector that matches nothing, or no site left.
     """
+    _check_selectors(sites, recipe.select)
+    found = _sort(sites, recipe)
+    if not found.chosen:
+        raise AugmentError(f"no convolution to replace: {_summary(found.skipped)}. {_way_out(sites, recipe)}")
+    return found
+
+
+def _sort(sites: tuple[ConvSite, ...], recipe: Recipe) -> Selection:
     settings, operator = recipe.select, get_operator(recipe.operator)
-    _check_selectors(sites, settings)
     chosen, skipped = [], []
     for site in sites:
         reason = _not_selected(site, sites, settings) or obstacle(site, operator) or _out_of_range(site, settings)
@@ -37,8 +44,6 @@ def select(sites: tuple[ConvSite, ...], recipe: Recipe) -> Selection:
             skipped.append((site.name, reason))
         else:
             chosen.append((site, split))
-    if not chosen:
-        raise AugmentError(f"no convolution to replace: {_summary(skipped)}. {_way_out(sites, settings, operator)}")
     return Selection(tuple(chosen), tuple(skipped))
 
 
@@ -59,7 +64,9 @@ def _check_selectors(sites: tuple[ConvSite, ...], settings: Select) -> None:
     if not of_kernel:
         found = Counter("x".join(map(str, site.kernel_size)) for site in sites)
         kinds = _listed(f"{count} of {size}" for size, count in found.most_common()) or "none at all"
-        raise AugmentError(f"select.kernel: no {_squares(settings.kernel)} convolution here; there are {kinds}")
+        raise AugmentError(
+            f"select.kernel: no {_squares(settings.kernel)} convolution here; there are {kinds}. {_recipes_for(sites)}"
+        )
     stages = sorted({site.stage for site in sites})
     for stage in settings.stages:
         if stage not in stages:
@@ -136,8 +143,9 @@ def _summary(skipped: list[tuple[str, str]]) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
 
 
-def _way_out(sites: tuple[ConvSite, ...], settings: Select, operator: Operator) -> str:
-    """What would take some, where something simple would."""
+def _way_out(sites: tuple[ConvSite, ...], recipe: Recipe) -> str:
+    """What would take some, where something simple would; else the recipes that do on these very convolutions."""
+    settings, operator = recipe.select, get_operator(recipe.operator)
     replaceable = [
         site for site in sites if _is_kernel(site, settings) and not site.reads_image and not obstacle(site, operator)
     ]
@@ -145,7 +153,16 @@ def _way_out(sites: tuple[ConvSite, ...], settings: Select, operator: Operator) 
     size = _squares(settings.kernel)
     if wanted and all(site.stem for site in wanted) and not settings.include_stem:
         kinds = " or ".join(settings.kinds)
-        return f"Every {kinds} {size} convolution belongs to the stem: --set select.include_stem=true takes those"
+        return f"Every {kinds} {size} convolution belongs to the stem: select.include_stem=true takes those"
     if others := sorted({site.kind for site in replaceable} - set(settings.kinds)):
-        return f"The {size} convolutions are {' or '.join(others)}: --set select.kinds={others[0]} takes those"
-    return "`augment plan --recipe aw` on this model, or select.kernel, names and stages, show what there is"
+        return f"The {size} convolutions are {' or '.join(others)}: select.kinds={others[0]} takes those"
+    return _recipes_for(sites)
+
+
+def _recipes_for(sites: tuple[ConvSite, ...]) -> str:
+    """The built-in recipes that replace some of these convolutions, as a sentence."""
+    counts = {name: len(_sort(sites, load_recipe(name)).chosen) for name in builtin_recipes()}
+    working = [f"{name} ({count} convolutions)" for name, count in counts.items() if count]
+    if not working:
+        return "No built-in recipe finds a convolution to replace in this model"
+    return f"Recipes that do on this model: {', '.join(working)}"
