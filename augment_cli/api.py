@@ -19,8 +19,8 @@ from augment_cli.conversion import check_fittable, operate
 from augment_cli.errors import AugmentError
 from augment_cli.planning.plan import Plan, check_budget, fit_plan, make_plan, read_plan
 from augment_cli.planning.recipe import Recipe, load_recipe
-from augment_cli.reporting import Report
 from augment_cli.reporting.output import check_target, write_model
+from augment_cli.reporting.printed import PrintedReport
 from augment_cli.seeds import preserved
 from augment_cli.surgery import replace
 from augment_cli.surgery.calibration import Calibration, gather_images
@@ -153,7 +153,7 @@ def check(model: "nn.Module | str | Path", base: "Base | None" = None) -> list[F
     return verify_file(Path(model), base)
 
 
-def report(model: "nn.Module | Plan | str | Path") -> Report:
+def report(model: "nn.Module | Plan | str | Path") -> PrintedReport:
     """The numbers of a plan or of a converted model; print it, or take `to("html")` and other forms.
 
     Args:
@@ -163,14 +163,14 @@ def report(model: "nn.Module | Plan | str | Path") -> Report:
         AugmentError: none of these.
     """
     if isinstance(model, Plan):
-        return Report.of(model)
+        return PrintedReport.of(model)
     if isinstance(model, nn.Module):
         metadata = _metadata_of(model)
     elif Path(model).suffix == ".json":
-        return Report.of(read_plan(Path(model)))
+        return PrintedReport.of(read_plan(Path(model)))
     else:
         metadata = read_metadata(Path(model))
-    return Report.of(metadata.plan, metadata)
+    return PrintedReport.of(metadata.plan, metadata)
 
 
 def _describe(model: Model, input_size: Size | None, args: dict[str, Any]) -> tuple[source.Source, nn.Module]:

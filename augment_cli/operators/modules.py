@@ -7,9 +7,7 @@ import torch
 from torch import nn
 
 from augment_cli.analysis.graph import conv_padding
-from augment_cli.analysis.site import Size
 from augment_cli.layers import AAConv2d, AWConv2d, ScaledStandardize, Standardize
-from augment_cli.operators.aa import AASplit
 
 
 def select_filters(conv: nn.Conv2d, kept: list[int]) -> nn.Conv2d:
@@ -55,19 +53,15 @@ def _standardization(conv: nn.Conv2d) -> Standardize | None:
     return Standardize(conv.eps) if hasattr(conv, "eps") else None
 
 
-def augment(conv: nn.Conv2d, branch: nn.Module, kept: list[int], resolution: Size, split: AASplit) -> AAConv2d:
-    """AAConv2d around a convolution branch, its output channels in the source's order."""
+def augment(conv: nn.Conv2d, branch: nn.Module, kept: list[int], **attention: Any) -> AAConv2d:
+    """AAConv2d around a convolution branch, its output channels in the source's order; `attention` are its settings."""
     new = AAConv2d(
         conv.in_channels,
         conv.out_channels,
         conv.kernel_size,
-        heads=split.heads,
-        key_channels=split.key_channels,
-        value_channels=split.value_channels,
-        resolution=resolution,
-        attention_pool=split.attention_pool,
         reorder=True,
         conv_layer=lambda *args, **kwargs: branch,
+        **attention,
         **_like(conv),
     )
     order = channel_order(kept, conv.out_channels)
