@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from augment_cli.analysis import source
 from augment_cli.analysis.graph import ModelGraph, analyze
 from augment_cli.checkpoint.check import Finding, verify_file, verify_model
-from augment_cli.checkpoint.metadata import Metadata, read_metadata
+from augment_cli.checkpoint.metadata import Metadata, metadata_of, read_metadata
 from augment_cli.conversion import check_fittable, operate
 from augment_cli.errors import AugmentError
 from augment_cli.planning.plan import Plan, check_budget, fit_plan, make_plan, read_plan
@@ -209,8 +209,8 @@ def _images(calibrate: Any, model: nn.Module, plan: Plan, count: int, seed: int)
 
 
 def _metadata_of(model: nn.Module) -> Metadata:
-    metadata = getattr(model, "augment_metadata", None)
-    if not isinstance(metadata, Metadata):
+    metadata = metadata_of(model)
+    if metadata is None:
         raise AugmentError(
             f"{type(model).__name__} is not a converted model: take one from augment_cli.convert or augment_cli.load"
         )

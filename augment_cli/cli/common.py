@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -52,22 +53,25 @@ Base = Annotated[
     ),
 ]
 
+Advance = Callable[[str, int, int], None]
+"""Told what is done now, how much of it is done, and how much there is."""
+
 __all__ = ["echo", "say"]
 
 
 @contextmanager
-def working(what: str):
+def working(what: str) -> Iterator["Advance | None"]:
     """A spinner while something takes long; nothing where stderr is not a terminal."""
     from rich.text import Text
 
     from augment_cli.console import Terminal
 
     with Terminal(stderr=True).status(Text(what)):
-        yield
+        yield None
 
 
 @contextmanager
-def bar(what: str):
+def bar(what: str) -> Iterator["Advance | None"]:
     """A bar over things done one after the other, on a terminal; yields what moves it: name, how many done, of all."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -88,7 +92,7 @@ def show(renderable: Any) -> None:
     Terminal().print(renderable)
 
 
-def check_ema(ema: bool | None, checkpoint: Path | None) -> None:
+def check_ema(ema: bool | None, checkpoint: str | Path | None) -> None:
     if ema is not None and checkpoint is None:
         raise AugmentError(f"--{'' if ema else 'no-'}ema is for --checkpoint: add it, or leave it out")
 

@@ -81,7 +81,7 @@ def convert(
         raise AugmentError("--pretrained and --checkpoint both name weights: give one of them")
     common.check_ema(ema, checkpoint)
     _check_calibration(init, calibrate, calibrate_images)
-    given = None
+    given, size = None, None
     if plan_file:
         given = common.read_given_plan(plan_file, model, recipe, overrides, image_size, model_args)
         model, arguments, size = model or given.model, dict(given.model_args), given.input_size[1:]
@@ -111,7 +111,7 @@ def convert(
     with common.working(f"planning {model}"):
         described, meta_model = source.describe(model, arguments, size)
         graph = analyze(meta_model, described.input_size)
-        if given:
+        if given and plan_file:
             plan, solution = common.fit_given_plan(given, graph, plan_file), None
         else:
             plan, solution = make_plan(described.name, graph, settings, described.args, base=described.base)

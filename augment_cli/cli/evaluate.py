@@ -2,12 +2,15 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from augment_cli.cli import common
 from augment_cli.errors import AugmentError
+
+if TYPE_CHECKING:
+    from augment_cli.training.assess import Result
 
 
 def evaluate(
@@ -98,7 +101,7 @@ def evaluate(
     _show(model, data, result, as_json)
 
 
-def _show(model: str, data: str, result, as_json: bool) -> None:
+def _show(model: str, data: str, result: "Result", as_json: bool) -> None:
     scores = result.scores.to_dict()
     if as_json:
         common.echo(json.dumps({"model": model, "data": data, **scores, "corrupt": result.corrupt}, indent=2))

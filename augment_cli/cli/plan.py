@@ -10,7 +10,12 @@ from augment_cli.cli import common
 from augment_cli.errors import AugmentError
 
 if TYPE_CHECKING:
-    from augment_cli.planning.plan import Plan
+    from torch import nn
+
+    from augment_cli.analysis.graph import ModelGraph
+    from augment_cli.analysis.source import Source
+    from augment_cli.planning.plan import Plan, Sensitivity
+    from augment_cli.planning.recipe import Recipe
 
 _measured = partial(typer.Option, rich_help_panel="Sensitivity")
 
@@ -72,7 +77,7 @@ def plan(
     described, meta_model = source.describe(model, arguments, size)
     graph = analyze(meta_model, described.input_size)
     made, solution = make_plan(described.name, graph, settings, described.args, base=described.base)
-    if sensitivity:
+    if sensitivity and calibrate:
         origin = model if pretrained else None
         images = calibrate, calibrate_images, seed
         found = _measure(described, meta_model, graph, settings, images, origin, checkpoint, ema)
@@ -109,7 +114,9 @@ def _show(plan: "Plan", as_json: bool, full: bool) -> None:
         common.show(table(Report.of(plan), full=full))
 
 
-def _check_measured(sensitivity, calibrate, pretrained, checkpoint, plot) -> None:
+def _check_measured(
+    sensitivity: bool, calibrate: str | None, pretrained: bool, checkpoint: Path | None, plot: Path | None
+) -> None:
     """Refuse options that do not go together, before anything is read."""
     given = (("--calibrate", calibrate), ("--pretrained", pretrained), ("--checkpoint", checkpoint), ("--plot", plot))
     if not sensitivity:
@@ -129,7 +136,16 @@ def _check_measured(sensitivity, calibrate, pretrained, checkpoint, plot) -> Non
         check_output(plot, overwrite=True)
 
 
-def _measure(described, meta_model, graph, settings, images, origin, checkpoint, ema):
+def _measure(
+    described: "Source",
+    meta_model: "nn.Module",
+    graph: "ModelGraph",
+    settings: "Recipe",
+    images: tuple[str, int, int],
+    origin: str | None,
+    checkpoint: Path | None,
+    ema: bool | None,
+) -> dict[str, "Sensitivity"]:
     """Sensitivities under the splits that the recipe writes."""
     from augment_cli.analysis import source
     from augment_cli.conversion import check_fittable

@@ -21,7 +21,7 @@ from pydantic import (
     model_validator,
 )
 
-from augment_cli.analysis.arguments import Arguments
+from augment_cli.analysis.arguments import Arguments, freeze_arguments
 from augment_cli.analysis.site import ConvSite, filter_macs
 from augment_cli.bounds import (
     MOST_CONVOLUTIONS,
@@ -177,7 +177,7 @@ class Plan(_Frozen):
     `params_after` and `macs_after` are always summed from the sites: a number given for them is not believed.
     """
 
-    schema_number: Annotated[Literal[1], Field(alias="schema")] = SCHEMA
+    schema_number: Annotated[Literal[1], Field(alias="schema")] = 1
     base: Literal["timm", "other"] = "timm"
     model: Name
     model_args: Arguments = ()
@@ -268,7 +268,7 @@ def make_plan(
     plan = Plan(
         base=base,
         model=model,
-        model_args=model_args or {},
+        model_args=freeze_arguments(model_args or {}),
         input_size=graph.input_size,
         recipe=recipe.name,
         recipe_sha256=recipe.digest(),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model, field_validator
+from pydantic_core import ErrorDetails
 
 from augment_cli.analysis.site import Kind
 from augment_cli.bounds import (
@@ -127,8 +128,9 @@ def resolve_amount(amount: str, source: int) -> int | None:
         return source
     if match := _PERCENT.fullmatch(amount):
         return int(source * (1 + float(match["number"]) / 100) + 1e-6)
-    match = _AMOUNT.fullmatch(amount)
-    return round(float(match["number"]) * _FACTORS[match["unit"]])
+    if match := _AMOUNT.fullmatch(amount):
+        return round(float(match["number"]) * _FACTORS[match["unit"]])
+    raise ValueError(f"{amount!r} is no budget")
 
 
 class Paper(Table):
@@ -163,8 +165,8 @@ def recipe_type(operator: str) -> type[Recipe]:
     Raises:
         AugmentError: no such operator.
     """
-    settings = get_operator(operator).settings_type
-    return create_model("Recipe", __base__=(Recipe, settings), __module__=__name__)
+    bases: Any = (Recipe, get_operator(operator).settings_type)
+    return create_model("Recipe", __base__=bases, __module__=__name__)
 
 
 def make_recipe(data: dict[str, Any], origin: str) -> Recipe:
@@ -275,13 +277,13 @@ def describe_errors(error: ValidationError, model: type[BaseModel]) -> str:
     return "; ".join([_describe(item, model) for item in items[:_TOLD]] + more)
 
 
-def _describe(item: dict[str, Any], model: type[BaseModel]) -> str:
+def _describe(item: ErrorDetails, model: type[BaseModel]) -> str:
     where = ".".join(str(part)[:100] for part in item["loc"])
     if item["type"] != "extra_forbidden":
         message = item["msg"].removeprefix("Value error, ")
         return f"{where}: {message}" if where else message
     for part in item["loc"][:-1]:
-        if part in model.model_fields:
+        if isinstance(part, str) and part in model.model_fields:
             model = _model_within(model.model_fields[part].annotation) or model
     known = [field.alias or name for name, field in model.model_fields.items()]
     return f"unknown key {where}{nearest(str(item['loc'][-1])[:100], known)}"

@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -38,12 +39,14 @@ def _sort(sites: tuple[ConvSite, ...], recipe: Recipe) -> Selection:
     for site in sites:
         reason = _not_selected(site, sites, settings) or obstacle(site, operator) or _out_of_range(site, settings)
         split = None if reason else operator.written(site, recipe)
-        if reason is None:
-            reason = operator.idle(site, split) if split is not None else operator.refusal(site, recipe)
+        if split is None:
+            reason = reason or operator.refusal(site, recipe)
+        else:
+            reason = operator.idle(site, split)
+            if reason is None:
+                chosen.append((site, split))
         if reason:
             skipped.append((site.name, reason))
-        else:
-            chosen.append((site, split))
     return Selection(tuple(chosen), tuple(skipped))
 
 
@@ -83,7 +86,7 @@ def _nearest_names(pattern: str, names: list[str]) -> str:
     return nearest(pattern, names) or f"; the names are like {_listed(names[:: max(1, len(names) // 4)])}"
 
 
-def _listed(items) -> str:
+def _listed(items: Iterable[object]) -> str:
     return ", ".join(map(str, items))
 
 
@@ -138,7 +141,7 @@ def _out_of_range(site: ConvSite, settings: Select) -> str | None:
     return None
 
 
-def _summary(skipped: list[tuple[str, str]]) -> str:
+def _summary(skipped: Iterable[tuple[str, str]]) -> str:
     reasons = Counter(re.split(r":|,| \(", reason)[0] for _, reason in skipped)
     return ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
 

@@ -3,13 +3,13 @@
 import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from augment_cli.errors import AugmentError, boundary, nearest
 from augment_cli.files import read_text
 
 TRACKERS = ("tensorboard", "wandb", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab", "trackio")
-SCHEDULES = ("cosine", "tanh", "poly", "step", "wsd", "rsqrt", "constant")
+Schedule = Literal["cosine", "tanh", "poly", "step", "wsd", "rsqrt", "constant"]
 
 
 @dataclass(frozen=True)
