@@ -35,7 +35,7 @@ Size = int | tuple[int, int] | tuple[int, int, int]
 def plan(
     model: Model, recipe: str | Recipe = "aa", *overrides: str, input_size: Size | None = None, **args: Any
 ) -> Plan:
-    """What each convolution of a model would become. Needs no weights and computes nothing on images.
+    """Plan the replacement of a model's convolutions. Needs no weights and computes nothing on images.
 
     Args:
         model: the name of a timm model, `package.module:function`, or a module, which is left as it is.

@@ -209,7 +209,7 @@ def weights_digest(model: nn.Module) -> str:
 
 
 def weights_origin(pretrained: bool, seed: int) -> str:
-    """What a file says of where its source weights came from, where that is not a checkpoint."""
+    """The origin of source weights that are not a checkpoint's, as a file's metadata say it."""
     return "pretrained" if pretrained else f"random, seed {seed}"
 
 
@@ -247,7 +247,7 @@ def _check(name: str, args: dict[str, Any]) -> None:
 
 
 def _registry_name(name: str, model: nn.Module) -> str:
-    """What timm's registry knows the model by: a hub or folder name is resolved."""
+    """The model's name in timm's registry: a hub or folder name is resolved."""
     architecture = pretrained_cfg(model).get("architecture") or name
     if architecture == ARCHITECTURE:
         raise AugmentError(f"{name} is a converted model already: convert its source, or edit its plan")

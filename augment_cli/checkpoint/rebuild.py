@@ -59,7 +59,7 @@ def _on_base(plan: Plan, base: Base | None) -> nn.Module:
 
 
 def _arguments(plan: Plan) -> dict[str, Any]:
-    """What timm creates a plan's model with."""
+    """Arguments of timm.create_model for a plan's model."""
     return {"plan": plan.model_dump(mode="json", by_alias=True), **dict(plan.model_args)}
 
 
@@ -122,7 +122,7 @@ def adopt(model: nn.Module, plan: Plan) -> None:
 
 
 def create(pretrained: bool, plan: dict[str, Any] | None, **kwargs: Any) -> nn.Module:
-    """What timm's entry point `augmented` returns: `plan` is a plan's JSON object, `kwargs` as for any timm model."""
+    """The model of timm's entry point `augmented`: `plan` is a plan's JSON object, `kwargs` as for any timm model."""
     checked = _checked(plan)
     with limited(checked.model):
         kwargs["pretrained_cfg"] = kwargs.get("pretrained_cfg") or _own_cfg(checked)

@@ -122,7 +122,7 @@ def parse_arguments(pairs: list[str] | None) -> dict[str, Any]:
 
 
 def announce(graph: "ModelGraph", plan: "Plan", solution: "Solution | None", recipe: "Recipe | None" = None) -> None:
-    """What was found and solved, and what a user should know before relying on it."""
+    """Say what was found and solved, and what a user should know before relying on it."""
     from augment_cli.planning.selection import missing_kernels
 
     say(f"{plan.model}: {len(graph.sites)} convolutions, {len(plan.sites)} to replace (recipe {plan.recipe})")

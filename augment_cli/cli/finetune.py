@@ -218,7 +218,7 @@ def _resumed(folder: Path, values: dict[str, Any], given: set[str]) -> Settings:
 
 
 def _check(settings: Settings, resume: bool, overwrite: bool) -> None:
-    """What can be known before torch is imported."""
+    """Refuse what can be refused before torch is imported."""
     from augment_cli import specs
     from augment_cli.training.folder import check_free
 

@@ -174,7 +174,7 @@ def attention_size(resolution: Size, attention_pool: int) -> Size:
 
 
 def value_step(site: Convolution, heads: int) -> int:
-    """What value channels are a multiple of: as many for each head, and given up by each group, which stay whole."""
+    """Value channels are a multiple of this: every head has as many, and every group gives up as many."""
     return heads if site.groups == 1 else math.lcm(heads, site.groups)
 
 
@@ -253,7 +253,7 @@ def attention_macs(site: Convolution, split: AASplit) -> int:
 
 
 def layer_settings(site: Convolution, split: AASplit) -> dict[str, Any]:
-    """What AAConv2d is told of its attention."""
+    """Arguments of AAConv2d for its attention."""
     channels = {"key_channels": split.key_channels, "value_channels": split.value_channels}
     return {"heads": split.heads, **channels, "resolution": site.resolution, "attention_pool": split.attention_pool}
 

@@ -33,7 +33,7 @@ def attend_kernel(conv: nn.Conv2d, reduction: int) -> AWConv2d:
 
 
 def _like(conv: nn.Conv2d) -> dict[str, Any]:
-    """What a replacement has in common with a convolution."""
+    """Arguments that a replacement shares with its convolution."""
     return {
         "stride": conv.stride,
         "padding": conv_padding(conv),

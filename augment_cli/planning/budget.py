@@ -120,7 +120,7 @@ def solve(chosen: Chosen, recipe: Recipe, source: Counts, losses: Mapping[str, f
 
 
 def _with_floor(losses: Mapping[str, float]) -> dict[str, float]:
-    """A tenth of the mean loss on top of each: one measured as nothing on some hundred images is not for free."""
+    """Add a tenth of the mean loss to every site: a measured loss of zero on a few hundred images is noise."""
     floor = sum(losses.values()) / max(len(losses), 1) / 10
     return {name: loss + floor for name, loss in losses.items()}
 
@@ -183,7 +183,10 @@ class _Program:
 def _filled(
     groups: list[_Group], nearest: Minimum, ceiling: tuple[str, int], limit: int
 ) -> tuple[list[_Group], Minimum]:
-    """What is left under the one ceiling spent, as far as can be; of the groups some splits may be left out."""
+    """Spend what is left under the one ceiling, as far as the splits allow.
+
+    Returns the groups, without the splits that were ruled out, and the counts.
+    """
     name, most = ceiling
     left = most - int(_Program(groups).changes[name] @ nearest.counts)
     fuller = _without_fewer_given_up(groups, nearest.counts)

@@ -1,4 +1,4 @@
-"""The plan: what every convolution of a model becomes. Frozen, hashable, JSON in and out."""
+"""The plan: each convolution of a model with its replacement. Frozen, hashable, JSON in and out."""
 
 import hashlib
 import json
@@ -60,7 +60,7 @@ class _Frozen(BaseModel):
 
 
 class Sensitivity(_Frozen):
-    """What replacing one site alone does to the model's output, on images that its fit has not seen.
+    """Change of the model's output when one site alone is replaced, on images that its fit has not seen.
 
     agreement: share of images with the source's top-1; divergence: mean KL(source, converted) of the predictions, nats.
     """
@@ -70,7 +70,7 @@ class Sensitivity(_Frozen):
 
 
 class SitePlan(_Frozen):
-    """What one convolution becomes. Sizes are (height, width); resolution is the size of the output map.
+    """A convolution and its replacement. Sizes are (height, width); resolution is the size of the output map.
 
     `split` belongs to the operator. `params_after` and `macs_after` are always counted from the split: a number given
     for them is not believed.
@@ -103,7 +103,7 @@ class SitePlan(_Frozen):
 
     @property
     def calls(self) -> int:
-        """How often a forward pass calls the convolution."""
+        """Calls of the convolution in a forward pass."""
         return self.macs_before // (self.positions * self._weights)
 
     @property
@@ -170,7 +170,7 @@ class Skipped(_Frozen):
 
 
 class Plan(_Frozen):
-    """What a model becomes. `macs` are multiply-adds of one image of `input_size`; FLOPs are twice as many.
+    """A model and the replacements of its convolutions. `macs` are multiply-adds of one image of `input_size`; FLOPs are twice as many.
 
     `base` says who makes the model: timm, by its name and arguments, or the user, for whom `model` is a description.
 

@@ -117,7 +117,7 @@ class Budget(Table):
 
 
 UNITS = {"params": "parameters", "macs": "multiply-adds"}
-"""What budgets count."""
+"""Units of the two budgets."""
 
 
 def resolve_amount(amount: str, source: int) -> int | None:

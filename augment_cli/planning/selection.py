@@ -95,7 +95,7 @@ def _squares(kernels: tuple[int, ...]) -> str:
 
 
 def missing_kernels(sites: tuple[ConvSite, ...], settings: Select) -> list[int]:
-    """Those of several kernel sizes that no convolution has; where none has any, `select` raises."""
+    """Kernel sizes of the recipe that no convolution of the model has. Where it has none of them, `select` raises."""
     return [k for k in settings.kernel if not any(site.kernel_size == (k, k) for site in sites)]
 
 
@@ -147,7 +147,7 @@ def _summary(skipped: Iterable[tuple[str, str]]) -> str:
 
 
 def _way_out(sites: tuple[ConvSite, ...], recipe: Recipe) -> str:
-    """What would take some, where something simple would; else the recipes that do on these very convolutions."""
+    """A setting that would select some convolutions, or else the recipes that replace some in this model."""
     settings, operator = recipe.select, get_operator(recipe.operator)
     replaceable = [
         site for site in sites if _is_kernel(site, settings) and not site.reads_image and not obstacle(site, operator)

@@ -1,4 +1,4 @@
-"""What replacing one site alone does to a model's output: by this a budget can prefer some sites to others."""
+"""Measure how much replacing one site alone changes a model's output, so that a budget can prefer other sites."""
 
 import copy
 
