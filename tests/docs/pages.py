@@ -1,8 +1,8 @@
 """Code blocks of the documentation, and how they are run.
 
 `sh` and `python` blocks are run, in the order of the page and in one folder; the blocks of a page share their Python
-names. A `text` block holds lines of the output of the block before it, with `...` for lines, or the end of one, left out.
-What is not to be run is a `console` block.
+names. A `text` block holds lines of the output of the block before it; `...` stands for lines, or the end of one, left
+out. What is not to be run is a `console` block.
 """
 
 import contextlib

@@ -85,7 +85,9 @@ def test_every_key_of_a_recipe_is_listed_with_its_default(operator):
     listed = {row[0]: row[1] for row in _rows(DOCS / "recipes.md", 3)}
     for table, field in recipe_type(operator).model_fields.items():
         for key, value in getattr(field.annotation, "model_fields", {}).items():
-            default = ", ".join(map(str, value.default)) if isinstance(value.default, tuple) else str(value.default).lower()
+            default = (
+                ", ".join(map(str, value.default)) if isinstance(value.default, tuple) else str(value.default).lower()
+            )
             expected = ("any", "none") if default in ("", "none") else (default,)
             assert listed[f"{table}.{key}"] in expected
 
