@@ -1,5 +1,6 @@
 PYTHON ?= python3
 VENV := .venv
+INSTALLED := $(VENV)/.installed
 READY := $(VENV)/.ready
 NATIVE := $(wildcard augment_cli/layers/native/*.cpp augment_cli/layers/native/*.h)
 
@@ -7,16 +8,35 @@ LOWEST := out/lowest
 QUICK := tests/cli tests/reporting tests/training tests/test_files.py tests/test_signals.py tests/test_dataset.py \
 	tests/test_budget.py tests/test_checkpoint.py tests/test_recipe.py tests/layers/aa/test_conv.py tests/layers/aw/test_conv.py
 
-.PHONY: demo test sanitize fuzz lowest lint format benchmark sweep story clean
+.PHONY: demo test test-fast coverage docs sanitize fuzz lowest lint format benchmark sweep story clean
 
-demo: $(READY)
+demo: $(INSTALLED)
 	mkdir -p out
 	$(VENV)/bin/augment convert resnet50 --recipe aa-resnet --set budget.params=keep \
 		--output out/resnet50-aa.safetensors --overwrite
 	$(VENV)/bin/augment check out/resnet50-aa.safetensors
+	@echo
+	@echo "out/resnet50-aa.safetensors is a ResNet-50 with attention and no more parameters. Its weights are random. Next:"
+	@echo "  source $(VENV)/bin/activate"
+	@echo "  augment report out/resnet50-aa.safetensors -o out/report.html"
+	@echo "  augment models 'efficientnet*'            # which models can have attention, and how much"
+	@echo "  augment plan efficientnetv2_s             # what would become of your model"
+	@echo "  augment convert resnet50 --pretrained -o out/resnet50-aa    # with trained weights, for timm"
+	@echo "docs/howto/ shows the rest, page by page; README.md lists the pages."
 
 test: $(READY)
 	$(VENV)/bin/python -m pytest -n auto
+
+# Under two minutes on four quiet cores. tests/conftest.py says what is slow.
+test-fast: $(READY)
+	$(VENV)/bin/python -m pytest -n auto -m "not slow"
+
+coverage: $(READY)
+	$(VENV)/bin/python -m pytest -n auto --cov --cov-report=term:skip-covered --cov-report=html:out/coverage
+
+docs: $(VENV)/.docs
+	$(VENV)/bin/mkdocs build --strict
+	@echo "out/site/index.html is the documentation; '$(VENV)/bin/mkdocs serve' shows it while it is edited"
 
 # The layers' tests on kernels that were built with sanitizers, in a copy of the tree: for each set of instructions that
 # the processor has. Inductor's cache is not told which set was asked for, so each has its own.
@@ -66,10 +86,19 @@ sweep: $(READY)
 story: $(READY)
 	$(VENV)/bin/python docs/story.py
 
-# The environment is made when it is missing, broken or older than what it is made from.
-$(READY): pyproject.toml hatch_build.py $(NATIVE)
+# The environment is made when it is missing, broken or older than what it is made from: with what the program needs, and
+# for development with what is needed besides.
+$(INSTALLED): pyproject.toml hatch_build.py $(NATIVE)
 	$(VENV)/bin/python -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e .
+	touch $@
+
+$(READY): $(INSTALLED)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $@
+
+$(VENV)/.docs: $(INSTALLED)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
 	touch $@
 
 clean:

@@ -9,8 +9,39 @@ from augment_cli.analysis.graph import ModelGraph, analyze
 from augment_cli.planning.plan import Plan, make_plan
 from augment_cli.planning.recipe import load_recipe
 
+TESTS = Path(__file__).parent
+
+# Tests that start processes, train, or go through many models: what `make test-fast` leaves out.
+SLOW = (
+    "cli/test_bad_input.py",
+    "cli/test_fit.py",
+    "cli/test_outputs.py",
+    "docs/test_pages.py",
+    "examples",
+    "families",
+    "interop",
+    "layers/test_in_torch.py",
+    "operators",
+    "test_cost.py",
+    "test_dataset.py",
+    "test_inherit_fit.py",
+    "test_rebuild.py",
+    "training",
+)
+NATIVE = ("layers/native",)
+
 # The workers of a parallel run share the cores: one thread each.
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for mark, names in ((pytest.mark.slow, SLOW), (pytest.mark.native, NATIVE)):
+        paths = [TESTS / name for name in names]
+        if missing := [str(path) for path in paths if not path.exists()]:
+            raise pytest.UsageError(f"tests/conftest.py marks what is not there: {', '.join(missing)}")
+        for item in items:
+            if any(item.path.is_relative_to(path) for path in paths):
+                item.add_marker(mark)
 
 
 @functools.cache

@@ -34,7 +34,6 @@ app = typer.Typer(
     cls=_Program,
     name="augment",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from augment_cli.cli import completion
 from augment_cli.errors import AugmentError, boundary
 from augment_cli.terminal import echo, say
 
@@ -18,9 +19,18 @@ if TYPE_CHECKING:
     from augment_cli.planning.plan import Plan
     from augment_cli.planning.recipe import Recipe
 
-ModelName = Annotated[str | None, typer.Argument(metavar="[MODEL]", help="A timm model's name.")]
+ModelName = Annotated[
+    str | None,
+    typer.Argument(metavar="[MODEL]", help="A timm model's name.", autocompletion=completion.models),
+]
 RecipeName = Annotated[
-    str | None, typer.Option("--recipe", "-r", help="A built-in recipe (`augment recipes`) or a TOML file. [aa]")
+    str | None,
+    typer.Option(
+        "--recipe",
+        "-r",
+        help="A built-in recipe (`augment recipes`) or a TOML file. [aa]",
+        autocompletion=completion.builtin_recipes,
+    ),
 ]
 PlanFile = Annotated[
     Path | None,
@@ -28,7 +38,12 @@ PlanFile = Annotated[
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="A recipe value, such as budget.params=keep. Repeatable."),
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="A recipe value, such as budget.params=keep. Repeatable.",
+        autocompletion=completion.overrides,
+    ),
 ]
 ImageSize = Annotated[
     str | None,

@@ -6,12 +6,14 @@ from typing import Annotated
 
 import typer
 
-from augment_cli.cli import common
+from augment_cli.cli import common, completion
 from augment_cli.errors import AugmentError, nearest
 
 app = typer.Typer(help="List, show and copy the built-in recipes.", invoke_without_command=True)
 
-Name = Annotated[str, typer.Argument(metavar="NAME", help="A built-in recipe.")]
+Name = Annotated[
+    str, typer.Argument(metavar="NAME", help="A built-in recipe.", autocompletion=completion.builtin_recipes)
+]
 
 
 @app.callback()
