@@ -170,7 +170,9 @@ class Skipped(_Frozen):
 
 
 class Plan(_Frozen):
-    """A model and the replacements of its convolutions. `macs` are multiply-adds of one image of `input_size`; FLOPs are twice as many.
+    """A model and the replacements of its convolutions.
+
+    `macs` are multiply-adds of one image of `input_size`; FLOPs are twice as many.
 
     `base` says who makes the model: timm, by its name and arguments, or the user, for whom `model` is a description.
 
