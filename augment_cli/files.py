@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import stat
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -20,10 +21,8 @@ from safetensors import SafetensorError
 from augment_cli import signals
 from augment_cli.errors import AugmentError
 
-try:
+if sys.platform != "win32":
     import fcntl
-except ImportError:  # no locks on Windows: what a killed process left stays there
-    fcntl = None
 
 _PREFIX, _SUFFIX = ".augment-", ".tmp"
 # How versions of safetensors quote it: `IoError(Os { ..., message: "..." })` and `I/O error: ... (os error 28)`.
@@ -133,8 +132,8 @@ def recover(path: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove temporaries that no process writes any more."""
-    if fcntl is None:
+    """Remove temporaries that no process writes any more. Windows has no such locks: there they stay."""
+    if sys.platform == "win32":
         return
     for path in folder.glob(f"{_PREFIX}*{_SUFFIX}"):
         with suppress(OSError):  # locked, of another user, or gone by now
@@ -155,7 +154,8 @@ def errors_named(path: Path) -> Iterator[None]:
         raise AugmentError(f"{path} cannot be written: {error.strerror or error}") from error
     except SafetensorError as error:
         found = _SAID_BY_THE_DISK.search(str(error))
-        raise AugmentError(f"{path} cannot be written: {found[found.lastindex] if found else error}") from error
+        reason = next(filter(None, found.groups())) if found else error
+        raise AugmentError(f"{path} cannot be written: {reason}") from error
 
 
 @contextmanager
@@ -189,7 +189,7 @@ def _make(parent: Path, is_folder: bool) -> tuple[Path, int]:
 def _lock(handle: int) -> bool:
     """Lock a temporary; False where another process has. File systems without locks have no leftovers removed."""
     try:
-        if fcntl is not None:
+        if sys.platform != "win32":
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False

@@ -1,8 +1,9 @@
-"""What a user calls models and data by, checked before torch and timm are imported."""
+"""The names that users give for models and data, checked before torch and timm are imported."""
 
 import re
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Literal
 
 from augment_cli.analysis.functions import is_function
 from augment_cli.analysis.support import model_names
@@ -11,6 +12,9 @@ from augment_cli.errors import AugmentError, nearest
 KINDS = ("hfds", "hfids", "wds", "tfds", "torch")
 STREAMS = ("hfids", "wds", "tfds")
 COLUMNS = ("hfds", "hfids", "wds", "tfds")
+
+OnCorrupt = Literal["fail", "skip"]
+"""At an image that cannot be read: stop, or take the next readable one in its place."""
 
 
 def kind_of(spec: str) -> str | None:
@@ -79,7 +83,7 @@ def check_file(option: str, path: str | Path | None) -> None:
 def _in_timm(architecture: str) -> bool:
     """Whether a file of timm's models defines or aliases this name."""
     found = find_spec("timm")
-    folders = found.submodule_search_locations if found else ()
+    folders = (found and found.submodule_search_locations) or ()
     word = re.compile(rf"\b{re.escape(architecture)}\b")
     files = (file for folder in folders for file in Path(folder, "models").glob("*.py"))
     return any(word.search(file.read_text(encoding="utf-8")) for file in files)

@@ -30,10 +30,10 @@ _LARGEST_ARGUMENT = 2**20
 _DEEPEST_ARGUMENT = 4
 
 
-class FrozenDict(dict):
+class FrozenDict(dict[str, Any]):
     """A dictionary that can be hashed: nobody changes it."""
 
-    def __hash__(self) -> int:
+    def __hash__(self) -> int:  # type: ignore[override]  # dict declares itself unhashable
         return hash(tuple(self.items()))
 
 

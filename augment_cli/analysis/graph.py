@@ -9,7 +9,7 @@ import inspect
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from augment_cli.analysis.site import ConvSite, Size
+from augment_cli.compat import tree_map_only
 from augment_cli.errors import AugmentError
 
 # What may stand between a convolution and its normalisation without changing what is normalised.
@@ -124,7 +125,7 @@ class _ShapeInterpreter(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
-        self.shapes[n.name] = torch.utils._pytree.tree_map_only(Tensor, lambda t: tuple(t.shape), result)
+        self.shapes[n.name] = tree_map_only(Tensor, lambda t: tuple(t.shape), result)
         return result
 
 
@@ -155,13 +156,13 @@ class CallRecorder:
         self._handles = [m.register_forward_hook(self._recorder(name)) for name, m in self._modules.items()]
         return self
 
-    def __exit__(self, *exc_info) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         for handle in self._handles:
             handle.remove()
 
-    def _recorder(self, name: str):
-        def record(module: nn.Module, args: tuple[Tensor], out: Tensor) -> None:
-            self.sizes[name].append((tuple(args[0].shape[-2:]), tuple(out.shape[-2:])))
+    def _recorder(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def record(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+            self.sizes[name].append((_size(args[0].shape[-2:]), _size(out.shape[-2:])))
 
         return record
 
@@ -184,10 +185,10 @@ def _sites(model: nn.Module, graph: fx.Graph, calls: CallRecorder) -> Iterator[C
             conv_class=type(conv).__name__,
             in_channels=conv.in_channels,
             out_channels=conv.out_channels,
-            kernel_size=tuple(conv.kernel_size),
-            stride=tuple(conv.stride),
+            kernel_size=_size(conv.kernel_size),
+            stride=_size(conv.stride),
             padding=conv_padding(conv),
-            dilation=tuple(conv.dilation),
+            dilation=_size(conv.dilation),
             groups=conv.groups,
             params=count_parameters(conv),
             in_resolution=in_size,
@@ -209,8 +210,13 @@ def conv_padding(conv: nn.Conv2d) -> Size | str:
     if getattr(conv, "same_pad", False) or type(conv).__name__.startswith("Conv2dSame"):
         return "same"
     if isinstance(conv.padding, str):
-        return {"same": "same", "valid": (0, 0)}[conv.padding]
-    return tuple(conv.padding)
+        return "same" if conv.padding == "same" else (0, 0)
+    return _size(conv.padding)
+
+
+def _size(sides: Sequence[int]) -> Size:
+    height, width = sides
+    return height, width
 
 
 def _obstacle(sizes: list[tuple[Size, Size]]) -> str | None:
@@ -279,18 +285,19 @@ def _within(path: str, module: str) -> bool:
     return path == module or path.startswith(module + ".")
 
 
-def _ancestors(name: str):
+def _ancestors(name: str) -> Iterator[str]:
     while name:
         yield name
         name = name.rpartition(".")[0]
 
 
-def _stem_matcher(model: nn.Module):
-    """Is a convolution in what timm itself calls the model's stem (`group_matcher`)?"""
+def _stem_matcher(model: nn.Module) -> Callable[[str], bool]:
+    """Whether a convolution, by name, is in the part that timm's `group_matcher` calls the model's stem."""
+    matcher: Callable[[], dict[str, Any]] = getattr(model, "group_matcher", dict)
     try:
-        pattern = model.group_matcher().get("stem")
-    except (AttributeError, AssertionError):  # none, or a group matcher that timm has not written yet
-        return lambda name: False
+        pattern = matcher().get("stem")
+    except (AttributeError, AssertionError):  # in timm a method that nobody has written for this model yet
+        pattern = None
     specs = [pattern] if isinstance(pattern, str) else [spec[0] for spec in pattern or ()]
     return lambda name: any(re.match(spec, f"{name}.weight") for spec in specs)
 
@@ -324,13 +331,14 @@ def _following_norms(model: nn.Module, graph: fx.Graph, prefix: str = "") -> dic
     for node in graph.nodes:
         if node.op != "call_module":
             continue
-        module = model.get_submodule(node.target)
+        name = str(node.target)
+        module = model.get_submodule(name)
         if isinstance(module, nn.Conv2d):
             norm = _next_norm(model, node)
             if norm:
-                norms[prefix + node.target] = prefix + norm
+                norms[prefix + name] = prefix + norm
         elif any(isinstance(m, nn.Conv2d) for m in module.modules()):
-            norms |= _norms_in_leaf(module, f"{prefix}{node.target}.")
+            norms |= _norms_in_leaf(module, f"{prefix}{name}.")
     return norms
 
 
@@ -346,7 +354,7 @@ def _next_norm(model: nn.Module, node: fx.Node) -> str | None:
         (node,) = node.users
         if node.op != "call_module":
             return None
-        module = model.get_submodule(node.target)
+        module = model.get_submodule(str(node.target))
         if is_norm(module):
             return str(node.target)
         if not isinstance(module, _PASSES_THROUGH):

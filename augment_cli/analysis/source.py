@@ -19,6 +19,7 @@ from augment_cli.analysis.graph import meta_copy
 from augment_cli.analysis.guard import limited
 from augment_cli.analysis.weights import find_weights, misfit, read_checkpoint
 from augment_cli.bounds import MOST_SIDE
+from augment_cli.compat import pretrained_cfg
 from augment_cli.errors import AugmentError, boundary, first_line, nearest
 from augment_cli.formats import ARCHITECTURE, METADATA_KEY, read_tensor_metadata
 from augment_cli.seeds import preserved, seeded
@@ -126,12 +127,6 @@ def _call(name: str, args: dict[str, Any]) -> nn.Module:
         if not isinstance(model, nn.Module):
             raise TypeError(f"it returns a {type(model).__name__}")
     return model
-
-
-def pretrained_cfg(model: nn.Module) -> dict[str, Any]:
-    """timm's configuration of a model; empty for a model that is not timm's."""
-    found = getattr(model, "pretrained_cfg", None)
-    return found if isinstance(found, dict) else {}
 
 
 def create(source: Source, seed: int = 0, origin: str | None = None) -> nn.Module:

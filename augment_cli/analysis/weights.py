@@ -4,7 +4,7 @@ import argparse
 import pickle
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from augment_cli.analysis.graph import count_classes
+from augment_cli.compat import pretrained_cfg
 from augment_cli.errors import AugmentError, boundary
 
 # Where training scripts put a moving average of the weights, and the weights.
@@ -100,7 +102,7 @@ def _tensors(value: Any) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in items if isinstance(name, str) and isinstance(tensor, Tensor)}
 
 
-def _prefixes(tensors: Mapping[str, Tensor], own: Mapping[str, Any]) -> list[str]:
+def _prefixes(tensors: Mapping[str, Tensor], own: Collection[str]) -> list[str]:
     """What stands before a model's own names, the shortest first, where wrappers put something there.
 
     DataParallel puts `module.`, Lightning `model.` or another attribute's name, torch.compile `_orig_mod.`.
@@ -117,7 +119,9 @@ def _ends(key: str, name: str) -> bool:
     return key == name or key.endswith(f".{name}")
 
 
-def _notes(tensors: dict[str, Tensor], beside: dict[str, Tensor], average: bool, candidates: Mapping[Any, bool]):
+def _notes(
+    tensors: dict[str, Tensor], beside: dict[str, Tensor], average: bool, candidates: Mapping[Any, bool]
+) -> Iterator[str]:
     if average:
         yield "the moving average of its weights"
     elif any(candidates.values()):
@@ -145,12 +149,17 @@ def misfit(model: nn.Module, state_dict: dict[str, Tensor]) -> str:
 
 def _other_classes(model: nn.Module, missing: list[str], shapes: list[str], state_dict: dict[str, Tensor]) -> str:
     """The reason and the way out where all that differs is the classifier."""
-    classifier = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
-    prefixes = tuple(f"{name}." for name in ([classifier] if isinstance(classifier, str) else classifier))
+    prefixes = classifier_prefixes(model)
     differing = missing + shapes
     if not prefixes or not differing or not all(name.startswith(prefixes) for name in differing):
         return ""
     if missing:
         return "it has no classifier: --model-arg num_classes=0 makes a model without one"
     classes = state_dict[shapes[0]].shape[0]
-    return f"it has {classes} classes, and the model {model.num_classes}: add --model-arg num_classes={classes}"
+    return f"it has {classes} classes, and the model {count_classes(model)}: add --model-arg num_classes={classes}"
+
+
+def classifier_prefixes(model: nn.Module) -> tuple[str, ...]:
+    """How the names of a timm model's classifier's tensors begin, such as `fc.`; empty for other models."""
+    classifier = pretrained_cfg(model).get("classifier") or ()
+    return tuple(f"{name}." for name in ([classifier] if isinstance(classifier, str) else classifier))

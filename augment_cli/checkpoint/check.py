@@ -5,12 +5,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from augment_cli.analysis.graph import analyze, count_parameters
 from augment_cli.checkpoint.files import load
 from augment_cli.checkpoint.metadata import read_metadata
 from augment_cli.checkpoint.rebuild import Base
+from augment_cli.compat import tree_leaves
 from augment_cli.errors import boundary
 from augment_cli.planning.plan import Plan
 

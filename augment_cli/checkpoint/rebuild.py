@@ -8,12 +8,12 @@ from typing import Any
 
 import timm
 import torch
-from timm.models import build_model_with_cfg, get_model_args, get_pretrained_cfg
+from timm.models import build_model_with_cfg, get_pretrained_cfg
 from torch import Tensor, nn
 
-from augment_cli.analysis import source
 from augment_cli.analysis.guard import Limit, limited
 from augment_cli.checkpoint.metadata import WEIGHTS, parse_metadata
+from augment_cli.compat import pretrained_cfg, set_pretrained_cfg, update_model_args
 from augment_cli.errors import AugmentError, boundary, first_line
 from augment_cli.formats import ARCHITECTURE, METADATA_KEY, read_tensor_metadata
 from augment_cli.planning.plan import Plan, validate_plan
@@ -116,9 +116,8 @@ def adopt(model: nn.Module, plan: Plan) -> None:
     """Make a timm model that was converted in memory the same to timm as one built from its plan."""
     if plan.base == "other":
         return
-    cfg = {**source.pretrained_cfg(model), "architecture": ARCHITECTURE}
-    arguments = {**get_model_args(model), "plan": plan.model_dump(mode="json", by_alias=True)}
-    model.__dict__.update(pretrained_cfg=cfg, default_cfg=cfg, _model_args=arguments)
+    set_pretrained_cfg(model, {**pretrained_cfg(model), "architecture": ARCHITECTURE})
+    update_model_args(model, plan=plan.model_dump(mode="json", by_alias=True))
 
 
 def create(pretrained: bool, plan: dict[str, Any] | None, **kwargs: Any) -> nn.Module:
@@ -180,8 +179,7 @@ def _features(plan: Plan, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module
     arguments = {k: v for k, v in kwargs.items() if k not in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")}
     extractor = timm.create_model(plan.model, features_only=True, **{**dict(plan.model_args), **arguments, **features})
     transplant(full, extractor, {site.name for site in plan.sites})
-    cfg = source.pretrained_cfg(full)
-    extractor.__dict__.update(pretrained_cfg=cfg, default_cfg=cfg)
+    set_pretrained_cfg(extractor, pretrained_cfg(full))
     return extractor
 
 

@@ -14,8 +14,13 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from scipy.optimize import OptimizeResult
+    from scipy.sparse import csr_array
 
 # The first core has this many options a group.
 _CORE = 4
@@ -115,7 +120,7 @@ class _Program:
         priced = {i for (i, _), price in zip(sides, prices, strict=True) if price}
         return found.fun, costs, tuple(i in priced for i in range(len(self.rows)))
 
-    def solve(self, core: np.ndarray, gap: float):
+    def solve(self, core: np.ndarray, gap: float) -> "OptimizeResult":
         """The integer program over some of the options, as scipy's milp returns it."""
         from scipy.optimize import Bounds, LinearConstraint, milp
 
@@ -129,7 +134,7 @@ class _Program:
             options={"mip_rel_gap": gap, "node_limit": _NODES, "presolve": False},
         )
 
-    def members(self, core: np.ndarray):
+    def members(self, core: np.ndarray) -> "csr_array":
         """(groups, core): which option is whose."""
         from scipy.sparse import csr_array
 

@@ -47,7 +47,7 @@ def unfolded(sites: Iterable[SiteRow]) -> tuple[Line, ...]:
 
 def fold(sites: Iterable[SiteRow]) -> tuple[Line, ...]:
     """A line for all sites that are equal but for numbers in their names, in the order of the first of each."""
-    equal = defaultdict(dict)
+    equal: defaultdict[tuple[SiteRow, str | None], dict[str, SiteRow]] = defaultdict(dict)
     for site in sites:
         kind = site.inheritance.kind if site.inheritance else None
         equal[replace(site, name="", inheritance=None, sensitivity=None), kind][site.name] = site
@@ -86,7 +86,7 @@ def _products(names: list[tuple[str, ...]]) -> list[list[tuple[str, ...]]]:
 
 def _merged(groups: list[list[tuple[str, ...]]], axis: int) -> list[list[tuple[str, ...]]]:
     """Groups that differ on one axis only, together."""
-    merged = defaultdict(list)
+    merged: defaultdict[frozenset[tuple[str, ...]], list[tuple[str, ...]]] = defaultdict(list)
     for group in groups:
         merged[frozenset(name[:axis] + name[axis + 1 :] for name in group)] += group
     return list(merged.values())

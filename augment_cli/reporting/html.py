@@ -1,5 +1,6 @@
 """A report as one HTML file that needs nothing else: no scripts, fonts, images or network."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from augment_cli.reporting.chart import bar_chart, direction
@@ -82,12 +83,11 @@ def _change_card(title: str, change: Change, below: str) -> Markup:
 
 
 def _budget_card(report: Report) -> Markup:
-    """The budget that there is the least left of."""
+    """The tighter of the two budgets, by the share of it that is left."""
     limits = {"parameters": report.params_limit, "multiply-adds": report.macs_limit}
-    asked = {name: limit for name, limit in limits.items() if limit.most}
-    if not asked:
+    name, limit = min(limits.items(), key=lambda item: item[1].share_left)
+    if limit.most is None or limit.left is None:
         return _card("Budget", "free", None, "no limit was asked for")
-    name, limit = min(asked.items(), key=lambda item: item[1].left / item[1].most)
     under = "those of the source" if limit.asked == "keep" else minus(limit.asked) if "%" in limit.asked else "a limit"
     return _card("Budget left", minus(f"{limit.left:,}"), None, f"{name}, under {under}: {amount(limit.most)}")
 
@@ -160,10 +160,12 @@ def _totals(report: Report) -> Markup:
     )
 
 
-def _total(title: str, change: Change, show, show_signed, limit: Limit | None) -> Markup:
-    budget = ("", "", "")
+def _total(
+    title: str, change: Change, show: Callable[[int], str], show_signed: Callable[[int], str], limit: Limit | None
+) -> Markup:
+    budget = ["", "", ""]
     if limit:
-        budget = (limit.asked, *(DASH if number is None else show(number) for number in (limit.most, limit.left)))
+        budget = [limit.asked, *(DASH if number is None else show(number) for number in (limit.most, limit.left))]
     return tag(
         "tr",
         tag("th", title, scope="row"),

@@ -1,5 +1,6 @@
 """The numbers of a report: made once from a plan and metadata, and only shown by everything else here."""
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -53,6 +54,11 @@ class Limit:
     def of(cls, asked: str, change: Change) -> "Limit":
         most = resolve_amount(asked, change.before)
         return cls(asked, most, None if most is None else most - change.after)
+
+    @property
+    def share_left(self) -> float:
+        """What is left, as a share of the most; negative where the limit is exceeded, infinite where it is free."""
+        return math.inf if self.most is None or self.left is None else self.left / max(self.most, 1)
 
 
 @dataclass(frozen=True, slots=True)

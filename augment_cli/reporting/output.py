@@ -74,10 +74,10 @@ def write_model(model: "nn.Module", metadata: Metadata, target: Path) -> None:
 
 def write_config(model: "nn.Module", input_size: tuple[int, int, int], folder: Path) -> None:
     """Write timm's config.json, from which timm and transformers create the model again."""
-    from timm.models._hub import save_config_for_hf
+    from augment_cli.compat import save_timm_config
 
     path = folder / "config.json"
-    save_config_for_hf(model, str(path), data_config={"input_size": input_size})
+    save_timm_config(model, str(path), input_size)
     config = json.loads(path.read_text(encoding="utf-8"))
     # It is beside model_args already; transformers gives timm both, and Python refuses an argument given twice.
     config["model_args"].pop("num_classes", None)

@@ -14,13 +14,13 @@ def draw(plan: Plan, path: Path) -> None:
     """
     from matplotlib.figure import Figure
 
-    sites = [site for site in plan.sites if site.sensitivity]
-    names = [site.name for site in sites]
-    figure = Figure(figsize=(9, 1.2 + 0.28 * len(sites)), layout="constrained")
+    measured = [(site, site.sensitivity) for site in plan.sites if site.sensitivity]
+    names = [site.name for site, _ in measured]
+    figure = Figure(figsize=(9, 1.2 + 0.28 * len(measured)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    left.barh(names, [site.sensitivity.divergence for site in sites], color="#4269d0")
+    left.barh(names, [sensitivity.divergence for _, sensitivity in measured], color="#4269d0")
     left.set_xlabel("KL of the predictions, nats,\nwhen this site alone is replaced")
-    right.barh(names, [site.given_up / site.out_channels for site in sites], color="#ff725c")
+    right.barh(names, [site.given_up / site.out_channels for site, _ in measured], color="#ff725c")
     right.set_xlabel("share of output channels\nthat the plan gives up")
     left.invert_yaxis()
     figure.suptitle(f"{plan.model}, recipe {plan.recipe}")

@@ -3,9 +3,10 @@
 import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from rich import box
-from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.console import Console, ConsoleOptions, Group, JustifyMethod, RenderableType, RenderResult
 from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
@@ -39,7 +40,7 @@ def table(report: Report, full: bool = False) -> RenderableType:
             their sums.
     """
     lines = unfolded(report.sites) if full else fold(report.sites)
-    parts = [_heading(report), _SiteTables(report, lines)]
+    parts: list[RenderableType] = [_heading(report), _SiteTables(report, lines)]
     if report.skipped:
         parts += [_skipped_heading(report), _skipped(report, full), ""]
     return Group(*parts, _totals(report), "", _notes(report))
@@ -63,7 +64,7 @@ class _Column:
     title: str
     cell: Callable[[Line], str]
     foot: str = ""
-    justify: str = "right"
+    justify: JustifyMethod = "right"
 
 
 _Columns = list[_Column]
@@ -152,7 +153,11 @@ def _convolution_columns(report: Report) -> Iterator[_Column]:
 
 def _operator_columns(report: Report) -> Iterator[_Column]:
     for title in report.columns:
-        yield _Column(title, lambda line, title=title: line.site.columns.get(title, "-"))
+        yield _Column(title, partial(_operator_cell, title))
+
+
+def _operator_cell(title: str, line: Line) -> str:
+    return line.site.columns.get(title, "-")
 
 
 def _change_columns(title: str, counts: Callable[[Line], Change], total: Change) -> Iterator[_Column]:

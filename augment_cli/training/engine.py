@@ -7,8 +7,9 @@ from contextlib import ExitStack, nullcontext
 import torch
 from accelerate.data_loader import skip_first_batches
 from accelerate.utils import broadcast_object_list, gather_object
-from torch import Tensor, nn
+from torch import Tensor
 
+from augment_cli.compat import BatchNorm
 from augment_cli.errors import AugmentError
 from augment_cli.files import write_file
 from augment_cli.seeds import seed_all
@@ -120,7 +121,7 @@ def _set_mode(run: Run) -> None:
     run.model.train()
     if run.settings.freeze_norm:
         for module in run.model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            if isinstance(module, BatchNorm):
                 module.eval()
 
 

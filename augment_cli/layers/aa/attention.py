@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from augment_cli.compat import are_functorch_transforms_active
 from augment_cli.layers import native
 from augment_cli.layers.aa.blocked import blocked_relative_attention
 from augment_cli.layers.aa.compiled import native_relative_attention
@@ -61,7 +62,7 @@ def choose_backend(q: Tensor) -> Backend:
         return "native"
     if torch.compiler.is_compiling():
         return "fused"
-    if type(q) is not Tensor or torch._C._are_functorch_transforms_active():
+    if type(q) is not Tensor or are_functorch_transforms_active():
         return "reference"
     if q.device.type == "cuda":
         return "fused"

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.nn.modules.utils import _pair
 
+from augment_cli.compat import pair
 from augment_cli.layers.aa.attention import Backend, attention
 from augment_cli.layers.aa.pooling import average_pool
 from augment_cli.layers.aa.relative import resize_table, table_rows
@@ -92,11 +92,11 @@ class AAConv2d(nn.Module):
         _check_split(out_channels, heads, key_channels, value_channels, attention_pool)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
-        self.kernel_size, self.stride, self.dilation = _pair(kernel_size), _pair(stride), _pair(dilation)
-        self.padding = padding if isinstance(padding, str) else _pair(padding)
+        self.kernel_size, self.stride, self.dilation = pair(kernel_size), pair(stride), pair(dilation)
+        self.padding = padding if isinstance(padding, str) else pair(padding)
         self.border = _border(self.kernel_size, self.padding, self.dilation)
         self.heads, self.key_channels, self.value_channels = heads, key_channels, value_channels
-        self.resolution, self.attention_pool = _pair(resolution), attention_pool
+        self.resolution, self.attention_pool = pair(resolution), attention_pool
         if min(self.resolution) < 1:
             raise ValueError(f"resolution={self.resolution} is not a map of at least one position")
 

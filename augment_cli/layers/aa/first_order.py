@@ -2,9 +2,10 @@
 
 from typing import Any, NoReturn
 
-import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
+
+from augment_cli.compat import are_functorch_transforms_active
 
 WAY_OUT = "set backend to 'reference', which computes the same from operations with derivatives of every order"
 
@@ -39,6 +40,6 @@ def refuse_second_derivatives(*_: Any) -> NoReturn:
 
 def has_tangents(*tensors: Tensor) -> bool:
     """Whether forward mode, or a transform of torch.func, follows these tensors."""
-    if torch._C._are_functorch_transforms_active():
+    if are_functorch_transforms_active():
         return True
     return any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)

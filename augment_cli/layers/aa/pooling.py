@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from augment_cli.compat import count_dispatch_modes
+
 
 def average_pool(x: Tensor, stride: tuple[int, int]) -> Tensor:
     """Means of 3x3 windows. Shapes: x (N, C, H, W) to (N, C, ceil(H / stride), ceil(W / stride))."""
@@ -20,7 +22,7 @@ def _depthwise_is_faster(x: Tensor) -> bool:
     """
     if torch.compiler.is_compiling() or type(x) is not Tensor or x.device.type != "cpu":
         return False
-    if torch._C._len_torch_dispatch_stack():
+    if count_dispatch_modes():
         return False
     exact = x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled("cpu")
     return exact and x.is_contiguous() and x.numel() > 0

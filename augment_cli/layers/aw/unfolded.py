@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from itertools import product
 
 import torch
 from torch import Tensor
 
+from augment_cli.compat import linear_pointwise
 from augment_cli.layers.aw.backend import Arranged, ConvBackend, Sums
 
 BLOCK_BYTES = 2_400_000
@@ -199,13 +199,8 @@ def _product(a: Tensor, b: Tensor, more: Tensor | None = None) -> Tensor:
 
     Shapes: a (P, Q), b (R, Q), more (P, R); result (P, R).
     """
-    if a.dtype == torch.float32 and len(a) and torch.backends.mkldnn.enabled and _has_onednn():
+    if linear_pointwise and a.dtype == torch.float32 and len(a) and torch.backends.mkldnn.enabled:
         if more is None:
-            return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
-        return torch.ops.mkldnn._linear_pointwise(a, more, b, None, "add")
+            return linear_pointwise(a, b, None, "none", [], "")
+        return linear_pointwise(a, more, b, None, "add")
     return a @ b.t() if more is None else torch.addmm(more, a, b.t())
-
-
-@cache
-def _has_onednn() -> bool:
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")

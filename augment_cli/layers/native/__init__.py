@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from augment_cli.compat import are_functorch_transforms_active
 from augment_cli.layers.native.compiling import library_path
 
 HERE = Path(__file__).parent
@@ -71,7 +72,7 @@ def takes(*tensors: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) 
     """
     if library is None or torch.jit.is_tracing() or torch.compiler.is_exporting():
         return False
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+    if not torch.compiler.is_compiling() and are_functorch_transforms_active():
         return False
     plain = all(type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" for t in tensors)
     return plain and all(t.dtype in dtypes for t in tensors)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from augment_cli.analysis.graph import ModelGraph
+from augment_cli.compat import BatchNorm
 from augment_cli.planning.plan import Plan, SitePlan
 from augment_cli.surgery.records import Inheritance
 from augment_cli.surgery.replace import apply_plan, find_conv, keep_highest
@@ -18,7 +19,7 @@ def importance(conv: nn.Conv2d, norm: nn.Module | None) -> Tensor:
     Shape: (out_channels,).
     """
     size = conv.weight.detach().flatten(1).norm(dim=1)
-    if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.running_var is not None:
+    if isinstance(norm, BatchNorm) and norm.running_var is not None:
         gamma = 1.0 if norm.weight is None else norm.weight.detach().abs()
         folded = size * gamma * torch.rsqrt(norm.running_var + norm.eps)
         size = folded if folded.any() else size

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from augment_cli.analysis.graph import ModelGraph
+from augment_cli.compat import BatchNorm
 from augment_cli.layers import AAConv2d
 from augment_cli.planning.plan import Plan, SitePlan
 from augment_cli.surgery.calibration import Calibration
@@ -124,7 +125,7 @@ class Fit:
 
 def _centres(norm: nn.Module | None) -> bool:
     """Whether a normalisation takes off a mean that was estimated before."""
-    return isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.running_mean is not None
+    return isinstance(norm, BatchNorm) and norm.running_mean is not None
 
 
 def fit_sites(
