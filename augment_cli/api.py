@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from augment_cli.analysis import source
 from augment_cli.analysis.graph import ModelGraph, analyze
 from augment_cli.checkpoint.check import Finding, verify_file, verify_model
-from augment_cli.checkpoint.metadata import Metadata, read_metadata
+from augment_cli.checkpoint.metadata import Metadata, metadata_of, read_metadata
 from augment_cli.conversion import check_fittable, operate
 from augment_cli.errors import AugmentError
 from augment_cli.planning.plan import Plan, check_budget, fit_plan, make_plan, read_plan
 from augment_cli.planning.recipe import Recipe, load_recipe
-from augment_cli.reporting import Report
 from augment_cli.reporting.output import check_target, write_model
+from augment_cli.reporting.printed import PrintedReport
 from augment_cli.seeds import preserved
 from augment_cli.surgery import replace
 from augment_cli.surgery.calibration import Calibration, gather_images
@@ -35,7 +35,7 @@ Size = int | tuple[int, int] | tuple[int, int, int]
 def plan(
     model: Model, recipe: str | Recipe = "aa", *overrides: str, input_size: Size | None = None, **args: Any
 ) -> Plan:
-    """What each convolution of a model would become. Needs no weights and computes nothing on images.
+    """Plan the replacement of a model's convolutions. Needs no weights and computes nothing on images.
 
     Args:
         model: the name of a timm model, `package.module:function`, or a module, which is left as it is.
@@ -96,9 +96,17 @@ def convert(
         raise AugmentError("a module has its weights: leave out `pretrained` and `checkpoint`")
     if pretrained and checkpoint:
         raise AugmentError("`pretrained` and `checkpoint` both name weights: give one of them")
+    if isinstance(plan, Plan):
+        input_size, args = (
+            input_size or plan.input_size,
+            args or (dict(plan.model_args) if isinstance(model, str) else {}),
+        )
     described, meta_model = _describe(model, input_size, args)
     graph = analyze(meta_model, described.input_size)
-    made = _given(plan, graph) if isinstance(plan, Plan) else _planned(described, graph, plan, overrides)
+    if isinstance(plan, Plan):
+        made = _given(plan, described, graph)
+    else:
+        made = _planned(described, graph, plan, overrides)
     replace.verify(meta_model, made, graph)
     images = _images(calibrate, meta_model, made, calibrate_images, seed)
     with preserved():
@@ -145,7 +153,7 @@ def check(model: "nn.Module | str | Path", base: "Base | None" = None) -> list[F
     return verify_file(Path(model), base)
 
 
-def report(model: "nn.Module | Plan | str | Path") -> Report:
+def report(model: "nn.Module | Plan | str | Path") -> PrintedReport:
     """The numbers of a plan or of a converted model; print it, or take `to("html")` and other forms.
 
     Args:
@@ -155,14 +163,14 @@ def report(model: "nn.Module | Plan | str | Path") -> Report:
         AugmentError: none of these.
     """
     if isinstance(model, Plan):
-        return Report.of(model)
+        return PrintedReport.of(model)
     if isinstance(model, nn.Module):
         metadata = _metadata_of(model)
     elif Path(model).suffix == ".json":
-        return Report.of(read_plan(Path(model)))
+        return PrintedReport.of(read_plan(Path(model)))
     else:
         metadata = read_metadata(Path(model))
-    return Report.of(metadata.plan, metadata)
+    return PrintedReport.of(metadata.plan, metadata)
 
 
 def _describe(model: Model, input_size: Size | None, args: dict[str, Any]) -> tuple[source.Source, nn.Module]:
@@ -186,8 +194,9 @@ def _planned(
     return made
 
 
-def _given(plan: Plan, graph: ModelGraph) -> Plan:
-    fitted = fit_plan(plan, graph, "the plan")
+def _given(plan: Plan, described: source.Source, graph: ModelGraph) -> Plan:
+    own = {"base": described.base, "model": described.name, "model_args": described.args}
+    fitted = fit_plan(Plan(**dict(plan) | own), graph, "the plan")
     check_budget(fitted, "the plan")
     return fitted
 
@@ -200,8 +209,8 @@ def _images(calibrate: Any, model: nn.Module, plan: Plan, count: int, seed: int)
 
 
 def _metadata_of(model: nn.Module) -> Metadata:
-    metadata = getattr(model, "augment_metadata", None)
-    if not isinstance(metadata, Metadata):
+    metadata = metadata_of(model)
+    if metadata is None:
         raise AugmentError(
             f"{type(model).__name__} is not a converted model: take one from augment_cli.convert or augment_cli.load"
         )

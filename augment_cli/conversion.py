@@ -6,7 +6,7 @@ from augment_cli.analysis import source
 from augment_cli.analysis.graph import ModelGraph
 from augment_cli.checkpoint import rebuild
 from augment_cli.checkpoint.files import versions
-from augment_cli.checkpoint.metadata import Metadata
+from augment_cli.checkpoint.metadata import Metadata, attach
 from augment_cli.errors import AugmentError
 from augment_cli.planning.plan import Plan
 from augment_cli.seeds import seeded
@@ -24,7 +24,7 @@ def check_fittable(plan: Plan) -> None:
     if not any(site.given_up for site in plan.sites):
         raise AugmentError(
             f"no site of the plan for {plan.model} is AA, so that there is nothing to fit: AW computes what its source "
-            f"does as it is; leave out --init fit and --calibrate"
+            f"does as it is; leave out `calibrate`"
         )
 
 
@@ -70,7 +70,7 @@ def _operate(
         inheritance = fit(model, plan, graph, calibration, progress)
         fidelity = compare(before, predictions(model, calibration), calibration)
     rebuild.adopt(model, plan)
-    model.augment_metadata = Metadata(
+    metadata = Metadata(
         plan=plan,
         weights=weights,
         source_sha256=digest,
@@ -78,4 +78,5 @@ def _operate(
         fidelity=fidelity,
         versions=versions(),
     )
-    return model.augment_metadata
+    attach(model, metadata)
+    return metadata

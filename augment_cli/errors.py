@@ -1,4 +1,4 @@
-"""What the user can put right: one message, which names the thing, the reason and the way out."""
+"""Errors that the user can put right: one message, which names the thing, the reason and the way out."""
 
 import difflib
 from collections.abc import Iterable, Iterator

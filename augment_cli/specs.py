@@ -4,6 +4,7 @@ import re
 from importlib.util import find_spec
 from pathlib import Path
 
+from augment_cli.analysis.functions import is_function
 from augment_cli.analysis.support import model_names
 from augment_cli.errors import AugmentError, nearest
 
@@ -55,6 +56,9 @@ def check_name(name: str) -> None:
         config = Path(name.removeprefix("local-dir:")) / "config.json"
         if not config.is_file():
             raise AugmentError(f"{name} cannot be created: Config file not found: {config}")
+    elif is_function(name):
+        if find_spec(name.partition(":")[0].partition(".")[0]) is None:
+            raise AugmentError(f"{name}: no package {name.partition('.')[0]} is installed here")
     elif ":" not in name:
         architecture = name.partition(".")[0]
         known = model_names()

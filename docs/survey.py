@@ -1,4 +1,4 @@
-"""What the built-in recipes make of a model of timm: planned and tried on the meta device, without weights.
+"""Try the built-in recipes on a model of timm: planned and converted on the meta device, without weights.
 
 A trial converts the architecture, counts it, and runs it forward and backward at the model's own input size. Nothing
 is computed, so that it takes seconds; numbers are tested elsewhere.
@@ -23,7 +23,7 @@ from augment_cli.surgery import replace
 
 @dataclass(frozen=True)
 class TrialError(Exception):
-    """What a converted model does not do as planned."""
+    """A converted model that is not as planned."""
 
     what: str
 
@@ -52,7 +52,7 @@ def survey(name: str) -> Support:
 
 
 def outcome(name: str, model: nn.Module, graph: ModelGraph, recipe_name: str) -> Outcome:
-    """What one recipe makes of a model, tried."""
+    """Plan one recipe for a model, convert it and run it."""
     recipe = load_recipe(recipe_name)
     try:
         plan, _ = make_plan(name, graph, recipe)

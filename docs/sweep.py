@@ -39,14 +39,14 @@ def survey(name: str) -> Support:
 
 
 def code_digest() -> str:
-    """Of what a survey's result depends on, as far as it is ours."""
+    """A digest of the code that a survey's result depends on."""
     package = Path(augment_cli.__file__).parent
     files = [*package.rglob("*.py"), DOCS / "survey.py", *builtin_recipes().values()]
     return hashlib.sha256(b"".join(f.read_bytes() for f in sorted(files))).hexdigest()
 
 
 def known(digest: str) -> dict[str, Support]:
-    """What an interrupted sweep of the same code has found."""
+    """Results of an interrupted sweep of the same code."""
     lines = STATE.read_text().splitlines() if STATE.exists() else []
     if not lines or json.loads(lines[0]) != {"code": digest}:
         return {}

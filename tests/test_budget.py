@@ -184,7 +184,7 @@ def test_a_site_without_a_measured_loss_still_costs_something():
 def test_an_impossible_budget_says_what_is_attainable_and_what_would_help():
     with pytest.raises(AugmentError, match=r"can have 25,\d{3},\d{3} to 25,\d{3},\d{3} \(\+0\.\d+% to .*recipe aa-aw"):
         plan_of("resnet50", "aw", "budget.params=keep")
-    with pytest.raises(AugmentError, match=r"at most 5,111,406 parameters.*larger sites\.value_ratio"):
+    with pytest.raises(AugmentError, match=r"at most 5,111,406 parameters.*larger aa\.value_ratio"):
         plan_of("resnet50", "aa", "budget.params=-80%")
 
 

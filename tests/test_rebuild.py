@@ -53,7 +53,7 @@ def changed_config(folder: Path, change) -> str:
     ("change", "message"),
     [
         (lambda c: c["model_args"]["plan"]["sites"].pop(), "two plans"),
-        (lambda c: c["model_args"]["plan"]["sites"][0].update(key_channels=4), "two plans"),
+        (lambda c: c["model_args"]["plan"]["sites"][0]["split"].update(key_channels=4), "two plans"),
         (lambda c: c["model_args"]["plan"].update(model="resnet18"), "two plans"),
         (lambda c: c["model_args"]["plan"].update(sites=[]), "sites"),
         (lambda c: c["model_args"].update(layers=[100_000, 1, 1, 1]), "more than [0-9,]+ modules and tensors"),

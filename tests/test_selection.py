@@ -11,16 +11,16 @@ from tests.conftest import graph_of, plan_of
 
 
 def chosen(model: str, recipe: str, *overrides: str) -> list[str]:
-    return [site.name for site, _ in select(graph_of(model).sites, load_recipe(recipe, overrides).sites).chosen]
+    return [site.name for site, _ in select(graph_of(model).sites, load_recipe(recipe, overrides)).chosen]
 
 
 def reasons(model: str, recipe: str, *overrides: str) -> dict[str, str]:
-    return dict(select(graph_of(model).sites, load_recipe(recipe, overrides).sites).skipped)
+    return dict(select(graph_of(model).sites, load_recipe(recipe, overrides)).skipped)
 
 
 def test_every_convolution_is_either_chosen_or_has_a_reason():
     for model in ("resnet50", "hrnet_w18", "tf_efficientnetv2_s"):
-        selection = select(graph_of(model).sites, load_recipe("aa").sites)
+        selection = select(graph_of(model).sites, load_recipe("aa"))
         names = [site.name for site, _ in selection.chosen] + [name for name, _ in selection.skipped]
         assert sorted(names) == sorted(site.name for site in graph_of(model).sites)
         assert all(reason for _, reason in selection.skipped)
@@ -71,7 +71,7 @@ def test_the_paper_recipes_choose_what_the_papers_augment():
             "resnet50",
             "layer1.0.conv2",
             ("select.largest_map=784",),
-            "56x56, over select.largest_map=784",
+            "map too large: 56x56",
         ),
         ("resnet50", "layer1.0.conv2", ("select.smallest_width=65",), "too few channels: 64, under"),
         ("tf_efficientnetv2_s", "blocks.3.0.conv_dw", (), r"depthwise \(select.kinds=depthwise takes it\)"),
@@ -93,7 +93,7 @@ def test_reasons_are_ones_that_a_person_understands(model, name, overrides, reas
 
 def test_maps_of_one_position_are_skipped_since_attention_has_nothing_to_attend_to():
     graph = graph_of("resnet18", (32, 32))
-    selection = select(graph.sites, load_recipe("aa").sites)
+    selection = select(graph.sites, load_recipe("aa"))
     reason = dict(selection.skipped)["layer4.1.conv1"]
     assert reason == "one position: attention on a map of 1x1 can do nothing"
     assert all(site.positions > 1 for site, _ in selection.chosen)
@@ -101,7 +101,7 @@ def test_maps_of_one_position_are_skipped_since_attention_has_nothing_to_attend_
     assert (
         dict(pooled.skipped)["layer3.1.conv1"] == "one position: attention on a map of 2x2 pooled by 2 can do nothing"
     )
-    assert "layer4.1.conv1" in [site.name for site, _ in select(graph.sites, load_recipe("aw").sites).chosen]
+    assert "layer4.1.conv1" in [site.name for site, _ in select(graph.sites, load_recipe("aw")).chosen]
 
 
 @pytest.mark.parametrize(
@@ -113,10 +113,10 @@ def test_maps_are_pooled_just_to_within_the_positions_of_the_recipe(size, pool):
 
 
 def test_kinds_of_convolutions_are_taken_on_request():
-    with pytest.raises(AugmentError, match=r"16 grouped.*--set sites\.groups=grouped takes those"):
+    with pytest.raises(AugmentError, match=r"16 grouped.*select\.kinds=grouped takes those"):
         chosen("resnext50_32x4d", "aa")
     assert len(chosen("resnext50_32x4d", "aw")) == 16
-    with pytest.raises(AugmentError, match=r"17 depthwise.*--set sites\.groups=depthwise takes those"):
+    with pytest.raises(AugmentError, match=r"17 depthwise.*select\.kinds=depthwise takes those"):
         chosen("mobilenetv2_100", "aw")
     assert len(chosen("mobilenetv3_large_100", "aw-mobilenet")) == 15
     assert len(chosen("mnasnet_100", "aa-mnasnet")) == 10
@@ -142,7 +142,7 @@ def test_attention_takes_as_many_channels_of_every_group():
         (("select.exclude=nothing*",), "select.exclude: 'nothing\\*' matches no convolution"),
         (("select.regex=^zz",), "select.regex: '\\^zz' matches no convolution"),
         (("select.stages=7",), "select.stages: no stage 7; the convolutions are in stages 0, 1, 2, 3, 4"),
-        (("select.block_indices=5",), "select.block_indices: no block has a position 5"),
+        (("select.block_indices=5",), "select.block_indices: no block has an index 5"),
         (("select.kernel=5",), "select.kernel: no 5x5 convolution here; there are 36 of 1x1, 16 of 3x3, 1 of 7x7"),
     ],
 )
@@ -152,6 +152,6 @@ def test_a_selector_that_matches_nothing_is_an_error_with_the_nearest(overrides,
 
 
 def test_a_model_with_all_of_its_convolutions_in_the_stem_says_how_to_choose_them():
-    with pytest.raises(AugmentError, match=r"4 stem.*--set sites\.include_stem=true"):
+    with pytest.raises(AugmentError, match=r"4 stem.*select\.include_stem=true"):
         chosen("levit_128", "aa")
     assert len(chosen("levit_128", "aa", "select.include_stem=true")) == 3

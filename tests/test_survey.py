@@ -24,7 +24,7 @@ def test_a_survey_says_what_each_recipe_makes_of_a_model():
 
 def test_a_model_without_a_place_has_its_reason():
     outcomes = survey.survey("levit_128").outcomes
-    assert "Every dense 3x3 convolution belongs to the stem: --set select.include_stem=true" in outcomes["aa"].reason
+    assert "Every dense 3x3 convolution belongs to the stem: select.include_stem=true" in outcomes["aa"].reason
     assert outcomes["aw"].sites == 3
     assert "cannot be traced" in survey.survey("gemma4_vit_570m").reason
 

@@ -61,7 +61,7 @@ def _argument_name(key: Any) -> str:
 
 
 def freeze_arguments(value: Any) -> tuple[tuple[str, Any], ...]:
-    """What a model is created with, JSON values by name, as pairs in the order of the names.
+    """Arguments of a model's constructor, JSON values by name, as pairs in the order of the names.
 
     Raises:
         ValueError: no object, a number, text, list or nesting beyond the bounds, or an argument that no plan may set.

@@ -63,14 +63,14 @@ def describe(
         return Source(name, args, _input_size(model, name, image_size), "other"), model
     with torch.device("meta"), seeded("shapes"):
         model = _create(name, args)
-        if image_size and model.pretrained_cfg.get("fixed_input_size"):
+        if image_size and pretrained_cfg(model).get("fixed_input_size"):
             args["img_size"] = image_size
             model = _create(name, args)
-    channels, *own_size = model.pretrained_cfg["input_size"]
+    channels, *own_size = pretrained_cfg(model)["input_size"]
     channels = args.get("in_chans", channels)
     size = image_size or args.get("img_size") or own_size
-    size = (size, size) if isinstance(size, int) else tuple(size)
-    return Source(_registry_name(name, model), args, (channels, *size)), model
+    height, width = (size, size) if isinstance(size, int) else size
+    return Source(_registry_name(name, model), args, (channels, height, width)), model
 
 
 def describe_module(model: nn.Module, image_size: tuple[int, int] | None = None) -> tuple[Source, nn.Module]:
@@ -93,8 +93,8 @@ def describe_module(model: nn.Module, image_size: tuple[int, int] | None = None)
 
 def _as_timm(model: nn.Module) -> tuple[str, dict[str, Any]] | None:
     """The name and arguments under which timm makes a model with the same tensors; None where it does not."""
-    cfg = getattr(model, "pretrained_cfg", None)
-    if not isinstance(cfg, dict) or not timm.is_model(cfg.get("architecture") or ""):
+    cfg = pretrained_cfg(model)
+    if not timm.is_model(cfg.get("architecture") or ""):
         return None
     name = ".".join(filter(None, (cfg["architecture"], cfg.get("tag"))))
     args = dict(get_model_args(model)) | {"num_classes": model.num_classes}
@@ -111,11 +111,10 @@ def _as_timm(model: nn.Module) -> tuple[str, dict[str, Any]] | None:
 def _input_size(model: nn.Module, name: str, image_size: tuple[int, int] | None) -> tuple[int, int, int]:
     """(channels, height, width) of one image; the channels are those of the first convolution."""
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-    cfg = getattr(model, "pretrained_cfg", None) or {}
-    known = cfg.get("input_size") if isinstance(cfg, dict) else None
-    if image_size is None and known is None:
-        raise AugmentError(f"{name} does not say how large its images are: give their size, `img_size=224`")
-    height, width = image_size or known[1:]
+    size = image_size or pretrained_cfg(model).get("input_size", ())[1:]
+    if not size:
+        raise AugmentError(f"{name} does not say how large its images are: give their size, such as `input_size=224`")
+    height, width = size
     return (first.in_channels if first is not None else 3), height, width
 
 
@@ -127,6 +126,12 @@ def _call(name: str, args: dict[str, Any]) -> nn.Module:
         if not isinstance(model, nn.Module):
             raise TypeError(f"it returns a {type(model).__name__}")
     return model
+
+
+def pretrained_cfg(model: nn.Module) -> dict[str, Any]:
+    """timm's configuration of a model; empty for a model that is not timm's."""
+    found = getattr(model, "pretrained_cfg", None)
+    return found if isinstance(found, dict) else {}
 
 
 def create(source: Source, seed: int = 0, origin: str | None = None) -> nn.Module:
@@ -150,7 +155,7 @@ def create(source: Source, seed: int = 0, origin: str | None = None) -> nn.Modul
         except Exception as error:  # a dozen exceptions of hub, network, cache and file say the same thing
             raise AugmentError(
                 f"the pretrained weights of {origin} cannot be had: {first_line(error)}. "
-                f"Give a file with --checkpoint, or leave out --pretrained for random weights"
+                f"Give a file as `checkpoint`, or leave out `pretrained` for random weights"
             ) from error
 
 
@@ -204,7 +209,7 @@ def weights_digest(model: nn.Module) -> str:
 
 
 def weights_origin(pretrained: bool, seed: int) -> str:
-    """What a file says of where its source weights came from, where that is not a checkpoint."""
+    """The origin of source weights that are not a checkpoint's, as a file's metadata say it."""
     return "pretrained" if pretrained else f"random, seed {seed}"
 
 
@@ -242,8 +247,8 @@ def _check(name: str, args: dict[str, Any]) -> None:
 
 
 def _registry_name(name: str, model: nn.Module) -> str:
-    """What timm's registry knows the model by: a hub or folder name is resolved."""
-    architecture = model.pretrained_cfg.get("architecture") or name
+    """The model's name in timm's registry: a hub or folder name is resolved."""
+    architecture = pretrained_cfg(model).get("architecture") or name
     if architecture == ARCHITECTURE:
         raise AugmentError(f"{name} is a converted model already: convert its source, or edit its plan")
     return name if ":" not in name else architecture

@@ -1,4 +1,4 @@
-"""Does a converted model's file hold what it says? Reloaded, recounted, run."""
+"""Check a converted model against its plan: reload it, recount it, run it."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path

@@ -13,7 +13,7 @@ from pathlib import Path
 from torch import nn
 
 from augment_cli.checkpoint import rebuild
-from augment_cli.checkpoint.metadata import Metadata, read_metadata, weights_file
+from augment_cli.checkpoint.metadata import Metadata, attach, read_metadata, weights_file
 from augment_cli.errors import boundary
 from augment_cli.seeds import seeded
 
@@ -52,7 +52,7 @@ def load(path: str | Path, base: rebuild.Base | None = None) -> nn.Module:
 
     Args:
         base: the source's architecture, for a model that timm does not know: a module, which is left as it is, or a
-            function without arguments that makes one. Its weights do not matter.
+            function that makes one, called with the plan's `model_args`. Its weights do not matter.
 
     Raises:
         AugmentError: not a converted model's file, cut short, of a newer schema, or a plan or weights that do not fit.
@@ -67,5 +67,5 @@ def load(path: str | Path, base: rebuild.Base | None = None) -> nn.Module:
         if metadata.plan.base == "other":
             rebuild.check_tensors(model, file)
         model.load_state_dict(load_file(file))
-    model.augment_metadata = metadata
+    attach(model, metadata)
     return model

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from augment_cli.bounds import MOST_CONVOLUTIONS, Name, Sha256, Text
 from augment_cli.errors import AugmentError, boundary
 from augment_cli.formats import METADATA_KEY, read_tensor_metadata
-from augment_cli.planning.plan import SCHEMA, Plan, check_schema
+from augment_cli.planning.plan import Plan, check_schema
 from augment_cli.planning.recipe import describe_errors
 from augment_cli.surgery.records import Fidelity, Inheritance
 
@@ -28,7 +28,7 @@ class Metadata(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False)
 
-    schema_number: Annotated[Literal[1], Field(alias="schema")] = SCHEMA
+    schema_number: Annotated[Literal[1], Field(alias="schema")] = 1
     plan: Plan
     weights: Text
     source_sha256: Sha256
@@ -40,6 +40,17 @@ class Metadata(BaseModel):
     def to_metadata(self) -> dict[str, str]:
         text = json.dumps(self.model_dump(mode="json", by_alias=True), sort_keys=True, separators=(",", ":"))
         return {"format": "pt", METADATA_KEY: text}
+
+
+def metadata_of(model: object) -> Metadata | None:
+    """The metadata that hang on a converted model; None for any other object."""
+    found = getattr(model, "augment_metadata", None)
+    return found if isinstance(found, Metadata) else None
+
+
+def attach(model: object, metadata: Metadata) -> None:
+    """Hang metadata on a converted model; copies and pickles of it keep them."""
+    model.__dict__["augment_metadata"] = metadata
 
 
 def weights_file(path: Path) -> Path:

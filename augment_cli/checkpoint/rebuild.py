@@ -8,9 +8,10 @@ from typing import Any
 
 import timm
 import torch
-from timm.models import build_model_with_cfg, get_pretrained_cfg
+from timm.models import build_model_with_cfg, get_model_args, get_pretrained_cfg
 from torch import Tensor, nn
 
+from augment_cli.analysis import source
 from augment_cli.analysis.guard import Limit, limited
 from augment_cli.checkpoint.metadata import WEIGHTS, parse_metadata
 from augment_cli.errors import AugmentError, boundary, first_line
@@ -25,8 +26,8 @@ _SOURCES = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source
 _FEATURE_ARGUMENTS = ("out_indices", "feature_cls", "feature_cfg", "output_fmt")
 
 
-Base = nn.Module | Callable[[], nn.Module]
-"""A model that timm does not know, or a function that makes it."""
+Base = nn.Module | Callable[..., nn.Module]
+"""A model that timm does not know, or a function that makes it from the arguments that the plan has."""
 
 
 def build(plan: Plan, base: Base | None = None) -> nn.Module:
@@ -52,13 +53,13 @@ def _on_base(plan: Plan, base: Base | None) -> nn.Module:
             f"{plan.model} is not a model of timm: give the model, or a function that makes it, as `base=`"
         )
     with boundary(f"the base of {plan.model}"):
-        model = copy.deepcopy(base) if isinstance(base, nn.Module) else base()
+        model = copy.deepcopy(base) if isinstance(base, nn.Module) else base(**dict(plan.model_args))
         apply_plan(model, plan)
     return model
 
 
 def _arguments(plan: Plan) -> dict[str, Any]:
-    """What timm creates a plan's model with."""
+    """Arguments of timm.create_model for a plan's model."""
     return {"plan": plan.model_dump(mode="json", by_alias=True), **dict(plan.model_args)}
 
 
@@ -115,19 +116,20 @@ def adopt(model: nn.Module, plan: Plan) -> None:
     """Make a timm model that was converted in memory the same to timm as one built from its plan."""
     if plan.base == "other":
         return
-    model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, "architecture": ARCHITECTURE}
-    model._model_args = {**getattr(model, "_model_args", {}), "plan": plan.model_dump(mode="json", by_alias=True)}
+    cfg = {**source.pretrained_cfg(model), "architecture": ARCHITECTURE}
+    arguments = {**get_model_args(model), "plan": plan.model_dump(mode="json", by_alias=True)}
+    model.__dict__.update(pretrained_cfg=cfg, default_cfg=cfg, _model_args=arguments)
 
 
 def create(pretrained: bool, plan: dict[str, Any] | None, **kwargs: Any) -> nn.Module:
-    """What timm's entry point `augmented` returns: `plan` is a plan's JSON object, `kwargs` as for any timm model."""
-    plan = _checked(plan)
-    with limited(plan.model):
-        kwargs["pretrained_cfg"] = kwargs.get("pretrained_cfg") or _own_cfg(plan)
-        _check_folder(plan, kwargs["pretrained_cfg"], kwargs.get("pretrained_model_args"))
+    """The model of timm's entry point `augmented`: `plan` is a plan's JSON object, `kwargs` as for any timm model."""
+    checked = _checked(plan)
+    with limited(checked.model):
+        kwargs["pretrained_cfg"] = kwargs.get("pretrained_cfg") or _own_cfg(checked)
+        _check_folder(checked, kwargs["pretrained_cfg"], kwargs.get("pretrained_model_args"))
         if kwargs.pop("features_only", False):
-            return _features(plan, pretrained, kwargs)
-        return build_model_with_cfg(partial(_construct, plan), ARCHITECTURE, pretrained, **kwargs)
+            return _features(checked, pretrained, kwargs)
+        return build_model_with_cfg(partial(_construct, checked), ARCHITECTURE, pretrained, **kwargs)
 
 
 def _check_folder(plan: Plan, cfg: Any, arguments: dict[str, Any] | None) -> None:
@@ -148,11 +150,11 @@ def _checked(plan: dict[str, Any] | None) -> Plan:
     """A plan from outside may name nothing but a model of timm's own registry."""
     if plan is None:
         raise AugmentError(f"{ARCHITECTURE} is the architecture of converted models: load one, or give its plan")
-    plan = validate_plan(plan, "the plan")
-    base = plan.model.partition(".")[0]
-    if plan.base != "timm" or not timm.is_model(base) or base == ARCHITECTURE:
-        raise AugmentError(f"the plan's base {plan.model!r} is not in timm's registry")
-    return plan
+    checked = validate_plan(plan, "the plan")
+    base = checked.model.partition(".")[0]
+    if checked.base != "timm" or not timm.is_model(base) or base == ARCHITECTURE:
+        raise AugmentError(f"the plan's base {checked.model!r} is not in timm's registry")
+    return checked
 
 
 def _own_cfg(plan: Plan) -> dict[str, Any]:
@@ -178,7 +180,8 @@ def _features(plan: Plan, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module
     arguments = {k: v for k, v in kwargs.items() if k not in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")}
     extractor = timm.create_model(plan.model, features_only=True, **{**dict(plan.model_args), **arguments, **features})
     transplant(full, extractor, {site.name for site in plan.sites})
-    extractor.pretrained_cfg = extractor.default_cfg = full.pretrained_cfg
+    cfg = source.pretrained_cfg(full)
+    extractor.__dict__.update(pretrained_cfg=cfg, default_cfg=cfg)
     return extractor
 
 
@@ -190,13 +193,13 @@ def transplant(model: nn.Module, extractor: nn.Module, sites: set[str]) -> None:
     """
     modules = dict(model.named_modules())
     own_name = {name: _first_in(modules, name) for name, _ in extractor.named_modules()}
-    moved = {name: own for name, own in own_name.items() if own in sites}
+    moved = {name: own for name, own in own_name.items() if own is not None and own in sites}
     _check_called(extractor, moved)
     for name, own in moved.items():
         extractor.set_submodule(name, modules[own])
         keep_unfolded(extractor, name)
     state = model.state_dict()
-    extractor.load_state_dict({key: state[_first_in(state, key)] for key in extractor.state_dict()})
+    extractor.load_state_dict({key: state[_first_in(state, key) or key] for key in extractor.state_dict()})
 
 
 def _check_called(extractor: nn.Module, names: dict[str, str]) -> None:

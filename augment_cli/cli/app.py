@@ -16,7 +16,7 @@ from augment_cli.terminal import echo, say
 class _Program(TyperGroup):
     """Bad input ends every command with one message and exit code 2, Ctrl-C with 130, a closed pipe in silence."""
 
-    def invoke(self, ctx: typer.Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except AugmentError as error:

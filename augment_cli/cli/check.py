@@ -14,6 +14,7 @@ from augment_cli.errors import AugmentError
 
 def check(
     path: Annotated[Path, typer.Argument(metavar="FILE|DIR", help="A converted model.")],
+    base: common.Base = None,
     as_json: Annotated[bool, typer.Option("--json", help="The findings as JSON.")] = False,
 ) -> None:
     """Reload a converted model in a process of its own, recount it, compare with its plan, and run a forward pass.
@@ -24,7 +25,7 @@ def check(
 
     plan = read_metadata(path).plan
     with common.working(f"reloading {path}"):
-        command = [sys.executable, "-m", "augment_cli.checkpoint.check", str(path)]
+        command = [sys.executable, "-m", "augment_cli.checkpoint.check", str(path), *([base] if base else [])]
         run = subprocess.run(command, capture_output=True, text=True, check=False)
     if run.returncode:
         raise AugmentError((run.stderr.strip() or f"ended by signal {-run.returncode}").splitlines()[-1])

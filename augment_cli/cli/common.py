@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -60,22 +61,32 @@ Ema = Annotated[
     ),
 ]
 
+Base = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PACKAGE.MODULE:FUNCTION", help="What makes the source of a converted model that timm does not know."
+    ),
+]
+
+Advance = Callable[[str, int, int], None]
+"""Told what is done now, how much of it is done, and how much there is."""
+
 __all__ = ["echo", "say"]
 
 
 @contextmanager
-def working(what: str):
+def working(what: str) -> Iterator["Advance | None"]:
     """A spinner while something takes long; nothing where stderr is not a terminal."""
     from rich.text import Text
 
     from augment_cli.console import Terminal
 
     with Terminal(stderr=True).status(Text(what)):
-        yield
+        yield None
 
 
 @contextmanager
-def bar(what: str):
+def bar(what: str) -> Iterator["Advance | None"]:
     """A bar over things done one after the other, on a terminal; yields what moves it: name, how many done, of all."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -96,7 +107,7 @@ def show(renderable: Any) -> None:
     Terminal().print(renderable)
 
 
-def check_ema(ema: bool | None, checkpoint: Path | None) -> None:
+def check_ema(ema: bool | None, checkpoint: str | Path | None) -> None:
     if ema is not None and checkpoint is None:
         raise AugmentError(f"--{'' if ema else 'no-'}ema is for --checkpoint: add it, or leave it out")
 
@@ -126,7 +137,7 @@ def parse_arguments(pairs: list[str] | None) -> dict[str, Any]:
 
 
 def announce(graph: "ModelGraph", plan: "Plan", solution: "Solution | None", recipe: "Recipe | None" = None) -> None:
-    """What was found and solved, and what a user should know before relying on it."""
+    """Say what was found and solved, and what a user should know before relying on it."""
     from augment_cli.planning.selection import missing_kernels
 
     say(f"{plan.model}: {len(graph.sites)} convolutions, {len(plan.sites)} to replace (recipe {plan.recipe})")
@@ -146,12 +157,21 @@ def read_given_plan(
     from augment_cli.planning.plan import read_plan
     from augment_cli.planning.recipe import override_budget
 
-    given = zip((model, recipe, *others), ("MODEL", "--recipe", "--img-size", "--model-arg"), strict=True)
-    for value, option in given:
+    plan = read_plan(file)
+    if plan.base == "other" and not model:
+        raise AugmentError(
+            f"plan {file} is for {plan.model}, which is not a model of timm: give MODEL, as package.module:function"
+        )
+    known = (model if plan.base == "timm" else None, recipe, *others)
+    for value, option in zip(known, ("MODEL", "--recipe", "--img-size", "--model-arg"), strict=True):
         if value:
             raise AugmentError(f"--plan says which model and what becomes of it: leave out {option}, or edit the plan")
-    plan = read_plan(file)
     return plan.model_copy(update={"budget": override_budget(plan.budget, tuple(overrides or ()))})
+
+
+def file_name(plan_model: str, recipe: str) -> str:
+    """The name of a converted model's file where the user gives none."""
+    return f"{plan_model.rpartition(':')[2]}-{recipe}.safetensors"
 
 
 def fit_given_plan(plan: "Plan", graph: "ModelGraph", file: Path) -> "Plan":

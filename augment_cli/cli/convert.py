@@ -1,4 +1,4 @@
-"""augment convert: a timm model in, one file that rebuilds the converted model out."""
+"""augment convert: a model in, one file with the converted model out."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -68,7 +68,11 @@ def convert(
 ) -> None:
     """Replace convolutions of MODEL by a recipe or a plan, and save the result.
 
+    MODEL is a timm model's name, or package.module:function for a model of another library or of your own.
+
     augment convert resnet50 --recipe aa-resnet --set budget.params=keep --pretrained -o resnet50-aa
+
+    augment convert torchvision.models:resnet50 --img-size 224 -a weights=DEFAULT
     """
     from augment_cli import specs
     from augment_cli.reporting.output import check_target, write_model
@@ -77,10 +81,10 @@ def convert(
         raise AugmentError("--pretrained and --checkpoint both name weights: give one of them")
     common.check_ema(ema, checkpoint)
     _check_calibration(init, calibrate, calibrate_images)
-    given = None
+    given, size = None, None
     if plan_file:
         given = common.read_given_plan(plan_file, model, recipe, overrides, image_size, model_args)
-        model, arguments, size = given.model, dict(given.model_args), given.input_size[1:]
+        model, arguments, size = model or given.model, dict(given.model_args), given.input_size[1:]
     elif model:
         settings = common.load_named_recipe(recipe or "aa", overrides)
         arguments, size = common.parse_arguments(model_args), common.parse_image_size(image_size)
@@ -92,7 +96,7 @@ def convert(
         specs.check_data(calibrate)
     named = given.recipe if given else settings.name
     if output or ":" not in model:  # timm says what a model on a hub or in a folder is called
-        check_target(output or Path(f"{model}-{named}.safetensors"), overwrite, (plan_file, checkpoint))
+        check_target(output or Path(common.file_name(model, named)), overwrite, (plan_file, checkpoint))
 
     with common.working("importing torch and timm"):
         from augment_cli import conversion
@@ -107,13 +111,13 @@ def convert(
     with common.working(f"planning {model}"):
         described, meta_model = source.describe(model, arguments, size)
         graph = analyze(meta_model, described.input_size)
-        if given:
+        if given and plan_file:
             plan, solution = common.fit_given_plan(given, graph, plan_file), None
         else:
-            plan, solution = make_plan(described.name, graph, settings, described.args)
+            plan, solution = make_plan(described.name, graph, settings, described.args, base=described.base)
         replace.verify(meta_model, plan, graph)
     common.announce(graph, plan, solution, None if given else settings)
-    target = output or Path(f"{plan.model}-{plan.recipe}.safetensors")
+    target = output or Path(common.file_name(plan.model, plan.recipe))
     check_target(target, overwrite, (plan_file, checkpoint))
 
     calibration = None

@@ -2,12 +2,15 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from augment_cli.cli import common
 from augment_cli.errors import AugmentError
+
+if TYPE_CHECKING:
+    from augment_cli.training.assess import Result
 
 
 def evaluate(
@@ -24,6 +27,7 @@ def evaluate(
     checkpoint: Annotated[Path | None, typer.Option(metavar="FILE", help="A file's weights for a name.")] = None,
     ema: common.Ema = None,
     model_args: common.ModelArguments = None,
+    base: common.Base = None,
     against: Annotated[
         str | None, typer.Option(metavar="MODEL", help="Agreement with this model; a name has timm's weights.")
     ] = None,
@@ -73,6 +77,7 @@ def evaluate(
         pretrained=pretrained,
         checkpoint=checkpoint,
         ema=ema,
+        base=base,
         model_args=common.parse_arguments(model_args),
         against=against,
         against_checkpoint=against_checkpoint,
@@ -96,7 +101,7 @@ def evaluate(
     _show(model, data, result, as_json)
 
 
-def _show(model: str, data: str, result, as_json: bool) -> None:
+def _show(model: str, data: str, result: "Result", as_json: bool) -> None:
     scores = result.scores.to_dict()
     if as_json:
         common.echo(json.dumps({"model": model, "data": data, **scores, "corrupt": result.corrupt}, indent=2))

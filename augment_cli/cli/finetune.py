@@ -11,7 +11,7 @@ import typer
 from augment_cli import signals
 from augment_cli.cli import common
 from augment_cli.errors import AugmentError
-from augment_cli.training.settings import FIXED, SCHEDULES, TRACKERS, Settings, option, read_settings
+from augment_cli.training.settings import FIXED, TRACKERS, Schedule, Settings, option, read_settings
 
 _run, _model, _data, _augmentation, _loss, _optimisation, _rates, _machine = (
     partial(typer.Option, rich_help_panel=panel)
@@ -29,7 +29,6 @@ _run, _model, _data, _augmentation, _loss, _optimisation, _rates, _machine = (
 
 OnCorrupt = StrEnum("OnCorrupt", ["fail", "skip"])
 Loss = StrEnum("Loss", ["ce", "bce"])
-Schedule = StrEnum("Schedule", list(SCHEDULES))
 Precision = StrEnum("Precision", ["no", "bf16", "fp16"])
 
 
@@ -64,6 +63,7 @@ def finetune(
         str | None, _model(metavar="FILE", help="A file's weights for a timm model's name: safetensors or torch.")
     ] = None,
     ema: common.Ema = None,
+    base: common.Base = None,
     num_classes: Annotated[
         int | None, _model(min=2, help="Classes to train; as many as the data have, if not given.")
     ] = None,
@@ -126,7 +126,7 @@ def finetune(
     weight_decay: Annotated[float, _optimisation(help="Not of biases, norms, tables.")] = Settings.weight_decay,
     momentum: Annotated[float, _optimisation(help="For optimisers that have one.")] = Settings.momentum,
     clip_grad: Annotated[float, _optimisation(help="Largest norm of the gradient; 0: any.")] = Settings.clip_grad,
-    schedule: Annotated[Schedule, _optimisation(help="timm's scheduler, by updates.")] = Schedule.cosine,
+    schedule: Annotated[Schedule, _optimisation(help="timm's scheduler, by updates.")] = "cosine",
     warmup_epochs: Annotated[
         float, _optimisation(min=0, help="Linear warm-up; at most half of all epochs.")
     ] = Settings.warmup_epochs,
@@ -185,7 +185,8 @@ def finetune(
 
 def _given(context: typer.Context) -> set[str]:
     """The parameters that the user gave."""
-    return {name for name in context.params if context.get_parameter_source(name).name != "DEFAULT"}
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {name for name, source in sources.items() if source is not None and source.name != "DEFAULT"}
 
 
 def _name(parameter: str) -> str:
@@ -217,7 +218,7 @@ def _resumed(folder: Path, values: dict[str, Any], given: set[str]) -> Settings:
 
 
 def _check(settings: Settings, resume: bool, overwrite: bool) -> None:
-    """What can be known before torch is imported."""
+    """Refuse what can be refused before torch is imported."""
     from augment_cli import specs
     from augment_cli.training.folder import check_free
 

@@ -3,7 +3,7 @@
 import json
 from fnmatch import fnmatchcase
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -11,6 +11,8 @@ from augment_cli.cli import common
 from augment_cli.errors import AugmentError, nearest
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from augment_cli.analysis.support import Support
 
 
@@ -43,14 +45,14 @@ def models(
         common.show(_rows(found))
 
 
-def _rows(found: list["Support"]):
+def _rows(found: list["Support"]) -> "Table":
     from rich.table import Table
 
     from augment_cli.analysis.support import RECIPES
 
     rows = Table(box=None, header_style="bold")
     for column in ("model", "image", "parameters", *RECIPES, "aa can have", "why not"):
-        justify = "left" if column in ("model", "why not") else "right"
+        justify: Literal["left", "right"] = "left" if column in ("model", "why not") else "right"
         rows.add_column(column, justify=justify, no_wrap=column != "why not", overflow="fold")
     for model in found:
         outcomes = model.outcomes
@@ -67,7 +69,7 @@ def _rows(found: list["Support"]):
 
 def _attainable(model: "Support") -> str:
     aa = model.outcomes.get("aa")
-    if not aa or not aa.sites:
+    if not aa or not model.params or aa.least_params is None or aa.most_params is None:
         return ""
     return f"{aa.least_params / model.params - 1:+.1%} to {aa.most_params / model.params - 1:+.1%}"
 

@@ -10,7 +10,12 @@ from augment_cli.cli import common
 from augment_cli.errors import AugmentError
 
 if TYPE_CHECKING:
-    from augment_cli.planning.plan import Plan
+    from torch import nn
+
+    from augment_cli.analysis.graph import ModelGraph
+    from augment_cli.analysis.source import Source
+    from augment_cli.planning.plan import Plan, Sensitivity
+    from augment_cli.planning.recipe import Recipe
 
 _measured = partial(typer.Option, rich_help_panel="Sensitivity")
 
@@ -54,7 +59,7 @@ def plan(
         if sensitivity:
             raise AugmentError("--sensitivity plans anew, by a recipe: leave out --plan, or --sensitivity")
         given = common.read_given_plan(plan_file, model, recipe, overrides, image_size, model_args)
-        _show(_fitted(given, plan_file), as_json, full)
+        _show(_fitted(given, model or given.model, plan_file), as_json, full)
         return
     if not model:
         raise AugmentError("which model? Give a timm model's name, or a plan with --plan")
@@ -71,12 +76,12 @@ def plan(
 
     described, meta_model = source.describe(model, arguments, size)
     graph = analyze(meta_model, described.input_size)
-    made, solution = make_plan(described.name, graph, settings, described.args)
-    if sensitivity:
+    made, solution = make_plan(described.name, graph, settings, described.args, base=described.base)
+    if sensitivity and calibrate:
         origin = model if pretrained else None
         images = calibrate, calibrate_images, seed
         found = _measure(described, meta_model, graph, settings, images, origin, checkpoint, ema)
-        made, solution = make_plan(described.name, graph, settings, described.args, found)
+        made, solution = make_plan(described.name, graph, settings, described.args, found, described.base)
         if plot:
             from augment_cli.reporting.sensitivity import draw
 
@@ -86,13 +91,13 @@ def plan(
     _show(made, as_json, full)
 
 
-def _fitted(given: "Plan", file: Path) -> "Plan":
+def _fitted(given: "Plan", model: str, file: Path) -> "Plan":
     """A plan that was read, held against its model and its budget."""
     with common.working("importing torch and timm"):
         from augment_cli.analysis import source
         from augment_cli.analysis.graph import analyze
 
-    described, meta_model = source.describe(given.model, dict(given.model_args), given.input_size[1:])
+    described, meta_model = source.describe(model, dict(given.model_args), given.input_size[1:])
     graph = analyze(meta_model, described.input_size)
     plan = common.fit_given_plan(given, graph, file)
     common.announce(graph, plan, None)
@@ -109,7 +114,9 @@ def _show(plan: "Plan", as_json: bool, full: bool) -> None:
         common.show(table(Report.of(plan), full=full))
 
 
-def _check_measured(sensitivity, calibrate, pretrained, checkpoint, plot) -> None:
+def _check_measured(
+    sensitivity: bool, calibrate: str | None, pretrained: bool, checkpoint: Path | None, plot: Path | None
+) -> None:
     """Refuse options that do not go together, before anything is read."""
     given = (("--calibrate", calibrate), ("--pretrained", pretrained), ("--checkpoint", checkpoint), ("--plot", plot))
     if not sensitivity:
@@ -129,7 +136,16 @@ def _check_measured(sensitivity, calibrate, pretrained, checkpoint, plot) -> Non
         check_output(plot, overwrite=True)
 
 
-def _measure(described, meta_model, graph, settings, images, origin, checkpoint, ema):
+def _measure(
+    described: "Source",
+    meta_model: "nn.Module",
+    graph: "ModelGraph",
+    settings: "Recipe",
+    images: tuple[str, int, int],
+    origin: str | None,
+    checkpoint: Path | None,
+    ema: bool | None,
+) -> dict[str, "Sensitivity"]:
     """Sensitivities under the splits that the recipe writes."""
     from augment_cli.analysis import source
     from augment_cli.conversion import check_fittable
@@ -138,7 +154,8 @@ def _measure(described, meta_model, graph, settings, images, origin, checkpoint,
     from augment_cli.surgery.calibration import load_images
     from augment_cli.surgery.sensitivity import measure_sensitivity
 
-    written, _ = make_plan(described.name, graph, settings.model_copy(update={"budget": Budget()}), described.args)
+    free = settings.model_copy(update={"budget": Budget()})
+    written, _ = make_plan(described.name, graph, free, described.args, base=described.base)
     check_fittable(written)
     spec, count, seed = images
     with common.working(f"reading {spec}"):

@@ -1,4 +1,4 @@
-"""What a convolution can become: one file for each operator, and the registry that everything else asks.
+"""Operators that replace convolutions: one file each, and the registry that the rest of the program asks.
 
 Importing this package imports no torch.
 """

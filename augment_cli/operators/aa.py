@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import product
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -121,7 +121,7 @@ class AA(Operator[AASettings, AASplit]):
     def build(self, conv: "nn.Conv2d", site: Convolution, split: AASplit, kept: list[int]) -> "nn.Module":
         from augment_cli.operators.modules import augment, select_filters
 
-        return augment(conv, select_filters(conv, kept), kept, site.resolution, split)
+        return augment(conv, select_filters(conv, kept), kept, **layer_settings(site, split))
 
     def added(self, module: "nn.Module") -> list[str]:
         return [name for name, _ in module.named_parameters() if not name.startswith("conv.")]
@@ -174,7 +174,7 @@ def attention_size(resolution: Size, attention_pool: int) -> Size:
 
 
 def value_step(site: Convolution, heads: int) -> int:
-    """What value channels are a multiple of: as many for each head, and given up by each group, which stay whole."""
+    """Value channels are a multiple of this: every head has as many, and every group gives up as many."""
     return heads if site.groups == 1 else math.lcm(heads, site.groups)
 
 
@@ -250,6 +250,12 @@ def attention_macs(site: Convolution, split: AASplit) -> int:
     projections = site.in_channels * (2 * keys + values) + values**2
     pairs = positions * (keys + values) + (height + width) * keys  # content and values, then relative logits
     return site.calls * positions * (projections + pairs)
+
+
+def layer_settings(site: Convolution, split: AASplit) -> dict[str, Any]:
+    """Arguments of AAConv2d for its attention."""
+    channels = {"key_channels": split.key_channels, "value_channels": split.value_channels}
+    return {"heads": split.heads, **channels, "resolution": site.resolution, "attention_pool": split.attention_pool}
 
 
 def attention_columns(split: AASplit) -> dict[str, str]:

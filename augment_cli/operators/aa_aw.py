@@ -102,7 +102,7 @@ class AAAW(Operator[AAAWSettings, AAAWSplit]):
         from augment_cli.operators.modules import attend_kernel, augment, select_filters
 
         branch = attend_kernel(select_filters(conv, kept), split.reduction)
-        return augment(conv, branch, kept, site.resolution, split)
+        return augment(conv, branch, kept, **aa.layer_settings(site, split))
 
     def added(self, module: "nn.Module") -> list[str]:
         names = (name for name, _ in module.named_parameters())

@@ -7,9 +7,7 @@ import torch
 from torch import nn
 
 from augment_cli.analysis.graph import conv_padding
-from augment_cli.analysis.site import Size
 from augment_cli.layers import AAConv2d, AWConv2d, ScaledStandardize, Standardize
-from augment_cli.operators.aa import AASplit
 
 
 def select_filters(conv: nn.Conv2d, kept: list[int]) -> nn.Conv2d:
@@ -25,7 +23,7 @@ def attend_kernel(conv: nn.Conv2d, reduction: int) -> AWConv2d:
     new = AWConv2d(
         conv.in_channels,
         conv.out_channels,
-        conv.kernel_size,
+        _pair(conv.kernel_size),
         reduction=reduction,
         standardize=_standardization(conv),
         **_like(conv),
@@ -35,7 +33,7 @@ def attend_kernel(conv: nn.Conv2d, reduction: int) -> AWConv2d:
 
 
 def _like(conv: nn.Conv2d) -> dict[str, Any]:
-    """What a replacement has in common with a convolution."""
+    """Arguments that a replacement shares with its convolution."""
     return {
         "stride": conv.stride,
         "padding": conv_padding(conv),
@@ -48,31 +46,34 @@ def _like(conv: nn.Conv2d) -> dict[str, Any]:
 
 
 def _standardization(conv: nn.Conv2d) -> Standardize | None:
-    if hasattr(conv, "gain"):
-        standardize = ScaledStandardize(conv.out_channels, conv.scale, conv.eps)
-        standardize.gain = conv.gain
+    """The standardisation of a kernel that timm's convolutions of that name have; None for others."""
+    own: Any = conv
+    if hasattr(own, "gain"):
+        standardize = ScaledStandardize(own.out_channels, own.scale, own.eps)
+        standardize.gain = own.gain
         return standardize
-    return Standardize(conv.eps) if hasattr(conv, "eps") else None
+    return Standardize(own.eps) if hasattr(own, "eps") else None
 
 
-def augment(conv: nn.Conv2d, branch: nn.Module, kept: list[int], resolution: Size, split: AASplit) -> AAConv2d:
-    """AAConv2d around a convolution branch, its output channels in the source's order."""
+def augment(conv: nn.Conv2d, branch: nn.Conv2d, kept: list[int], **attention: Any) -> AAConv2d:
+    """AAConv2d around a convolution branch, its output channels in the source's order; `attention` are its settings."""
     new = AAConv2d(
         conv.in_channels,
         conv.out_channels,
-        conv.kernel_size,
-        heads=split.heads,
-        key_channels=split.key_channels,
-        value_channels=split.value_channels,
-        resolution=resolution,
-        attention_pool=split.attention_pool,
+        _pair(conv.kernel_size),
         reorder=True,
         conv_layer=lambda *args, **kwargs: branch,
+        **attention,
         **_like(conv),
     )
-    order = channel_order(kept, conv.out_channels)
-    new.channel_order.copy_(torch.tensor(order, device=new.channel_order.device))
+    order = torch.tensor(channel_order(kept, conv.out_channels), device=conv.weight.device)
+    new.channel_order = order.to(torch.int64)
     return new
+
+
+def _pair(size: tuple[int, ...]) -> tuple[int, int]:
+    height, width = size
+    return height, width
 
 
 def channel_order(kept: list[int], out_channels: int) -> list[int]:

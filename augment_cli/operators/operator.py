@@ -1,4 +1,4 @@
-"""What an operator is: everything that the rest of the program asks about a convolution's replacement.
+"""The operator: everything that the rest of the program asks about the replacement of a convolution.
 
 A third operator is one file: a subclass of `Operator` with the decorator `register`. Planning, surgery, reports and
 training know operators by this class alone. Modules are built by torch, which a built-in operator imports only when it
@@ -30,7 +30,7 @@ class Settings(BaseModel):
 
 @dataclass(frozen=True, slots=True, order=True)
 class Split:
-    """What a site becomes. Fields are whole numbers, as a plan's JSON holds them."""
+    """The replacement of one site, in numbers. Fields are whole numbers, as a plan's JSON holds them."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -40,7 +40,7 @@ SplitT = TypeVar("SplitT", bound=Split)
 
 
 class Operator(ABC, Generic[SettingsT, SplitT]):
-    """What can take a convolution's place.
+    """A kind of replacement for convolutions.
 
     Attributes:
         name: as recipes and plans write it.

@@ -20,6 +20,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -99,8 +100,8 @@ def solve(chosen: Chosen, recipe: Recipe, source: Counts, losses: Mapping[str, f
         AugmentError: no admissible splits meet the budget; says what is attainable.
     """
     budget = recipe.budget
-    limits = {name: resolve_amount(getattr(budget, name), getattr(source, name)) for name in UNITS}
-    limits = {name: limit for name, limit in limits.items() if limit is not None}
+    asked = {name: resolve_amount(getattr(budget, name), getattr(source, name)) for name in UNITS}
+    limits = {name: limit for name, limit in asked.items() if limit is not None}
     if not limits and not losses:
         return Solution(chosen, solved=False)
     start = time.perf_counter()
@@ -112,24 +113,25 @@ def solve(chosen: Chosen, recipe: Recipe, source: Counts, losses: Mapping[str, f
         raise AugmentError(_not_together(groups, ceilings, source, recipe))
     binding = tuple(zip(limits, nearest.binding, strict=False))
     if [getattr(budget, name) for name in limits] == ["keep"]:
-        groups, nearest = _filled(groups, nearest, *ceilings.items(), *limits.values())
+        ((name, limit),) = limits.items()
+        groups, nearest = _filled(groups, nearest, (name, ceilings[name]), limit)
     splits = _assign(groups, nearest.counts, chosen, get_operator(recipe.operator))
     return Solution(splits, True, time.perf_counter() - start, nearest.gap, binding)
 
 
 def _with_floor(losses: Mapping[str, float]) -> dict[str, float]:
-    """A tenth of the mean loss on top of each: one measured as nothing on some hundred images is not for free."""
+    """Add a tenth of the mean loss to every site: a measured loss of zero on a few hundred images is noise."""
     floor = sum(losses.values()) / max(len(losses), 1) / 10
     return {name: loss + floor for name, loss in losses.items()}
 
 
 def _groups(chosen: Chosen, recipe: Recipe, losses: Mapping[str, float] | None = None) -> list[_Group]:
     losses = losses or {}
-    alike: dict[tuple, list[ConvSite]] = defaultdict(list)
+    alike: dict[Any, list[ConvSite]] = defaultdict(list)
     for site, written in chosen:
         shape = site.in_channels, site.out_channels, site.groups, site.kernel_size, site.resolution
-        alike[*shape, site.params, site.calls, losses.get(site.name), written].append(site)
-    return [_group(tuple(sites), *key[-2:], recipe) for key, sites in alike.items()]
+        alike[shape, site.params, site.calls, losses.get(site.name), written].append(site)
+    return [_group(tuple(sites), loss, written, recipe) for (*_, loss, written), sites in alike.items()]
 
 
 def _group(sites: tuple[ConvSite, ...], loss: float | None, written: Split, recipe: Recipe) -> _Group:
@@ -173,13 +175,18 @@ class _Program:
         rows = [Row(self.changes[other], most=most) for other, most in ceilings.items()]
         change = self.changes[name]
         found = minimise(change / np.abs(change).max(), self.group_of, self.sizes, [*rows, *self.rows])
+        if found is None:
+            raise RuntimeError(f"no plan meets {dict(ceilings)}, which can be met alone")
         return int(change @ found.counts)
 
 
 def _filled(
     groups: list[_Group], nearest: Minimum, ceiling: tuple[str, int], limit: int
 ) -> tuple[list[_Group], Minimum]:
-    """What is left under the one ceiling spent, as far as can be; of the groups some splits may be left out."""
+    """Spend what is left under the one ceiling, as far as the splits allow.
+
+    Returns the groups, without the splits that were ruled out, and the counts.
+    """
     name, most = ceiling
     left = most - int(_Program(groups).changes[name] @ nearest.counts)
     fuller = _without_fewer_given_up(groups, nearest.counts)

@@ -1,4 +1,4 @@
-"""The plan: what every convolution of a model becomes. Frozen, hashable, JSON in and out."""
+"""The plan: each convolution of a model with its replacement. Frozen, hashable, JSON in and out."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ from pydantic import (
     model_validator,
 )
 
-from augment_cli.analysis.arguments import Arguments
+from augment_cli.analysis.arguments import Arguments, freeze_arguments
 from augment_cli.analysis.site import ConvSite, filter_macs
 from augment_cli.bounds import (
     MOST_CONVOLUTIONS,
@@ -60,7 +60,7 @@ class _Frozen(BaseModel):
 
 
 class Sensitivity(_Frozen):
-    """What replacing one site alone does to the model's output, on images that its fit has not seen.
+    """Change of the model's output when one site alone is replaced, on images that its fit has not seen.
 
     agreement: share of images with the source's top-1; divergence: mean KL(source, converted) of the predictions, nats.
     """
@@ -70,7 +70,7 @@ class Sensitivity(_Frozen):
 
 
 class SitePlan(_Frozen):
-    """What one convolution becomes. Sizes are (height, width); resolution is the size of the output map.
+    """A convolution and its replacement. Sizes are (height, width); resolution is the size of the output map.
 
     `split` belongs to the operator. `params_after` and `macs_after` are always counted from the split: a number given
     for them is not believed.
@@ -103,7 +103,7 @@ class SitePlan(_Frozen):
 
     @property
     def calls(self) -> int:
-        """How often a forward pass calls the convolution."""
+        """Calls of the convolution in a forward pass."""
         return self.macs_before // (self.positions * self._weights)
 
     @property
@@ -170,14 +170,16 @@ class Skipped(_Frozen):
 
 
 class Plan(_Frozen):
-    """What a model becomes. `macs` are multiply-adds of one image of `input_size`; FLOPs are twice as many.
+    """A model and the replacements of its convolutions.
+
+    `macs` are multiply-adds of one image of `input_size`; FLOPs are twice as many.
 
     `base` says who makes the model: timm, by its name and arguments, or the user, for whom `model` is a description.
 
     `params_after` and `macs_after` are always summed from the sites: a number given for them is not believed.
     """
 
-    schema_number: Annotated[Literal[1], Field(alias="schema")] = SCHEMA
+    schema_number: Annotated[Literal[1], Field(alias="schema")] = 1
     base: Literal["timm", "other"] = "timm"
     model: Name
     model_args: Arguments = ()
@@ -268,7 +270,7 @@ def make_plan(
     plan = Plan(
         base=base,
         model=model,
-        model_args=model_args or {},
+        model_args=freeze_arguments(model_args or {}),
         input_size=graph.input_size,
         recipe=recipe.name,
         recipe_sha256=recipe.digest(),
@@ -364,7 +366,7 @@ def check_budget(plan: Plan, origin: str) -> None:
         if most is not None and after > most:
             raise AugmentError(
                 f"{origin} has {after:,} {unit}, {after - most:,} more than its budget.{name}={asked} allows. Edit its "
-                f"sites or its budget, or set another one, such as --set budget.{name}=free"
+                f"sites or its budget, or set another one, such as budget.{name}=free"
             )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model, field_validator
+from pydantic_core import ErrorDetails
 
 from augment_cli.analysis.site import Kind
 from augment_cli.bounds import (
@@ -27,7 +28,7 @@ from augment_cli.resources import resource
 
 
 def _as_tuple(value: Any) -> Any:
-    """A single value stands for a list of one, so that `--set select.names=layer3.*` needs no brackets."""
+    """A single value stands for a list of one, so that the override select.names=layer3.* needs no brackets."""
     return value if isinstance(value, (list, tuple)) else (value,)
 
 
@@ -116,7 +117,7 @@ class Budget(Table):
 
 
 UNITS = {"params": "parameters", "macs": "multiply-adds"}
-"""What budgets count."""
+"""Units of the two budgets."""
 
 
 def resolve_amount(amount: str, source: int) -> int | None:
@@ -127,8 +128,9 @@ def resolve_amount(amount: str, source: int) -> int | None:
         return source
     if match := _PERCENT.fullmatch(amount):
         return int(source * (1 + float(match["number"]) / 100) + 1e-6)
-    match = _AMOUNT.fullmatch(amount)
-    return round(float(match["number"]) * _FACTORS[match["unit"]])
+    if match := _AMOUNT.fullmatch(amount):
+        return round(float(match["number"]) * _FACTORS[match["unit"]])
+    raise ValueError(f"{amount!r} is no budget")
 
 
 class Paper(Table):
@@ -163,8 +165,8 @@ def recipe_type(operator: str) -> type[Recipe]:
     Raises:
         AugmentError: no such operator.
     """
-    settings = get_operator(operator).settings_type
-    return create_model("Recipe", __base__=(Recipe, settings), __module__=__name__)
+    bases: Any = (Recipe, get_operator(operator).settings_type)
+    return create_model("Recipe", __base__=bases, __module__=__name__)
 
 
 def make_recipe(data: dict[str, Any], origin: str) -> Recipe:
@@ -178,6 +180,11 @@ def make_recipe(data: dict[str, Any], origin: str) -> Recipe:
         raise AugmentError(f"{origin}: operator: a recipe names one of {', '.join(operator_names())}")
     with boundary(origin):
         wanted = recipe_type(operator)
+    for name in operator_names():
+        foreign = data.keys() & get_operator(name).settings_type.model_fields.keys() - wanted.model_fields.keys()
+        if foreign:
+            own = ", ".join(f"[{table}]" for table in get_operator(operator).settings_type.model_fields)
+            raise AugmentError(f"{origin}: [{min(foreign)}] is not a table of operator {operator}, which reads {own}")
     try:
         return wanted.model_validate(data)
     except ValidationError as error:
@@ -219,7 +226,7 @@ def override_budget(budget: Budget, overrides: tuple[str, ...]) -> Budget:
     for override in overrides:
         _override(data, override)
         if len(data) > 1:
-            raise AugmentError(f"--set {override}: only the budget of a plan can be set; edit its sites instead")
+            raise AugmentError(f"{override[:100]}: only the budget of a plan can be set; edit its sites instead")
     try:
         return Budget.model_validate(data["budget"])
     except ValidationError as error:
@@ -245,10 +252,10 @@ def _override(data: dict[str, Any], override: str) -> None:
         data["operator"] = text.strip()
         return
     if not separator or not name:
-        raise AugmentError(f"--set {override[:100]}: write it as table.key=value, such as budget.params=keep")
+        raise AugmentError(f"{override[:100]}: write it as table.key=value, such as budget.params=keep")
     if not isinstance(data.setdefault(table, {}), dict):
-        raise AugmentError(f"--set {override[:100]}: {table[:100]} is not a table of a recipe")
-    with boundary(f"--set {override[:100]}"):
+        raise AugmentError(f"{override[:100]}: {table[:100]} is not a table of a recipe")
+    with boundary(override[:100]):
         data[table][name] = _parse(text.strip())
 
 
@@ -270,13 +277,13 @@ def describe_errors(error: ValidationError, model: type[BaseModel]) -> str:
     return "; ".join([_describe(item, model) for item in items[:_TOLD]] + more)
 
 
-def _describe(item: dict[str, Any], model: type[BaseModel]) -> str:
+def _describe(item: ErrorDetails, model: type[BaseModel]) -> str:
     where = ".".join(str(part)[:100] for part in item["loc"])
     if item["type"] != "extra_forbidden":
         message = item["msg"].removeprefix("Value error, ")
         return f"{where}: {message}" if where else message
     for part in item["loc"][:-1]:
-        if part in model.model_fields:
+        if isinstance(part, str) and part in model.model_fields:
             model = _model_within(model.model_fields[part].annotation) or model
     known = [field.alias or name for name, field in model.model_fields.items()]
     return f"unknown key {where}{nearest(str(item['loc'][-1])[:100], known)}"

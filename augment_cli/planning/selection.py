@@ -2,13 +2,14 @@
 
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from augment_cli.analysis.site import ConvSite
 from augment_cli.errors import AugmentError, nearest
 from augment_cli.operators import Operator, Split, get_operator
-from augment_cli.planning.recipe import Recipe, Select
+from augment_cli.planning.recipe import Recipe, Select, builtin_recipes, load_recipe
 
 
 @dataclass(frozen=True)
@@ -25,20 +26,27 @@ def select(sites: tuple[ConvSite, ...], recipe: Recipe) -> Selection:
     Raises:
         AugmentError: a selector that matches nothing, or no site left.
     """
+    _check_selectors(sites, recipe.select)
+    found = _sort(sites, recipe)
+    if not found.chosen:
+        raise AugmentError(f"no convolution to replace: {_summary(found.skipped)}. {_way_out(sites, recipe)}")
+    return found
+
+
+def _sort(sites: tuple[ConvSite, ...], recipe: Recipe) -> Selection:
     settings, operator = recipe.select, get_operator(recipe.operator)
-    _check_selectors(sites, settings)
     chosen, skipped = [], []
     for site in sites:
         reason = _not_selected(site, sites, settings) or obstacle(site, operator) or _out_of_range(site, settings)
         split = None if reason else operator.written(site, recipe)
-        if reason is None:
-            reason = operator.idle(site, split) if split is not None else operator.refusal(site, recipe)
+        if split is None:
+            reason = reason or operator.refusal(site, recipe)
+        else:
+            reason = operator.idle(site, split)
+            if reason is None:
+                chosen.append((site, split))
         if reason:
             skipped.append((site.name, reason))
-        else:
-            chosen.append((site, split))
-    if not chosen:
-        raise AugmentError(f"no convolution to replace: {_summary(skipped)}. {_way_out(sites, settings, operator)}")
     return Selection(tuple(chosen), tuple(skipped))
 
 
@@ -59,7 +67,9 @@ def _check_selectors(sites: tuple[ConvSite, ...], settings: Select) -> None:
     if not of_kernel:
         found = Counter("x".join(map(str, site.kernel_size)) for site in sites)
         kinds = _listed(f"{count} of {size}" for size, count in found.most_common()) or "none at all"
-        raise AugmentError(f"select.kernel: no {_squares(settings.kernel)} convolution here; there are {kinds}")
+        raise AugmentError(
+            f"select.kernel: no {_squares(settings.kernel)} convolution here; there are {kinds}. {_recipes_for(sites)}"
+        )
     stages = sorted({site.stage for site in sites})
     for stage in settings.stages:
         if stage not in stages:
@@ -76,7 +86,7 @@ def _nearest_names(pattern: str, names: list[str]) -> str:
     return nearest(pattern, names) or f"; the names are like {_listed(names[:: max(1, len(names) // 4)])}"
 
 
-def _listed(items) -> str:
+def _listed(items: Iterable[object]) -> str:
     return ", ".join(map(str, items))
 
 
@@ -85,7 +95,7 @@ def _squares(kernels: tuple[int, ...]) -> str:
 
 
 def missing_kernels(sites: tuple[ConvSite, ...], settings: Select) -> list[int]:
-    """Those of several kernel sizes that no convolution has; where none has any, `select` raises."""
+    """Kernel sizes of the recipe that no convolution of the model has. Where it has none of them, `select` raises."""
     return [k for k in settings.kernel if not any(site.kernel_size == (k, k) for site in sites)]
 
 
@@ -131,13 +141,14 @@ def _out_of_range(site: ConvSite, settings: Select) -> str | None:
     return None
 
 
-def _summary(skipped: list[tuple[str, str]]) -> str:
+def _summary(skipped: Iterable[tuple[str, str]]) -> str:
     reasons = Counter(re.split(r":|,| \(", reason)[0] for _, reason in skipped)
     return ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
 
 
-def _way_out(sites: tuple[ConvSite, ...], settings: Select, operator: Operator) -> str:
-    """What would take some, where something simple would."""
+def _way_out(sites: tuple[ConvSite, ...], recipe: Recipe) -> str:
+    """A setting that would select some convolutions, or else the recipes that replace some in this model."""
+    settings, operator = recipe.select, get_operator(recipe.operator)
     replaceable = [
         site for site in sites if _is_kernel(site, settings) and not site.reads_image and not obstacle(site, operator)
     ]
@@ -145,7 +156,16 @@ def _way_out(sites: tuple[ConvSite, ...], settings: Select, operator: Operator) 
     size = _squares(settings.kernel)
     if wanted and all(site.stem for site in wanted) and not settings.include_stem:
         kinds = " or ".join(settings.kinds)
-        return f"Every {kinds} {size} convolution belongs to the stem: --set select.include_stem=true takes those"
+        return f"Every {kinds} {size} convolution belongs to the stem: select.include_stem=true takes those"
     if others := sorted({site.kind for site in replaceable} - set(settings.kinds)):
-        return f"The {size} convolutions are {' or '.join(others)}: --set select.kinds={others[0]} takes those"
-    return "`augment plan --recipe aw` on this model, or select.kernel, names and stages, show what there is"
+        return f"The {size} convolutions are {' or '.join(others)}: select.kinds={others[0]} takes those"
+    return _recipes_for(sites)
+
+
+def _recipes_for(sites: tuple[ConvSite, ...]) -> str:
+    """The built-in recipes that replace some of these convolutions, as a sentence."""
+    counts = {name: len(_sort(sites, load_recipe(name)).chosen) for name in builtin_recipes()}
+    working = [f"{name} ({count} convolutions)" for name, count in counts.items() if count]
+    if not working:
+        return "No built-in recipe finds a convolution to replace in this model"
+    return f"Recipes that do on this model: {', '.join(working)}"

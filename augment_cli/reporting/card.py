@@ -57,8 +57,8 @@ model = augment_cli.load("model.safetensors")
 Either gives a timm model, with timm's usual methods."""
 
 
-_LOADING_ON_BASE = """The file holds no code. With augment-cli installed, from this folder, here called `DIR`, and a function
-`make_source` that makes the source's architecture:
+_LOADING_ON_BASE = """The file holds no code. With augment-cli installed, from this folder, here called `DIR`, and a
+function `make_source` that makes the source's architecture:
 
 ```python
 import augment_cli

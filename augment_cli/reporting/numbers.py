@@ -4,11 +4,10 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 from augment_cli.analysis.site import Size
 from augment_cli.checkpoint.metadata import Metadata
-from augment_cli.errors import AugmentError, nearest
 from augment_cli.operators import Operator, Split, get_operator
 from augment_cli.planning.plan import Plan, Sensitivity, SitePlan
 from augment_cli.planning.recipe import resolve_amount
@@ -148,7 +147,7 @@ class Report:
     fidelity: Fidelity | None = None
 
     @classmethod
-    def of(cls, plan: Plan, metadata: Metadata | None = None) -> "Report":
+    def of(cls, plan: Plan, metadata: Metadata | None = None) -> Self:
         """The report of a plan, or with its metadata that of a converted model."""
         inherited = {record.name: record for record in metadata.inheritance} if metadata else {}
         params = Change(plan.params_before, plan.params_after)
@@ -171,27 +170,6 @@ class Report:
             versions=dict(metadata.versions) if metadata else {},
             fidelity=metadata.fidelity if metadata else None,
         )
-
-    def __str__(self) -> str:
-        """The table that `augment report` shows."""
-        from augment_cli.reporting.table import plain_table
-
-        return plain_table(self)
-
-    def to(self, form: str) -> str:
-        """The report as "json", "csv", "markdown" or "html"; the last is a page of its own.
-
-        Raises:
-            AugmentError: no such form.
-        """
-        from augment_cli.reporting import FORMATS
-
-        if form not in FORMATS:
-            raise AugmentError(f"no report as {form}{nearest(form, FORMATS)}")
-        return FORMATS[form](self)
-
-    def _repr_markdown_(self) -> str:
-        return self.to("markdown")
 
     @property
     def flops(self) -> Change:

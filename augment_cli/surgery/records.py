@@ -1,4 +1,4 @@
-"""What a conversion records of itself, for the converted model's metadata."""
+"""Records of a conversion, for the converted model's metadata."""
 
 from typing import Annotated, Literal
 
@@ -8,7 +8,7 @@ from augment_cli.bounds import CountOfChannels, Name, Total
 
 
 class Inheritance(BaseModel):
-    """What one site kept of its source.
+    """The part of its source that one site kept.
 
     exact: the source's function; carried: some filters bit for bit, with `share` of the importance of all; fitted: as
     carried, and attention computes what the other filters did, with a normalised mean squared error of `error` on

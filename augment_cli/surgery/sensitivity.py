@@ -1,4 +1,4 @@
-"""What replacing one site alone does to a model's output: by this a budget can prefer some sites to others."""
+"""Measure how much replacing one site alone changes a model's output, so that a budget can prefer other sites."""
 
 import copy
 
@@ -25,7 +25,7 @@ def measure_sensitivity(
     before = predictions(model, calibration)
     if before is None:
         raise AugmentError(f"{plan.model} has no classifier: there are no predictions to compare")
-    training, found = model.training, {}
+    training, found = model.training, dict[str, Sensitivity]()
     with seeded("sensitivity"):
         fits = fit_sites(model, plan, graph, calibration, progress or (lambda *_: None))
     model.train(training)
@@ -35,6 +35,8 @@ def measure_sensitivity(
         alone, trial = plan.model_copy(update={"sites": (site,)}), copy.deepcopy(model)
         with seeded("sensitivity"):
             install(trial, alone, graph, fits)
-        compared = compare(before, predictions(trial, calibration), calibration)
+        after = predictions(trial, calibration)
+        if (compared := compare(before, after, calibration)) is None:
+            raise AugmentError(f"{plan.model} has no predictions with {site.name} replaced")
         found[site.name] = Sensitivity(agreement=compared.agreement, divergence=compared.divergence)
     return found

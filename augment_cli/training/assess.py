@@ -29,6 +29,7 @@ class Assessment:
     pretrained: bool = False
     checkpoint: Path | None = None
     ema: bool | None = None
+    base: str | None = None
     model_args: dict[str, Any] = field(default_factory=dict)
     against: str | None = None
     against_checkpoint: Path | None = None
@@ -63,7 +64,7 @@ def assess(asked: Assessment) -> Result | None:
 
 
 def _assess(asked: Assessment, accelerator: Accelerator) -> Result | None:
-    weights = {"pretrained": asked.pretrained, "weights": asked.checkpoint, "ema": asked.ema}
+    weights = {"pretrained": asked.pretrained, "weights": asked.checkpoint, "ema": asked.ema, "base": asked.base}
     opened = open_model(asked.model, **weights, args=asked.model_args)
     data = _data(asked, opened)
     other = _other(asked, opened)

@@ -12,7 +12,8 @@ from timm.models import get_model_args
 from torch import nn
 
 from augment_cli.analysis import source
-from augment_cli.analysis.graph import analyze
+from augment_cli.analysis.functions import resolve
+from augment_cli.analysis.graph import analyze, count_classes
 from augment_cli.checkpoint import rebuild
 from augment_cli.checkpoint.files import load
 from augment_cli.checkpoint.metadata import WEIGHTS, Metadata, read_metadata
@@ -44,7 +45,7 @@ class Opened:
 
     @property
     def num_classes(self) -> int:
-        return self.model.num_classes
+        return count_classes(self.model)
 
 
 def open_model(
@@ -53,6 +54,7 @@ def open_model(
     pretrained: bool = False,
     weights: str | Path | None = None,
     ema: bool | None = None,
+    base: str | None = None,
     args: dict[str, Any] | None = None,
     seed: int = 0,
 ) -> Opened:
@@ -62,6 +64,7 @@ def open_model(
         spec: a converted model's file or folder, a folder that timm's `local-dir:` loads, or a timm model's name.
         pretrained, weights, args: for a name: timm's weights, a file's, and arguments of timm.create_model.
         ema: as of `source.load_checkpoint`.
+        base: `package.module:function` that makes the source of a converted model that timm does not know.
         seed: of random weights.
 
     Raises:
@@ -80,7 +83,9 @@ def open_model(
         return _by_name(f"local-dir:{spec}", True, None, None, {}, seed)
     metadata = read_metadata(path)
     fresh = frozenset(metadata.fresh)
-    return Opened(load(path), metadata.plan.model, metadata, metadata.plan.input_size, fresh)
+    return Opened(
+        load(path, resolve(base) if base else None), metadata.plan.model, metadata, metadata.plan.input_size, fresh
+    )
 
 
 def open_companion(spec: str, weights: str | Path | None) -> Opened:
@@ -115,8 +120,13 @@ def with_classes(opened: Opened, num_classes: int, seed: int) -> Opened:
     """
     if num_classes == opened.num_classes:
         return opened
-    seed_all(seed, "classifier")
     metadata = opened.metadata
+    if metadata is not None and metadata.plan.base == "other":
+        raise AugmentError(
+            f"{opened.name} has {opened.num_classes} classes and the data have {num_classes}: only its own code can "
+            f"make it with others, so convert a source with {num_classes}"
+        )
+    seed_all(seed, "classifier")
     if metadata is not None:
         metadata = metadata.model_copy(update={"plan": plan_for_classes(metadata.plan, num_classes)})
         other = rebuild.build(metadata.plan)
@@ -136,6 +146,8 @@ def with_drop_path(opened: Opened, rate: float) -> Opened:
     Raises:
         AugmentError: the architecture has none.
     """
+    if opened.metadata is not None and opened.metadata.plan.base == "other":
+        raise AugmentError(f"`drop_path`: {opened.name} is not a model of timm, which makes blocks that can be skipped")
     args = {**get_model_args(opened.model), "drop_path_rate": rate}
     name = ARCHITECTURE if opened.metadata is not None else opened.name
     try:
@@ -169,6 +181,8 @@ def transfer(model: nn.Module, other: nn.Module) -> frozenset[str]:
 
 def set_label_names(model: nn.Module, classes: dict[str, int] | None) -> None:
     """Have timm's config.json of the saved model say what its classes are called."""
+    if not hasattr(model, "pretrained_cfg"):  # not a model of timm
+        return
     cfg = {k: v for k, v in model.pretrained_cfg.items() if k not in ("label_names", "label_descriptions")}
     cfg["num_classes"] = model.num_classes
     if classes is not None and len(classes) == model.num_classes:

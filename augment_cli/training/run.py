@@ -114,9 +114,14 @@ def prepare(settings: Settings, accelerator: Accelerator, saved: dict[str, Any] 
 def _open_both(settings: Settings, resumed: bool) -> tuple[Opened, Splits]:
     """Model and data, the model with as many classes as are trained."""
     if resumed:
-        opened = open_model(Path(settings.output) / "last")
+        opened = open_model(Path(settings.output) / "last", base=settings.base)
     else:
-        weights = {"pretrained": settings.pretrained, "weights": settings.checkpoint, "ema": settings.ema}
+        weights = {
+            "pretrained": settings.pretrained,
+            "weights": settings.checkpoint,
+            "ema": settings.ema,
+            "base": settings.base,
+        }
         opened = open_model(settings.model, **weights, args=settings.model_args, seed=settings.seed)
     splits = open_splits(settings, opened.input_size[0])
     if not resumed:

@@ -3,13 +3,13 @@
 import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from augment_cli.errors import AugmentError, boundary, nearest
 from augment_cli.files import read_text
 
 TRACKERS = ("tensorboard", "wandb", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab", "trackio")
-SCHEDULES = ("cosine", "tanh", "poly", "step", "wsd", "rsqrt", "constant")
+Schedule = Literal["cosine", "tanh", "poly", "step", "wsd", "rsqrt", "constant"]
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Settings:
     pretrained: bool = False
     checkpoint: str | None = None
     ema: bool | None = None
+    base: str | None = None
     model_args: dict[str, Any] = field(default_factory=dict)
     num_classes: int | None = None
 
@@ -119,7 +120,7 @@ class Settings:
 
 
 FIXED = (
-    *("model", "pretrained", "checkpoint", "ema", "model_args", "num_classes", "img_size", "seed"),
+    *("model", "pretrained", "checkpoint", "ema", "base", "model_args", "num_classes", "img_size", "seed"),
     *("train_split", "hold_out", "batch_size", "accumulate", "opt", "layer_decay", "ema_decay"),
 )
 """Settings that a checkpoint is made with: a run that is resumed keeps them. All others may be changed."""

@@ -11,7 +11,7 @@ RECIPES = ("aa", "aw", "aa-aw")
 
 def converted(name: str, recipe: str, *overrides: str, side: int = 64, **args) -> nn.Module:
     """In eval mode; attention and normalisations away from their start, running statistics those of some images."""
-    model = augment_cli.convert(name, recipe, *overrides, image_size=(side, side), **args)
+    model = augment_cli.convert(name, recipe, *overrides, input_size=(side, side), **args)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1)

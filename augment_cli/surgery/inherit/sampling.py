@@ -104,7 +104,7 @@ def _check_finite(name: str, *tensors: Tensor) -> None:
     if not all(tensor.isfinite().all() for tensor in tensors):
         raise AugmentError(
             f"{name}: activations on the calibration images are not finite; check the source weights and the images, "
-            f"or convert with --init carry"
+            f"or convert without `calibrate`"
         )
 
 
