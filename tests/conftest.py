@@ -26,7 +26,11 @@ SLOW = (
     "test_dataset.py",
     "test_inherit_fit.py",
     "test_rebuild.py",
-    "training",
+    "training/test_command_line.py",
+    "training/test_distributed.py",
+    "training/test_finetune.py",
+    "training/test_resume.py",
+    "training/test_timm_script.py",
 )
 NATIVE = ("layers/native",)
 
