@@ -2,8 +2,9 @@
 
     python benchmarks/retrofit.py [--tasks recall odd digits] [--rows ...] [--seeds 0 1 2] [--epochs 6] [--jobs 2]
 
-Per task a source is trained until its curve is flat, converted in several ways within its own parameter count, and each
-conversion, like the source itself, is fine-tuned for the same number of epochs. tasks.py says what the tasks are.
+Per task a source is trained until its curve is flat (SCHEDULES), converted in several ways within its own parameter
+count, and each conversion, like the source itself, is fine-tuned for the same number of epochs. tasks.py says what the
+tasks are. Rows that name a rate are the grid of learning rates; all others use the defaults.
 Results are kept in benchmarks/results/retrofit.json; chains of commands that are there already are not run again, so
 that the table grows with every call. Data and models are kept in out/retrofit/.
 """
@@ -24,28 +25,46 @@ from pathlib import Path
 from typing import Any
 
 import tasks
+import timm
+import torch
 from measure import RESULTS, machine, write_results
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).parent.parent
 OUT = ROOT / "out" / "retrofit"
 
 
+SCHEDULES = {"recall": ((12, 2e-3), (6, 1e-3)), "odd": ((8, 2e-3),), "digits": ((12, 2e-3),)}
+"""Epochs and learning rates of a source's training, one run after the other."""
+
+
 @dataclass(frozen=True)
 class Row:
-    """A way to convert the source; without a recipe, the source itself is trained on."""
+    """A way to convert the source, and options for fine-tuning. Without a recipe, the source itself is trained on."""
 
     recipe: str | None = None
     fit: bool = False
+    uniform: bool = False
+    squeeze: bool = False
+    tuning: tuple[str, ...] = ()
 
 
 ROWS = {
     "source": Row(),
+    "SE": Row(squeeze=True),
     "AW": Row("aw"),
+    "AA, uniform": Row("aa", uniform=True),
     "AA, carried": Row("aa"),
     "AA, fitted": Row("aa", fit=True),
     "AA+AW, carried": Row("aa-aw"),
     "AA+AW, fitted": Row("aa-aw", fit=True),
+    **{
+        f"AA, fitted, {name} rate x {rate}": Row("aa", fit=True, tuning=(f"--lr-{name}", rate))
+        for name, rate in (("fitted", "1"), ("fitted", "3"), ("fitted", "30"), ("carried", "0.3"), ("carried", "2"))
+    },
 }
+MAIN = [name for name, row in ROWS.items() if not row.tuning]
 
 
 @dataclass(frozen=True)
@@ -53,12 +72,11 @@ class Setup:
     """What all chains of a table have in common."""
 
     model: str
-    source_epochs: int
     epochs: int
 
     @property
     def key(self) -> str:
-        return f"{self.model}-{self.source_epochs}-{self.epochs}"
+        return f"{self.model}-{self.epochs}"
 
 
 def common(task: str) -> tuple[str, ...]:
@@ -94,21 +112,37 @@ def finetuned(folder: Path, model: str, *arguments: str) -> list[float]:
 def source_of(task: str, setup: Setup) -> tuple[Path, list[float]]:
     """The trained source's folder, and its curve."""
     tasks.write(task, OUT / "data" / task)
-    folder = OUT / f"{task}-{setup.model}-{setup.source_epochs}"
-    options = ("--epochs", str(setup.source_epochs), "--lr", "2e-3", *common(task))
-    return folder / "last", finetuned(folder, setup.model, *options)
+    model, found = setup.model, []
+    for number, (epochs, rate) in enumerate(SCHEDULES[task]):
+        folder = OUT / f"{task}-{setup.model}-source-{number}"
+        found += finetuned(folder, model, "--epochs", str(epochs), "--lr", str(rate), *common(task))
+        model = str(folder / "last")
+    return Path(model), found
 
 
 def chain(task: str, name: str, seed: int, setup: Setup) -> dict[str, Any]:
     """Convert by a row, compare with the source, fine-tune."""
     row, (source, _) = ROWS[name], source_of(task, setup)
-    folder = OUT / f"{task}-{setup.key}-{name.replace(', ', '-')}-{seed}"
-    model, found, started = source, {}, time.monotonic()
+    folder = OUT / f"{task}-{setup.key}-{name.replace(', ', '-').replace(' ', '-')}-{seed}"
+    model, options, found, started = str(source), (), {}, time.monotonic()
     if row.recipe:
-        model = folder.with_name(folder.name + ".safetensors")
-        found = converted(task, row, seed, source, model)
-    tuning = ("--epochs", str(setup.epochs), "--seed", str(seed), *common(task))
-    found["curve"] = finetuned(folder, str(model), *tuning)
+        model = f"{folder}.safetensors"
+        found = converted(task, row, seed, source, Path(model))
+    if row.squeeze:
+        weights = folder.with_suffix(".safetensors")
+        found = {"params": squeezed(source, seed, weights)}
+        model = setup.model
+        classes = json.loads((source / "config.json").read_text())["num_classes"]
+        options = (
+            "--checkpoint",
+            str(weights),
+            "-a",
+            "block_args={'attn_layer': 'se'}",
+            "-a",
+            f"num_classes={classes}",
+        )
+    tuning = ("--epochs", str(setup.epochs), "--seed", str(seed), *row.tuning, *options, *common(task))
+    found["curve"] = finetuned(folder, model, *tuning)
     found["seconds"] = round(time.monotonic() - started)
     return {"task": task, "setup": setup.key, "row": name, "seed": seed, **found}
 
@@ -121,27 +155,59 @@ def converted(task: str, row: Row, seed: int, source: Path, model: Path) -> dict
         options += ("--init", "fit", "--calibrate", str(OUT / "data" / task / "calibration"))
     weights = ("--checkpoint", str(source / "model.safetensors"), "--overwrite", "-o", str(model))
     run("convert", config["architecture"], *options, *weights)
+    if row.uniform:
+        hold_uniform(model)
     against = ("--against", str(source), "--json", "--data", str(OUT / "data" / task), "-j", "0", "--cpu")
     scores = json.loads(run("evaluate", str(model), *against))
     totals = json.loads(run("report", str(model), "--format", "json"))["totals"]["params"]
     return {"agreement": round(scores["agreement"], 2), "before": round(scores["top1"], 2), "params": totals["after"]}
 
 
+def hold_uniform(file: Path) -> None:
+    """Set queries, keys and tables of a file to zero: no gradient reaches them, and attention stays uniform."""
+    with safe_open(file, "pt") as opened:
+        metadata, tensors = opened.metadata(), {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    for name, weight in tensors.items():
+        if name.endswith(("rel_height", "rel_width")):
+            weight.zero_()
+        if name.endswith("qkv.weight"):
+            values = len(tensors[name.replace("qkv", "proj")])
+            weight[: len(weight) - values] = 0
+    save_file(tensors, file, metadata)
+
+
+def squeezed(source: Path, seed: int, file: Path) -> int:
+    """Write a source's weights with squeeze-and-excitation added, its gates at 0.95; the number of parameters."""
+    config = json.loads((source / "config.json").read_text())
+    torch.manual_seed(seed)
+    model = timm.create_model(
+        config["architecture"], num_classes=config["num_classes"], block_args={"attn_layer": "se"}
+    )
+    missing = model.load_state_dict(load_file(source / "model.safetensors"), strict=False).missing_keys
+    state = model.state_dict()
+    for name in missing:
+        if name.endswith("fc2.weight"):
+            state[name].zero_()
+        if name.endswith("fc2.bias"):
+            state[name].fill_(3.0)
+    save_file(state, file)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", default=tasks.TASKS, choices=tasks.TASKS)
-    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
+    parser.add_argument("--rows", nargs="+", default=MAIN, choices=list(ROWS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--model", default="test_resnet")
-    parser.add_argument("--source-epochs", type=int, default=12)
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--jobs", type=int, default=2)
     asked = parser.parse_args()
-    setup = Setup(asked.model, asked.source_epochs, asked.epochs)
+    setup = Setup(asked.model, asked.epochs)
     results = known()
     with ThreadPoolExecutor(asked.jobs) as pool:
         for task, made in zip(asked.tasks, pool.map(lambda t: source_of(t, setup), asked.tasks), strict=True):
-            results["sources"][f"{task} {setup.model} {setup.source_epochs}"] = made[1]
+            results["sources"][f"{task} {setup.model}"] = made[1]
         chains = [(t, r, s) for s in asked.seeds for t in asked.tasks for r in asked.rows]
         missing = [c for c in chains if not has(results, setup, *c)]
         for done in as_completed([pool.submit(chain, *c, setup) for c in missing]):

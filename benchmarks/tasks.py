@@ -1,6 +1,6 @@
 """Small image tasks that tell what attention is worth: made by generators, since no data can be downloaded.
 
-recall: a framed cue has a colour; the class is the shape elsewhere in the image that has the same colour. Shapes may
+recall: a framed cue has one of six colours; the class is the shape elsewhere that has the same colour. Shapes may
     repeat, so that a model which does not bind shape to colour still learns the shapes: the most frequent shape is the
     answer in 63% of the images.
 odd: four framed patches of stripes; the class is the colour of the frame whose stripes run otherwise than the other
@@ -18,7 +18,9 @@ from PIL import Image
 SIDE = 48
 COUNTS = {"train": 12_000, "validation": 2_000, "calibration": 512}
 
-_COLOURS = np.array([(220, 50, 47), (38, 139, 210), (133, 153, 0), (211, 54, 130)], dtype=np.float64)
+_COLOURS = np.array(
+    [(220, 50, 47), (38, 139, 210), (133, 153, 0), (211, 54, 130), (240, 200, 40), (40, 200, 190)], dtype=np.float64
+)
 _FRAMES = {"white": (230, 230, 230), "red": (220, 50, 47), "blue": (38, 139, 210), "green": (133, 190, 0)}
 
 Box = tuple[int, int, int]

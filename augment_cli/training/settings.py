@@ -64,7 +64,7 @@ class Settings:
     batch_size: int = 64
     accumulate: int = 1
     opt: str = "adamw"
-    lr: float = 1e-3
+    lr: float = 2e-3
     weight_decay: float = 0.05
     momentum: float = 0.9
     clip_grad: float = 1.0
@@ -77,7 +77,7 @@ class Settings:
 
     # Learning rates by provenance.
     lr_carried: float = 1.0
-    lr_fitted: float = 3.0
+    lr_fitted: float = 5.0
     lr_new: float = 1.0
     layer_decay: float = 1.0
     new_first: int = 0

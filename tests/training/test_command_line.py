@@ -41,7 +41,7 @@ def test_finetune_evaluate_and_check(model, images, tmp_path):
     assert tuned.exit_code == 0, tuned.output
     assert tuned.stdout == ""
     assert "3 classes: 36 images to train on, 12 to validate; 8 an update" in tuned.stderr
-    assert "0.001 for" in tuned.stderr
+    assert "0.002 for" in tuned.stderr
     assert "epoch 1/1: train loss" in tuned.stderr
     assert "\x1b" not in tuned.stderr
 

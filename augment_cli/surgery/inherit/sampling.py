@@ -63,7 +63,7 @@ def observe(
             model(batch)
         for name, layer in layers.items():
             for x, computed in calls.pop(name):
-                _check_finite(name, x, computed)
+                check_finite(name, x, computed)
                 features, targets = _drawn(layer, x, computed, images, generator)
                 seen[name].half(number).add(features, targets)
         done += len(batch)
@@ -100,7 +100,8 @@ def outputs(model: nn.Module, channels: Mapping[str, Tensor], batches: Iterable[
     return {name: torch.cat(parts) for name, parts in found.items()}
 
 
-def _check_finite(name: str, *tensors: Tensor) -> None:
+def check_finite(name: str, *tensors: Tensor) -> None:
+    """Raise AugmentError, which names the site, where a tensor is not finite."""
     if not all(tensor.isfinite().all() for tensor in tensors):
         raise AugmentError(
             f"{name}: activations on the calibration images are not finite; check the source weights and the images, "
