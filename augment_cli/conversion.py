@@ -8,6 +8,7 @@ from augment_cli.checkpoint import rebuild
 from augment_cli.checkpoint.files import versions
 from augment_cli.checkpoint.metadata import Metadata, attach
 from augment_cli.errors import AugmentError
+from augment_cli.operators import get_operator
 from augment_cli.planning.plan import Plan
 from augment_cli.seeds import seeded
 from augment_cli.surgery.calibration import Calibration, compare, predictions
@@ -16,15 +17,16 @@ from augment_cli.surgery.inherit.fitted import Progress
 
 
 def check_fittable(plan: Plan) -> None:
-    """Refuse to fit a plan without AA.
+    """Refuse to fit a plan in which no operator can be fitted.
 
     Raises:
-        AugmentError: no site of the plan gives up a filter.
+        AugmentError: no site of the plan has attention in the place of filters.
     """
-    if not any(site.given_up for site in plan.sites):
+    if not any(get_operator(site.operator).fittable for site in plan.sites):
+        operators = ", ".join(sorted({site.operator for site in plan.sites}))
         raise AugmentError(
-            f"no site of the plan for {plan.model} is AA, so that there is nothing to fit: AW computes what its source "
-            f"does as it is; leave out `calibrate`"
+            f"the plan for {plan.model} has only operator {operators}, so that there is nothing to fit: no "
+            f"attention takes a filter's place; leave out `calibrate`"
         )
 
 

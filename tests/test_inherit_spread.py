@@ -1,9 +1,9 @@
 import pytest
 import torch
-from augment_cli.surgery.inherit.spread import deviations, spread, whitening
 from torch import nn
 
 from augment_cli.layers import AAConv2d
+from augment_cli.surgery.inherit.spread import deviations, spread, whitening
 
 
 def layer_of(heads: int = 4) -> tuple[nn.Module, AAConv2d]:

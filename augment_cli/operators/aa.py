@@ -82,6 +82,7 @@ class AA(Operator[AASettings, AASplit]):
     legend = (LEGEND,)
     settings_type = AASettings
     split_type = AASplit
+    fittable = True
     advice = "A larger aa.value_ratio, a smaller aa.key_ratio or aa.min_key_channels, or more sites would help"
 
     def obstacle(self, site: ConvSite) -> str | None:

@@ -48,6 +48,7 @@ class AAAW(Operator[AAAWSettings, AAAWSplit]):
     legend = (aa.LEGEND, aw.LEGEND)
     settings_type = AAAWSettings
     split_type = AAAWSplit
+    fittable = True
     advice = aa.AA.advice
 
     def obstacle(self, site: ConvSite) -> str | None:

@@ -49,6 +49,7 @@ class Operator(ABC, Generic[SettingsT, SplitT]):
         settings_type, split_type: classes of `settings` and `split` everywhere below.
         advice: ends the message that a budget cannot be met.
         legend: sentences that explain the columns of `columns` under a table.
+        fittable: `build` gives an AAConv2d, whose attention can be fitted to the filters that it replaces.
     """
 
     name: ClassVar[str]
@@ -59,6 +60,7 @@ class Operator(ABC, Generic[SettingsT, SplitT]):
     split_type: ClassVar[type[Split]]
     advice: ClassVar[str] = "More sites would help"
     legend: ClassVar[tuple[str, ...]] = ()
+    fittable: ClassVar[bool] = False
 
     # Which convolutions it can replace, and by what.
 

@@ -1,6 +1,6 @@
 """Inputs and outputs of convolutions while a model runs."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ def recorded(model: nn.Module, names: Iterable[str]) -> Iterator[Calls]:
     """
     calls: Calls = {name: [] for name in names}
 
-    def recorder(name: str):
+    def recorder(name: str) -> Callable[[nn.Module, tuple[Tensor], Tensor], Tensor]:
         def record(module: nn.Module, args: tuple[Tensor], out: Tensor) -> Tensor:
             calls[name].append((args[0].clone(), out))
             return out.clone()

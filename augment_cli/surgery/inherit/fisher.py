@@ -24,7 +24,8 @@ def fisher_roots(model: nn.Module, names: Iterable[str], batches: Iterable[Tenso
     """
     generator = torch.Generator().manual_seed(0)
     names = list(names)
-    sums = {name: torch.zeros(model.get_submodule(name).out_channels, dtype=torch.float64) for name in names}
+    widths = {name: int(model.get_parameter(f"{name}.weight").shape[0]) for name in names}
+    sums = {name: torch.zeros(width, dtype=torch.float64) for name, width in widths.items()}
     for batch in _first(batches):
         with recorded(model, names) as calls, torch.enable_grad():
             loss = _drawn_loss(model(batch.requires_grad_()), getattr(model, "num_classes", 0), generator)

@@ -16,6 +16,7 @@ depend on its content: maps fitted to the filters' windows agree with the source
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from augment_cli.analysis.graph import ModelGraph
 from augment_cli.compat import BatchNorm
 from augment_cli.layers import AAConv2d
+from augment_cli.operators import get_operator
 from augment_cli.planning.plan import Plan, SitePlan
 from augment_cli.surgery.calibration import Calibration
 from augment_cli.surgery.inherit.carried import importance, record
@@ -75,21 +77,27 @@ def install(model: nn.Module, plan: Plan, graph: ModelGraph, fits: dict[str, "Fi
     """Apply a plan to a model, in place, with a fit for each site that gives up filters."""
     norms = {site.name: site.norm for site in graph.sites}
     scores = {site.name: importance(find_conv(model, site), _norm(model, norms[site.name])) for site in plan.sites}
-    apply_plan(model, plan, lambda name, conv, count: fits[name].kept)
+    kept: dict[str, list[int]] = {}
+
+    def keep(name: str, conv: nn.Conv2d, count: int) -> list[int]:
+        kept[name] = fits[name].kept if name in fits else keep_highest(scores[name].tolist(), conv, count)
+        return kept[name]
+
+    apply_plan(model, plan, keep)
     for site in plan.sites:
-        if site.name in fits:
-            fits[site.name].install(model.get_submodule(site.name), _norm(model, norms[site.name]))
-    return tuple(_record(site, scores[site.name], fits.get(site.name)) for site in plan.sites)
+        layer = model.get_submodule(site.name)
+        if site.name in fits and isinstance(layer, AAConv2d):
+            fits[site.name].install(layer, _norm(model, norms[site.name]))
+    return tuple(_record(site, scores[site.name], kept.get(site.name), site.name in fits) for site in plan.sites)
 
 
 def _norm(model: nn.Module, name: str | None) -> nn.Module | None:
     return model.get_submodule(name) if name else None
 
 
-def _record(site: SitePlan, score: Tensor, found: "Fit | None") -> Inheritance:
-    if found is None:
-        return record(site, score, list(range(site.out_channels)))
-    return record(site, score, found.kept).model_copy(update={"kind": "fitted"})
+def _record(site: SitePlan, score: Tensor, kept: list[int] | None, fitted: bool) -> Inheritance:
+    made = record(site, score, list(range(site.out_channels)) if kept is None else kept)
+    return made.model_copy(update={"kind": "fitted"}) if fitted else made
 
 
 @dataclass(frozen=True)
@@ -119,13 +127,14 @@ class Fit:
         balance = (out.norm() / value.norm().clamp_min(1e-12)).sqrt().clamp_min(1e-6)
         layer.qkv.weight[2 * layer.key_channels :, :, 0, 0] = (value * balance).to(layer.qkv.weight)
         layer.proj.weight[:, :, 0, 0] = (out / balance).to(layer.proj.weight)
-        if _centres(norm):
-            norm.running_mean[self.given_up] -= self.shortfall.to(norm.running_mean)
+        mean = _running_mean(norm)
+        if mean is not None:
+            mean[self.given_up] -= self.shortfall.to(mean)
 
 
-def _centres(norm: nn.Module | None) -> bool:
-    """Whether a normalisation takes off a mean that was estimated before."""
-    return isinstance(norm, BatchNorm) and norm.running_mean is not None
+def _running_mean(norm: nn.Module | None) -> Tensor | None:
+    """The mean that a normalisation takes off, where it was estimated before."""
+    return norm.running_mean if isinstance(norm, BatchNorm) else None
 
 
 def fit_sites(
@@ -138,34 +147,36 @@ def fit_sites(
     """
     norms = {site.name: site.norm for site in graph.sites}
     model.eval()
-    probes = {site.name: replacement(find_conv(model, site), site).eval() for site in plan.sites}
-    sites = [site for site in plan.sites if site.given_up]
+    built = {site.name: replacement(find_conv(model, site), site).eval() for site in plan.sites}
+    fittable = {site.name for site in plan.sites if get_operator(site.operator).fittable}
+    probes = {name: layer for name, layer in built.items() if name in fittable and isinstance(layer, AAConv2d)}
+    sites = [site for site in plan.sites if site.name in probes]
     if not sites:
         return {}
-    spread(model, {site.name: probes[site.name] for site in sites}, next(iter(calibration.fitting())))
+    spread(model, probes, next(iter(calibration.fitting())))
     scales = fisher_roots(model, [site.name for site in sites], calibration.fitting())
-    passes, fits = _passes(sites, probes), {}
+    passes, fits = _passes(sites, probes), dict[str, Fit]()
     count = len(calibration.images) - calibration.held
     for number, part in enumerate(passes):
         layers = {site.name: probes[site.name] for site in part}
-        seen = observe(
-            model,
-            layers,
-            calibration.fitting(),
-            count,
-            lambda done, before=number * count: progress("observing", before + done, len(passes) * count),
-        )
+        before, total = number * count, len(passes) * count
+        advance = partial(_advance, progress, before, total)
+        seen = observe(model, layers, calibration.fitting(), count, advance)
         for site in part:
             conv, norm = find_conv(model, site), _norm(model, norms[site.name])
             own = seen.pop(site.name), scales[site.name]
-            fits[site.name] = _fit_site(site, conv, probes[site.name], _centres(norm), *own)
+            fits[site.name] = _fit_site(site, conv, probes[site.name], _running_mean(norm) is not None, *own)
             progress("fitting", len(fits), len(sites))
     return fits
 
 
+def _advance(progress: Progress, before: int, total: int, done: int) -> None:
+    progress("observing", before + done, total)
+
+
 def _passes(sites: list[SitePlan], probes: dict[str, AAConv2d]) -> list[list[SitePlan]]:
     """Sites in parts whose sums fit _MOST_BYTES."""
-    parts, size = [[]], 0
+    parts, size = [list[SitePlan]()], 0
     for site in sites:
         features = probes[site.name].heads * site.in_channels
         own = 2 * 8 * (features**2 + features * site.out_channels + site.out_channels**2)
@@ -179,7 +190,8 @@ def _passes(sites: list[SitePlan], probes: dict[str, AAConv2d]) -> list[list[Sit
 def _fit_site(site: SitePlan, conv: nn.Conv2d, probe: AAConv2d, centred: bool, fitting: Seen, scale: Tensor) -> Fit:
     """Projections for the filters that attention replaces best, from sums over images."""
     rank, every = probe.value_channels // probe.heads, torch.arange(site.out_channels)
-    ridge = choose_ridge(*(half.targets(every, scale) for half in fitting.covariances(centred)), rank)
+    first, second = (half.targets(every, scale) for half in fitting.covariances(centred))
+    ridge = choose_ridge(first, second, rank)
     sums = fitting.total()
     moments = sums.covariance(centred)
     given_up = every

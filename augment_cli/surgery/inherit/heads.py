@@ -67,4 +67,4 @@ def fit_heads(moments: Covariance, rank: int, ridge: float, sweeps: int = _SWEEP
 def choose_ridge(fitted: Covariance, unseen: Covariance, rank: int) -> float:
     """The ridge under which projections fitted to one half of the data err least on the other."""
     errors = {ridge: float(fit_heads(fitted, rank, ridge, sweeps=1).errors(unseen).sum()) for ridge in RIDGES}
-    return min(errors, key=errors.get)
+    return min(errors, key=errors.__getitem__)

@@ -18,7 +18,7 @@ class Covariance:
     tt: Tensor
 
     def targets(self, chosen: Tensor, scale: Tensor) -> "Covariance":
-        """Of some of the targets, each multiplied by its entry of `scale` (chosen,)."""
+        """The same of some of the targets, each multiplied by its entry of `scale` (chosen,)."""
         ty = self.ty[chosen] * scale.view(-1, 1, 1)
         return Covariance(self.yy, ty, self.tt[chosen][:, chosen] * scale.view(-1, 1) * scale)
 
@@ -36,14 +36,15 @@ class Moments:
     def __init__(self, like: "Moments | None" = None) -> None:
         self.count = 0
         self.sums: list[Tensor] = []
-        self.origin = like.origin if like else None
+        self.origin: tuple[Tensor, Tensor] | None = like.origin if like else None
+        self.shape = torch.Size()
 
     def add(self, features: Tensor, targets: Tensor) -> None:
         """Shapes: features (positions, heads, channels), targets (positions, targets)."""
         y, t = features.flatten(1), targets
         self.shape = features.shape[1:]
-        self.origin = self.origin or (y.mean(0), t.mean(0))
-        y, t = y - self.origin[0], t - self.origin[1]
+        origin = self.origin = self.origin or (y.mean(0), t.mean(0))
+        y, t = y - origin[0], t - origin[1]
         products = (y.T @ y, t.T @ y, t.T @ t, y.sum(0), t.sum(0))
         if not self.count:
             self.sums = [torch.zeros_like(product, dtype=torch.float64) for product in products]
@@ -61,7 +62,7 @@ class Moments:
         """Averages over the positions; `centred` about the means, for a fit with an intercept."""
         yy, ty, tt, y, t = (total / self.count for total in self.sums)
         yy, ty, tt = yy - y.outer(y), ty - t.outer(y), tt - t.outer(t)
-        if not centred:
+        if not centred and self.origin is not None:
             y, t = y + self.origin[0], t + self.origin[1]
             yy, ty, tt = yy + y.outer(y), ty + t.outer(y), tt + t.outer(t)
         heads, channels = self.shape
@@ -69,6 +70,9 @@ class Moments:
         return Covariance(yy.view(heads, channels, heads, channels), ty.view(-1, heads, channels), tt)
 
     def means(self) -> tuple[Tensor, Tensor]:
-        """Of features (heads, channels) and of targets (targets,)."""
-        y, t = ((total / self.count + origin).float() for total, origin in zip(self.sums[3:], self.origin, strict=True))
+        """Means of the features (heads, channels) and of the targets (targets,)."""
+        y, t = ((total / self.count) for total in self.sums[3:])
+        if self.origin is not None:
+            y, t = y + self.origin[0], t + self.origin[1]
+        y, t = y.float(), t.float()
         return y.view(self.shape), t

@@ -30,7 +30,7 @@ class Seen:
         return self.halves[number % 2]
 
     def covariances(self, centred: bool) -> list[Covariance]:
-        """Of each half; of the same data twice where there was one batch only."""
+        """Covariances of each half; of the same data twice where there was one batch only."""
         return [half.covariance(centred) for half in (self.halves * 2)[:2]]
 
     def total(self) -> Moments:
@@ -79,9 +79,9 @@ def _drawn(
     Shapes: x (N, in_channels, H, W), computed (N, out_channels, H', W'); result (positions, heads, in_channels) and
     (positions, out_channels).
     """
-    size = computed.shape[-2:]
+    size = (computed.shape[-2], computed.shape[-1])
     most = max(1, round(POSITIONS * len(x) / images))
-    few = max(1, min(len(x), -(-4 * most // size.numel())))  # attention on more images than this is wasted
+    few = max(1, min(len(x), -(-4 * most // (size[0] * size[1]))))  # attention on more images than this is wasted
     maps = head_maps(layer, layer.pool_for_attention(layer.reduce_to_output(x[:few])))
     features, targets = positions(maps, size), positions(computed[:few].unsqueeze(1), size).squeeze(1)
     drawn = torch.randperm(len(features), generator=generator)[:most]

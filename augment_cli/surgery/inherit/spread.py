@@ -55,7 +55,7 @@ def spread(
         factor = (content / own.clamp_min(1e-6)).clamp_max(_MOST).sqrt()
         both *= factor.repeat_interleave(len(both) // 2 // layer.heads).repeat(2).view(-1, 1, 1, 1)
         for table in (layer.rel_height, layer.rel_width):
-            table *= min(position / max(float((relative * factor).mean()), 1e-6), _MOST)
+            table.mul_(min(position / max(float((relative * factor).mean()), 1e-6), _MOST))
 
 
 def whitening(seen: Tensor) -> Tensor:
