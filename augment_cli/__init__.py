@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from wrapt import register_post_import_hook
 
-from augment_cli.errors import AugmentError
+from augment_cli.errors import AugmentError, BudgetError, FileError, InputError
 
 if TYPE_CHECKING:
     from augment_cli.api import check, convert, plan, report, save
@@ -47,6 +47,9 @@ __all__ = [
     "AAConv2d",
     "AWConv2d",
     "AugmentError",
+    "BudgetError",
+    "FileError",
+    "InputError",
     "Plan",
     "check",
     "convert",

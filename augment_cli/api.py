@@ -16,7 +16,7 @@ from augment_cli.analysis.graph import ModelGraph, analyze
 from augment_cli.checkpoint.check import Finding, verify_file, verify_model
 from augment_cli.checkpoint.metadata import Metadata, metadata_of, read_metadata
 from augment_cli.conversion import check_fittable, operate
-from augment_cli.errors import AugmentError
+from augment_cli.errors import InputError
 from augment_cli.planning.plan import Plan, check_budget, fit_plan, make_plan, read_plan
 from augment_cli.planning.recipe import Recipe, load_recipe
 from augment_cli.reporting.output import check_target, write_model
@@ -93,9 +93,9 @@ def convert(
         ('ResNet', 'AAConv2d')
     """
     if not isinstance(model, str) and (pretrained or checkpoint):
-        raise AugmentError("a module has its weights: leave out `pretrained` and `checkpoint`")
+        raise InputError("a module has its weights: leave out `pretrained` and `checkpoint`")
     if pretrained and checkpoint:
-        raise AugmentError("`pretrained` and `checkpoint` both name weights: give one of them")
+        raise InputError("`pretrained` and `checkpoint` both name weights: give one of them")
     if isinstance(plan, Plan):
         input_size, args = (
             input_size or plan.input_size,
@@ -179,7 +179,7 @@ def _describe(model: Model, input_size: Size | None, args: dict[str, Any]) -> tu
     if isinstance(model, str):
         return source.describe(model, args, height_width)
     if args:
-        raise AugmentError(f"a module knows its own arguments: leave out {', '.join(args)}")
+        raise InputError(f"a module knows its own arguments: leave out {', '.join(args)}")
     return source.describe_module(model, height_width)
 
 
@@ -189,7 +189,7 @@ def _planned(
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(str(recipe), overrides)
     elif overrides:
-        raise AugmentError("overrides are for a recipe's name or file: a recipe object is taken as it is")
+        raise InputError("overrides are for a recipe's name or file: a recipe object is taken as it is")
     made, _ = make_plan(described.name, graph, recipe, described.args, base=described.base)
     return made
 
@@ -211,7 +211,7 @@ def _images(calibrate: Any, model: nn.Module, plan: Plan, count: int, seed: int)
 def _metadata_of(model: nn.Module) -> Metadata:
     metadata = metadata_of(model)
     if metadata is None:
-        raise AugmentError(
+        raise InputError(
             f"{type(model).__name__} is not a converted model: take one from augment_cli.convert or augment_cli.load"
         )
     return metadata

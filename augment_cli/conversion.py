@@ -7,7 +7,7 @@ from augment_cli.analysis.graph import ModelGraph
 from augment_cli.checkpoint import rebuild
 from augment_cli.checkpoint.files import versions
 from augment_cli.checkpoint.metadata import Metadata, attach
-from augment_cli.errors import AugmentError
+from augment_cli.errors import InputError
 from augment_cli.operators import get_operator
 from augment_cli.planning.plan import Plan
 from augment_cli.seeds import seeded
@@ -24,7 +24,7 @@ def check_fittable(plan: Plan) -> None:
     """
     if not any(get_operator(site.operator).fittable for site in plan.sites):
         operators = ", ".join(sorted({site.operator for site in plan.sites}))
-        raise AugmentError(
+        raise InputError(
             f"the plan for {plan.model} has only operator {operators}, so that there is nothing to fit: no "
             f"attention takes a filter's place; leave out `calibrate`"
         )

@@ -6,12 +6,27 @@ from contextlib import contextmanager
 
 
 class AugmentError(Exception):
-    """Bad input or a request that cannot be met. The command line prints it and exits with code 2."""
+    """Bad input or a request that cannot be met. The command line prints it and exits with code 2.
+
+    Settings stand in backticks as Python writes them, such as `overwrite=True`; the command line shows its options.
+    """
+
+
+class InputError(AugmentError):
+    """A model, recipe, plan, data set or setting that cannot be used."""
+
+
+class BudgetError(AugmentError):
+    """A budget that cannot be met, or that a plan exceeds."""
+
+
+class FileError(AugmentError):
+    """A file or folder that cannot be read, written or replaced, or that does not hold what it should."""
 
 
 @contextmanager
 def boundary(subject: str) -> Iterator[None]:
-    """Turn whatever exception is raised within into one AugmentError that begins with `subject`.
+    """Turn whatever exception is raised within into one InputError that begins with `subject`.
 
     It stands around code of others that works on input from outside, such as parsers and timm's constructors: they
     raise anything. AugmentErrors pass as they are.
@@ -21,7 +36,7 @@ def boundary(subject: str) -> Iterator[None]:
     except AugmentError:
         raise
     except Exception as error:
-        raise AugmentError(f"{subject}: {first_line(error)}") from error
+        raise InputError(f"{subject}: {first_line(error)}") from error
 
 
 def first_line(error: BaseException) -> str:

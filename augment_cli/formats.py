@@ -3,7 +3,7 @@
 import struct
 from pathlib import Path
 
-from augment_cli.errors import AugmentError, boundary
+from augment_cli.errors import FileError, boundary
 
 ARCHITECTURE = "augmented"
 """The architecture of converted models in timm's registry."""
@@ -26,11 +26,11 @@ def read_tensor_metadata(file: Path) -> dict[str, str]:
     with boundary(f"{file} cannot be read"), file.open("rb") as stream:
         start = stream.read(8)
     if len(start) < 8:
-        raise AugmentError(f"{file} is no safetensors file: it has {len(start)} bytes")
+        raise FileError(f"{file} is no safetensors file: it has {len(start)} bytes")
     size = struct.unpack("<Q", start)[0]
     if size > file.stat().st_size - 8:
-        raise AugmentError(f"{file} is no safetensors file, or cut short: its header should be {size:,} bytes long")
+        raise FileError(f"{file} is no safetensors file, or cut short: its header should be {size:,} bytes long")
     if size > _LARGEST_HEADER:
-        raise AugmentError(f"{file}: a header of {size:,} bytes is refused; the most is {_LARGEST_HEADER:,}")
+        raise FileError(f"{file}: a header of {size:,} bytes is refused; the most is {_LARGEST_HEADER:,}")
     with boundary(f"{file} is no whole safetensors file"), safe_open(file, "numpy") as opened:
         return opened.metadata() or {}

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
-from augment_cli.errors import AugmentError, boundary
+from augment_cli.errors import InputError, boundary
 
 _SPEC = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
@@ -25,5 +25,5 @@ def resolve(name: str) -> Callable[..., Any]:
     with boundary(f"{name}: {module} cannot be imported"):
         found = getattr(import_module(module), attribute, None)
     if not callable(found):
-        raise AugmentError(f"{name}: {module} has no function {attribute}")
+        raise InputError(f"{name}: {module} has no function {attribute}")
     return found

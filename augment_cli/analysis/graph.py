@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from augment_cli.analysis.site import ConvSite, Size
 from augment_cli.compat import tree_map_only
-from augment_cli.errors import AugmentError
+from augment_cli.errors import AugmentError, InputError
 
 # What may stand between a convolution and its normalisation without changing what is normalised.
 _PASSES_THROUGH = (nn.Identity, nn.Dropout, nn.Dropout2d)
@@ -110,7 +110,7 @@ def trace(model: nn.Module) -> fx.Graph:
     try:
         return _Tracer().trace(model, concrete_args=constants)
     except Exception as error:  # symbolic tracing fails in as many ways as there are models
-        raise AugmentError(f"{type(model).__name__} cannot be traced with torch.fx: {_reason(error)}") from error
+        raise InputError(f"{type(model).__name__} cannot be traced with torch.fx: {_reason(error)}") from error
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -137,7 +137,7 @@ def propagate_shapes(model: nn.Module, graph: fx.Graph, input_size: tuple[int, i
         interpreter.run(torch.empty(1, *input_size, device="meta", dtype=dtype))
     except Exception as error:  # whatever a model raises on a size that it cannot take
         size = "x".join(map(str, input_size))
-        raise AugmentError(f"{type(model).__name__} does not run on an image of {size}: {_reason(error)}") from error
+        raise InputError(f"{type(model).__name__} does not run on an image of {size}: {_reason(error)}") from error
     return interpreter.shapes
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn.modules import module as registration
 
-from augment_cli.errors import AugmentError
+from augment_cli.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,9 @@ def limited(model: str, limit: Limit = Limit()) -> Iterator[None]:
         if isinstance(value, Tensor):
             elements += value.numel()
         if parts > limit.parts:
-            raise AugmentError(f"{model} would have more than {limit.parts:,} modules and tensors by its arguments")
+            raise InputError(f"{model} would have more than {limit.parts:,} modules and tensors by its arguments")
         if elements > limit.elements:
-            raise AugmentError(f"{model} would have tensors of more than {limit.elements:,} numbers by its arguments")
+            raise InputError(f"{model} would have tensors of more than {limit.elements:,} numbers by its arguments")
 
     handles = [
         registration.register_module_module_registration_hook(count),

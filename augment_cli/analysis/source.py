@@ -20,7 +20,7 @@ from augment_cli.analysis.guard import limited
 from augment_cli.analysis.weights import find_weights, misfit, read_checkpoint
 from augment_cli.bounds import MOST_SIDE
 from augment_cli.compat import pretrained_cfg
-from augment_cli.errors import AugmentError, boundary, first_line, nearest
+from augment_cli.errors import AugmentError, InputError, boundary, first_line, nearest
 from augment_cli.formats import ARCHITECTURE, METADATA_KEY, read_tensor_metadata
 from augment_cli.seeds import preserved, seeded
 
@@ -57,7 +57,7 @@ def describe(
     """
     args = dict(args or {})
     if image_size and not all(1 <= side <= MOST_SIDE for side in image_size):
-        raise AugmentError(f"image size {'x'.join(map(str, image_size))}: a side is from 1 to {MOST_SIDE} pixels long")
+        raise InputError(f"image size {'x'.join(map(str, image_size))}: a side is from 1 to {MOST_SIDE} pixels long")
     if is_function(name):
         with torch.device("meta"), seeded("shapes"):
             model = _call(name, args)
@@ -83,7 +83,7 @@ def describe_module(model: nn.Module, image_size: tuple[int, int] | None = None)
         AugmentError: a converted model, or one that does not say its image size, where none is given.
     """
     if hasattr(model, "augment_metadata"):
-        raise AugmentError(f"{type(model).__name__} is a converted model already: convert its source, or edit its plan")
+        raise InputError(f"{type(model).__name__} is a converted model already: convert its source, or edit its plan")
     meta_model, found = meta_copy(model), _as_timm(model)
     if found is not None:
         name, args = found
@@ -114,7 +114,7 @@ def _input_size(model: nn.Module, name: str, image_size: tuple[int, int] | None)
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     size = image_size or pretrained_cfg(model).get("input_size", ())[1:]
     if not size:
-        raise AugmentError(f"{name} does not say how large its images are: give their size, such as `input_size=224`")
+        raise InputError(f"{name} does not say how large its images are: give their size, such as `input_size=224`")
     height, width = size
     return (first.in_channels if first is not None else 3), height, width
 
@@ -141,14 +141,14 @@ def create(source: Source, seed: int = 0, origin: str | None = None) -> nn.Modul
         torch.default_generator.manual_seed(seed)
         if source.base == "other":
             if origin is not None:
-                raise AugmentError(f"`pretrained` is for timm's models: give the arguments that {origin} takes")
+                raise InputError(f"`pretrained` is for timm's models: give the arguments that {origin} takes")
             return _call(source.name, source.args)
         if origin is None:
             return _create(source.name, source.args)
         try:
             return timm.create_model(origin, pretrained=True, **source.args)
         except Exception as error:  # a dozen exceptions of hub, network, cache and file say the same thing
-            raise AugmentError(
+            raise InputError(
                 f"the pretrained weights of {origin} cannot be had: {first_line(error)}. "
                 f"Give a file as `checkpoint`, or leave out `pretrained` for random weights"
             ) from error
@@ -168,16 +168,16 @@ def load_checkpoint(model: nn.Module, path: Path, ema: bool | None = None) -> st
         AugmentError: a missing or corrupt file, weights of another architecture, or weights that are not finite.
     """
     if not path.is_file():
-        raise AugmentError(f"checkpoint {path}: no such file")
+        raise InputError(f"checkpoint {path}: no such file")
     contents = read_checkpoint(path)
     if path.suffix == ".safetensors" and METADATA_KEY in read_tensor_metadata(path):
-        raise AugmentError(f"checkpoint {path} is a converted model already: give its source's weights")
+        raise InputError(f"checkpoint {path} is a converted model already: give its source's weights")
     found = find_weights(contents, model, path, ema)
     try:
         model.load_state_dict(found.state_dict)
     except Exception as error:  # other names or shapes; tensors that are sparse, quantised or on no device
         reason = misfit(model, found.state_dict)
-        raise AugmentError(f"checkpoint {path} does not fit {type(model).__name__}: {reason}") from error
+        raise InputError(f"checkpoint {path} does not fit {type(model).__name__}: {reason}") from error
     check_finite(model, f"checkpoint {path}")
     return ", ".join([f"checkpoint {path.name}", *found.notes])
 
@@ -191,7 +191,7 @@ def check_finite(model: nn.Module, origin: str) -> None:
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not (finite := tensor.isfinite()).all():
             bad = finite.numel() - int(finite.sum())
-            raise AugmentError(f"{origin}: {name} is not finite in {bad:,} of its {finite.numel():,} values")
+            raise InputError(f"{origin}: {name} is not finite in {bad:,} of its {finite.numel():,} values")
 
 
 def weights_digest(model: nn.Module) -> str:
@@ -231,19 +231,19 @@ def _check(name: str, args: dict[str, Any]) -> None:
     try:
         freeze_arguments(args)
     except ValueError as error:
-        raise AugmentError(f"the arguments of {name}: {error}") from error
+        raise InputError(f"the arguments of {name}: {error}") from error
     architecture = name.split(".")[0]
     if ":" not in name and not timm.is_model(architecture):
-        raise AugmentError(f"timm has no model {name}{nearest(architecture, timm.list_models())}")
+        raise InputError(f"timm has no model {name}{nearest(architecture, timm.list_models())}")
     tagged = timm.list_models(f"{architecture}.*", include_tags=True)
     if ":" not in name and "." in name and name not in tagged:
         tags = [known.partition(".")[2] for known in tagged]
-        raise AugmentError(f"timm has no weights {name}{nearest(name.partition('.')[2], tags)}")
+        raise InputError(f"timm has no weights {name}{nearest(name.partition('.')[2], tags)}")
 
 
 def _registry_name(name: str, model: nn.Module) -> str:
     """The model's name in timm's registry: a hub or folder name is resolved."""
     architecture = pretrained_cfg(model).get("architecture") or name
     if architecture == ARCHITECTURE:
-        raise AugmentError(f"{name} is a converted model already: convert its source, or edit its plan")
+        raise InputError(f"{name} is a converted model already: convert its source, or edit its plan")
     return name if ":" not in name else architecture

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from augment_cli.errors import AugmentError
+from augment_cli.errors import FileError
 from augment_cli.resources import resource
 
 RECIPES = ("aa", "aw", "aa-aw")
@@ -87,4 +87,4 @@ def _read() -> Any:
     try:
         return json.loads(table_file().read_text(encoding="utf-8"))
     except OSError as error:
-        raise AugmentError(f"{table_file()} cannot be read ({error.strerror}): `make sweep` makes it") from error
+        raise FileError(f"{table_file()} cannot be read ({error.strerror}): `make sweep` makes it") from error

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from augment_cli.bounds import MOST_CONVOLUTIONS, Name, Sha256, Text
-from augment_cli.errors import AugmentError, boundary
+from augment_cli.errors import FileError, boundary
 from augment_cli.formats import METADATA_KEY, read_tensor_metadata
 from augment_cli.planning.plan import Plan, check_schema
 from augment_cli.planning.recipe import describe_errors
@@ -61,7 +61,7 @@ def weights_file(path: Path) -> Path:
     """
     file = path / WEIGHTS if path.is_dir() else path
     if not file.is_file():
-        raise AugmentError(f"{path}: no {WEIGHTS} in this folder" if path.is_dir() else f"{path}: no such file")
+        raise FileError(f"{path}: no {WEIGHTS} in this folder" if path.is_dir() else f"{path}: no such file")
     return file
 
 
@@ -74,9 +74,7 @@ def read_metadata(path: Path) -> Metadata:
     file = weights_file(path)
     text = read_tensor_metadata(file).get(METADATA_KEY)
     if text is None:
-        raise AugmentError(
-            f"{file} is a safetensors file, but no converted model: its metadata have no {METADATA_KEY!r}"
-        )
+        raise FileError(f"{file} is a safetensors file, but no converted model: its metadata have no {METADATA_KEY!r}")
     return parse_metadata(text, file)
 
 
@@ -96,4 +94,4 @@ def parse_metadata(text: str, file: Path) -> Metadata:
         try:
             return Metadata.model_validate(data)
         except ValidationError as error:
-            raise AugmentError(f"{wrong}: {describe_errors(error, Metadata)}") from error
+            raise FileError(f"{wrong}: {describe_errors(error, Metadata)}") from error

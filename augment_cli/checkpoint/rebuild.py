@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from augment_cli.analysis.guard import Limit, limited
 from augment_cli.checkpoint.metadata import WEIGHTS, parse_metadata
 from augment_cli.compat import pretrained_cfg, set_pretrained_cfg, update_model_args
-from augment_cli.errors import AugmentError, boundary, first_line
+from augment_cli.errors import FileError, InputError, boundary, first_line
 from augment_cli.formats import ARCHITECTURE, METADATA_KEY, read_tensor_metadata
 from augment_cli.planning.plan import Plan, validate_plan
 from augment_cli.seeds import seeded
@@ -42,14 +42,14 @@ def build(plan: Plan, base: Base | None = None) -> nn.Module:
     if plan.base == "other":
         return _on_base(plan, base)
     if base is not None:
-        raise AugmentError(f"{plan.model} is a model of timm, which makes it again: leave out `base`")
+        raise InputError(f"{plan.model} is a model of timm, which makes it again: leave out `base`")
     with boundary(f"{plan.model} cannot be built by its plan"):
         return timm.create_model(ARCHITECTURE, **_arguments(plan))
 
 
 def _on_base(plan: Plan, base: Base | None) -> nn.Module:
     if base is None:
-        raise AugmentError(
+        raise InputError(
             f"{plan.model} is not a model of timm: give the model, or a function that makes it, as `base=`"
         )
     with boundary(f"the base of {plan.model}"):
@@ -76,7 +76,7 @@ def check_fit(file: Path, arguments: dict[str, Any]) -> None:
         with limited("the model", Limit.of(found.values())), seeded("shapes"), torch.device("meta"):
             state = timm.create_model(ARCHITECTURE, **arguments).state_dict()
     except Exception as error:  # timm's, of its constructors and of a configuration that it cannot read
-        raise AugmentError(f"{file}: {first_line(error)}") from error
+        raise FileError(f"{file}: {first_line(error)}") from error
     _compare(file, found, state)
 
 
@@ -101,7 +101,7 @@ def _compare(file: Path, found: dict[str, tuple[int, ...]], state: dict[str, Ten
     wrong = [name for name in sorted(expected.keys() | found) if expected.get(name) != found.get(name)]
     if wrong:
         name = wrong[0]
-        raise AugmentError(
+        raise FileError(
             f"{file}: {len(wrong)} tensors do not fit its plan, such as {name}: "
             f"{found.get(name, 'none')} in the file, {expected.get(name, 'none')} by the plan"
         )
@@ -140,7 +140,7 @@ def _check_folder(plan: Plan, cfg: Any, arguments: dict[str, Any] | None) -> Non
         return
     text = read_tensor_metadata(file).get(METADATA_KEY)  # none where timm saved the folder
     if text is not None and parse_metadata(text, file).plan != plan:
-        raise AugmentError(f"{file.parent}: config.json and {WEIGHTS} hold two plans: one was changed or replaced")
+        raise FileError(f"{file.parent}: config.json and {WEIGHTS} hold two plans: one was changed or replaced")
     own_cfg = {key: value for key, value in cfg.items() if key not in _SOURCES}
     check_fit(file, {**arguments, "pretrained_cfg": own_cfg})
 
@@ -148,11 +148,11 @@ def _check_folder(plan: Plan, cfg: Any, arguments: dict[str, Any] | None) -> Non
 def _checked(plan: dict[str, Any] | None) -> Plan:
     """A plan from outside may name nothing but a model of timm's own registry."""
     if plan is None:
-        raise AugmentError(f"{ARCHITECTURE} is the architecture of converted models: load one, or give its plan")
+        raise InputError(f"{ARCHITECTURE} is the architecture of converted models: load one, or give its plan")
     checked = validate_plan(plan, "the plan")
     base = checked.model.partition(".")[0]
     if checked.base != "timm" or not timm.is_model(base) or base == ARCHITECTURE:
-        raise AugmentError(f"the plan's base {checked.model!r} is not in timm's registry")
+        raise InputError(f"the plan's base {checked.model!r} is not in timm's registry")
     return checked
 
 
@@ -206,7 +206,7 @@ def _check_called(extractor: nn.Module, names: dict[str, str]) -> None:
         return
     called = {f"graph_module.{node.target}" for node in graph.nodes if node.op == "call_module"}
     if missed := sorted(names.keys() - called):
-        raise AugmentError(
+        raise InputError(
             f"timm's graph feature extractor looks inside {names[missed[0]]}, so that it cannot be replaced there; "
             f"use feature_cls='hook' or forward_intermediates"
         )

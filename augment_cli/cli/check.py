@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from augment_cli.cli import common
-from augment_cli.errors import AugmentError
+from augment_cli.errors import InputError
 
 
 def check(
@@ -28,7 +28,7 @@ def check(
         command = [sys.executable, "-m", "augment_cli.checkpoint.check", str(path), *([base] if base else [])]
         run = subprocess.run(command, capture_output=True, text=True, check=False)
     if run.returncode:
-        raise AugmentError((run.stderr.strip() or f"ended by signal {-run.returncode}").splitlines()[-1])
+        raise InputError((run.stderr.strip() or f"ended by signal {-run.returncode}").splitlines()[-1])
     findings = json.loads(run.stdout)
     passed = all(finding["passed"] for finding in findings)
     if as_json:
@@ -46,4 +46,4 @@ def check(
             )
         common.show(rows)
     if not passed:
-        raise AugmentError(f"{path} is not what its plan says")
+        raise InputError(f"{path} is not what its plan says")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from augment_cli.cli import completion
-from augment_cli.errors import AugmentError, boundary
+from augment_cli.errors import InputError, boundary
 from augment_cli.terminal import echo, say
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def show(renderable: Any) -> None:
 
 def check_ema(ema: bool | None, checkpoint: str | Path | None) -> None:
     if ema is not None and checkpoint is None:
-        raise AugmentError(f"--{'' if ema else 'no-'}ema is for --checkpoint: add it, or leave it out")
+        raise InputError(f"--{'' if ema else 'no-'}ema is for --checkpoint: add it, or leave it out")
 
 
 def parse_image_size(text: str | None) -> tuple[int, int] | None:
@@ -117,7 +117,7 @@ def parse_image_size(text: str | None) -> tuple[int, int] | None:
         return None
     match = re.fullmatch(r"(\d+)(?:x(\d+))?", text.strip())
     if not match or not int(match[1]):
-        raise AugmentError(f"--img-size {text}: write it as 224, or as HEIGHTxWIDTH such as 224x288")
+        raise InputError(f"--img-size {text}: write it as 224, or as HEIGHTxWIDTH such as 224x288")
     return int(match[1]), int(match[2] or match[1])
 
 
@@ -127,7 +127,7 @@ def parse_arguments(pairs: list[str] | None) -> dict[str, Any]:
     for pair in pairs or ():
         key, separator, text = pair.partition("=")
         if not separator or not key.isidentifier():
-            raise AugmentError(f"--model-arg {pair}: write it as KEY=VALUE, such as num_classes=10")
+            raise InputError(f"--model-arg {pair}: write it as KEY=VALUE, such as num_classes=10")
         with boundary(f"--model-arg {key}"):
             try:
                 arguments[key] = json.loads(text)
@@ -159,13 +159,13 @@ def read_given_plan(
 
     plan = read_plan(file)
     if plan.base == "other" and not model:
-        raise AugmentError(
+        raise InputError(
             f"plan {file} is for {plan.model}, which is not a model of timm: give MODEL, as package.module:function"
         )
     known = (model if plan.base == "timm" else None, recipe, *others)
     for value, option in zip(known, ("MODEL", "--recipe", "--img-size", "--model-arg"), strict=True):
         if value:
-            raise AugmentError(f"--plan says which model and what becomes of it: leave out {option}, or edit the plan")
+            raise InputError(f"--plan says which model and what becomes of it: leave out {option}, or edit the plan")
     return plan.model_copy(update={"budget": override_budget(plan.budget, tuple(overrides or ()))})
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from augment_cli.cli import common
-from augment_cli.errors import AugmentError
+from augment_cli.errors import InputError
 
 _FITTED = "Attention that is fitted to what it replaces"
 
@@ -78,7 +78,7 @@ def convert(
     from augment_cli.reporting.output import check_target, write_model
 
     if pretrained and checkpoint:
-        raise AugmentError("--pretrained and --checkpoint both name weights: give one of them")
+        raise InputError("--pretrained and --checkpoint both name weights: give one of them")
     common.check_ema(ema, checkpoint)
     _check_calibration(init, calibrate, calibrate_images)
     given, size = None, None
@@ -89,7 +89,7 @@ def convert(
         settings = common.load_named_recipe(recipe or "aa", overrides)
         arguments, size = common.parse_arguments(model_args), common.parse_image_size(image_size)
     else:
-        raise AugmentError("which model? Give a timm model's name, or a plan with --plan")
+        raise InputError("which model? Give a timm model's name, or a plan with --plan")
     specs.check_name(model)
     specs.check_file("checkpoint", checkpoint)
     if calibrate:
@@ -142,6 +142,6 @@ def convert(
 
 def _check_calibration(init: Init, calibrate: str | None, images: int | None) -> None:
     if init is Init.fit and calibrate is None:
-        raise AugmentError("--init fit needs images to fit on: give a folder of some hundred with --calibrate")
+        raise InputError("--init fit needs images to fit on: give a folder of some hundred with --calibrate")
     if init is not Init.fit and (calibrate is not None or images is not None):
-        raise AugmentError("--calibrate and --calibrate-images are for --init fit: add it, or leave them out")
+        raise InputError("--calibrate and --calibrate-images are for --init fit: add it, or leave them out")

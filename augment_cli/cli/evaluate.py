@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from augment_cli.cli import common
-from augment_cli.errors import AugmentError
+from augment_cli.errors import InputError
 
 if TYPE_CHECKING:
     from augment_cli.training.assess import Result
@@ -52,9 +52,9 @@ def evaluate(
     from augment_cli.files import check_output
 
     if on_corrupt not in ("fail", "skip"):
-        raise AugmentError(f"--on-corrupt {on_corrupt}: it is fail or skip")
+        raise InputError(f"--on-corrupt {on_corrupt}: it is fail or skip")
     if confusion is not None and confusion.suffix not in (".csv", ".png"):
-        raise AugmentError(f"--confusion {confusion}: the name ends in .csv or .png")
+        raise InputError(f"--confusion {confusion}: the name ends in .csv or .png")
     common.check_ema(ema, checkpoint)
     specs.check_model(model)
     specs.check_data(data)

@@ -10,7 +10,7 @@ import typer
 
 from augment_cli import signals
 from augment_cli.cli import common
-from augment_cli.errors import AugmentError
+from augment_cli.errors import InputError
 from augment_cli.training.settings import FIXED, TRACKERS, Schedule, Settings, option, read_settings
 
 _run, _model, _data, _augmentation, _loss, _optimisation, _rates, _machine = (
@@ -176,7 +176,7 @@ def finetune(
     if resume is not None:
         settings = _resumed(resume, context.params, given - {"resume"})
     elif missing := next((name for name in ("model", "data", "output") if name not in given), None):
-        raise AugmentError(f"{_name(missing)} is missing; a run needs MODEL, --data and --output, or --resume DIR")
+        raise InputError(f"{_name(missing)} is missing; a run needs MODEL, --data and --output, or --resume DIR")
     else:
         settings = Settings(**{entry.name: _plain(context.params)[entry.name] for entry in fields(Settings)})
     _check(settings, resume is not None, overwrite)
@@ -207,12 +207,12 @@ def _resumed(folder: Path, values: dict[str, Any], given: set[str]) -> Settings:
     from augment_cli.training.folder import SETTINGS
 
     if fixed := sorted(given & {*FIXED, "output", "overwrite"}):
-        raise AugmentError(
+        raise InputError(
             f"{_name(fixed[0])} cannot be another for a run that has begun: leave it out, or start a new run from "
             f"{folder / 'last'}"
         )
     if not (folder / SETTINGS).is_file():
-        raise AugmentError(f"--resume {folder}: no run here that could be resumed")
+        raise InputError(f"--resume {folder}: no run here that could be resumed")
     changed = {name: _plain(values)[name] for name in given}
     return replace(read_settings(folder / SETTINGS), **changed, output=str(folder))
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from augment_cli.cli import common
-from augment_cli.errors import AugmentError, nearest
+from augment_cli.errors import InputError, nearest
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -33,7 +33,7 @@ def models(
     names = [model.model for model in table.models]
     found = [model for model in table.models if fnmatchcase(model.model, pattern)]
     if not found:
-        raise AugmentError(
+        raise InputError(
             f"timm has no model like {pattern}{nearest(pattern.strip('*'), names)}; the table is of timm "
             f"{table.versions['timm']}, and `augment plan MODEL` looks into any"
         )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from augment_cli.cli import common
-from augment_cli.errors import AugmentError
+from augment_cli.errors import InputError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -57,12 +57,12 @@ def plan(
     _check_measured(sensitivity, calibrate, pretrained, checkpoint, plot)
     if plan_file:
         if sensitivity:
-            raise AugmentError("--sensitivity plans anew, by a recipe: leave out --plan, or --sensitivity")
+            raise InputError("--sensitivity plans anew, by a recipe: leave out --plan, or --sensitivity")
         given = common.read_given_plan(plan_file, model, recipe, overrides, image_size, model_args)
         _show(_fitted(given, model or given.model, plan_file), as_json, full)
         return
     if not model:
-        raise AugmentError("which model? Give a timm model's name, or a plan with --plan")
+        raise InputError("which model? Give a timm model's name, or a plan with --plan")
     settings = common.load_named_recipe(recipe or "aa", overrides)
     arguments, size = common.parse_arguments(model_args), common.parse_image_size(image_size)
     specs.check_name(model)
@@ -122,17 +122,17 @@ def _check_measured(
     if not sensitivity:
         for option, value in given:
             if value:
-                raise AugmentError(f"{option} is for --sensitivity: add it, or leave {option} out")
+                raise InputError(f"{option} is for --sensitivity: add it, or leave {option} out")
         return
     if not calibrate:
-        raise AugmentError("--sensitivity needs images to measure on: give a folder of some hundred with --calibrate")
+        raise InputError("--sensitivity needs images to measure on: give a folder of some hundred with --calibrate")
     if bool(pretrained) == bool(checkpoint):
-        raise AugmentError("--sensitivity measures a trained model: give either --pretrained or --checkpoint FILE")
+        raise InputError("--sensitivity measures a trained model: give either --pretrained or --checkpoint FILE")
     if plot:
         from augment_cli.files import check_output
 
         if plot.suffix not in (".png", ".svg", ".pdf"):
-            raise AugmentError(f"--plot {plot}: the name ends in .png, .svg or .pdf")
+            raise InputError(f"--plot {plot}: the name ends in .png, .svg or .pdf")
         check_output(plot, overwrite=True)
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from augment_cli.cli import common, completion
-from augment_cli.errors import AugmentError, nearest
+from augment_cli.errors import InputError, nearest
 
 app = typer.Typer(help="List, show and copy the built-in recipes.", invoke_without_command=True)
 
@@ -69,5 +69,5 @@ def _text(name: str) -> str:
 
     known = builtin_recipes()
     if name not in known:
-        raise AugmentError(f"no built-in recipe named {name}{nearest(name, known)}")
+        raise InputError(f"no built-in recipe named {name}{nearest(name, known)}")
     return known[name].read_text(encoding="utf-8")

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from augment_cli.cli import common
-from augment_cli.errors import AugmentError
+from augment_cli.errors import InputError
 
 
 class Format(StrEnum):
@@ -76,7 +76,7 @@ def _format(given: Format | None, output: Path | None) -> Format:
         return given or Format.table
     meant = _SUFFIXES.get(output.suffix.lower())
     if meant is None:
-        raise AugmentError(f"{output}: the suffix says how a report is written, one of {', '.join(_SUFFIXES)}")
+        raise InputError(f"{output}: the suffix says how a report is written, one of {', '.join(_SUFFIXES)}")
     if given and given is not meant:
-        raise AugmentError(f"{output} is written as {meant}, and --format says {given}: leave one of them out")
+        raise InputError(f"{output} is written as {meant}, and --format says {given}: leave one of them out")
     return meant

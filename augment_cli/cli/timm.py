@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from augment_cli import signals
-from augment_cli.errors import AugmentError
+from augment_cli.errors import InputError
 
 
 def timm(
@@ -24,7 +24,7 @@ def timm(
     For train.py, the same as its own option --device-modules augment_cli.checkpoint.timm_plugin.
     """
     if not script.is_file():
-        raise AugmentError(f"{script}: no such script; timm's are in its repository, not in its package")
+        raise InputError(f"{script}: no such script; timm's are in its repository, not in its package")
     signals.restore()  # timm's train.py ends by itself at Ctrl-C
     sys.argv = [str(script), *(arguments or ())]
     sys.path.insert(0, str(script.absolute().parent))  # as python does for a script

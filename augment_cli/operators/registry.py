@@ -8,7 +8,7 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
-from augment_cli.errors import AugmentError, nearest
+from augment_cli.errors import InputError, nearest
 from augment_cli.operators.operator import Operator
 
 GROUP = "augment_cli.operators"
@@ -48,7 +48,7 @@ def get_operator(name: str) -> Operator[Any, Any]:
         _load(name)
     if name not in _operators:
         known = operator_names()
-        raise AugmentError(
+        raise InputError(
             f"no operator named {name[:100]}{nearest(name[:100], known)}; one of your own is known once its module is "
             f"imported, or its package installed"
         )

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from augment_cli.analysis.site import ConvSite, filter_macs
-from augment_cli.errors import AugmentError
+from augment_cli.errors import BudgetError
 from augment_cli.operators import Operator, Split, get_operator
 from augment_cli.planning.recipe import UNITS, Recipe, resolve_amount
 from augment_cli.planning.solver import Minimum, Row, minimise
@@ -110,7 +110,7 @@ def solve(chosen: Chosen, recipe: Recipe, source: Counts, losses: Mapping[str, f
     ceilings = {name: limit - getattr(source, name) for name, limit in limits.items()}
     nearest = _Program(groups).nearest(ceilings)
     if nearest is None:
-        raise AugmentError(_not_together(groups, ceilings, source, recipe))
+        raise BudgetError(_not_together(groups, ceilings, source, recipe))
     binding = tuple(zip(limits, nearest.binding, strict=False))
     if [getattr(budget, name) for name in limits] == ["keep"]:
         ((name, limit),) = limits.items()
@@ -241,7 +241,7 @@ def _check_attainable(groups: list[_Group], limits: dict[str, int], source: Coun
         least, most = ranges[name]
         if least > limit:
             asked, before = getattr(recipe.budget, name), getattr(source, name)
-            raise AugmentError(
+            raise BudgetError(
                 f"budget.{name}={asked} asks for at most {limit:,} {UNITS[name]}, and the chosen sites can have "
                 f"{least:,} to {most:,} ({_percent(least, source, name)} to {_percent(most, source, name)} of the "
                 f"source's {before:,}). {advice}"

@@ -32,7 +32,7 @@ from augment_cli.bounds import (
     Side,
     Total,
 )
-from augment_cli.errors import AugmentError, boundary, nearest
+from augment_cli.errors import AugmentError, BudgetError, InputError, boundary, nearest
 from augment_cli.files import read_text
 from augment_cli.operators import Split, get_operator
 from augment_cli.planning.budget import Counts, Solution, solve
@@ -239,7 +239,7 @@ def _validating(origin: str) -> Iterator[None]:
         try:
             yield
         except ValidationError as error:
-            raise AugmentError(f"{origin} is not valid: {describe_errors(error, Plan)}") from error
+            raise InputError(f"{origin} is not valid: {describe_errors(error, Plan)}") from error
 
 
 @_validating("the plan of this model")
@@ -331,9 +331,7 @@ def check_schema(data: Any, origin: str) -> None:
     """Refuse data of a newer schema than this version reads, before anything else of it is looked at."""
     schema = data.get("schema") if isinstance(data, dict) else None
     if isinstance(schema, int) and schema > SCHEMA:
-        raise AugmentError(
-            f"{origin} has schema {schema}, and this version reads {SCHEMA}: install a newer augment-cli"
-        )
+        raise InputError(f"{origin} has schema {schema}, and this version reads {SCHEMA}: install a newer augment-cli")
 
 
 @_validating("the plan")
@@ -364,7 +362,7 @@ def check_budget(plan: Plan, origin: str) -> None:
         asked, after = getattr(plan.budget, name), getattr(plan, f"{name}_after")
         most = resolve_amount(asked, getattr(plan, f"{name}_before"))
         if most is not None and after > most:
-            raise AugmentError(
+            raise BudgetError(
                 f"{origin} has {after:,} {unit}, {after - most:,} more than its budget.{name}={asked} allows. Edit its "
                 f"sites or its budget, or set another one, such as budget.{name}=free"
             )
@@ -373,12 +371,12 @@ def check_budget(plan: Plan, origin: str) -> None:
 def _fit_site(entry: SitePlan, sites_of: dict[str, ConvSite], origin: str) -> SitePlan:
     site = sites_of.get(entry.name)
     if site is None:
-        raise AugmentError(f"{origin}: the model has no convolution {entry.name}{nearest(entry.name, sites_of)}")
+        raise InputError(f"{origin}: the model has no convolution {entry.name}{nearest(entry.name, sites_of)}")
     for key in ("in_channels", "out_channels", "kernel_size", "stride", "groups", "resolution"):
         planned, actual = getattr(entry, key), getattr(site, key)
         if planned != actual:
-            raise AugmentError(f"{origin}: {entry.name} has {key} {actual} in the model, and {planned} in the plan")
+            raise InputError(f"{origin}: {entry.name} has {key} {actual} in the model, and {planned} in the plan")
     operator = get_operator(entry.operator)
     if reason := obstacle(site, operator) or operator.idle(site, entry.split):
-        raise AugmentError(f"{origin}: {entry.name} cannot be replaced: {reason}")
+        raise InputError(f"{origin}: {entry.name} cannot be replaced: {reason}")
     return _site_plan(site, entry.split, entry.operator, entry.sensitivity)

@@ -21,7 +21,7 @@ from augment_cli.bounds import (
     Name,
     Text,
 )
-from augment_cli.errors import AugmentError, boundary, nearest
+from augment_cli.errors import InputError, boundary, nearest
 from augment_cli.files import read_text
 from augment_cli.operators import Settings, Table, get_operator, operator_names
 from augment_cli.resources import resource
@@ -177,18 +177,18 @@ def make_recipe(data: dict[str, Any], origin: str) -> Recipe:
     """
     operator = data.get("operator")
     if not isinstance(operator, str):
-        raise AugmentError(f"{origin}: operator: a recipe names one of {', '.join(operator_names())}")
+        raise InputError(f"{origin}: operator: a recipe names one of {', '.join(operator_names())}")
     with boundary(origin):
         wanted = recipe_type(operator)
     for name in operator_names():
         foreign = data.keys() & get_operator(name).settings_type.model_fields.keys() - wanted.model_fields.keys()
         if foreign:
             own = ", ".join(f"[{table}]" for table in get_operator(operator).settings_type.model_fields)
-            raise AugmentError(f"{origin}: [{min(foreign)}] is not a table of operator {operator}, which reads {own}")
+            raise InputError(f"{origin}: [{min(foreign)}] is not a table of operator {operator}, which reads {own}")
     try:
         return wanted.model_validate(data)
     except ValidationError as error:
-        raise AugmentError(f"{origin}: {describe_errors(error, wanted)}") from error
+        raise InputError(f"{origin}: {describe_errors(error, wanted)}") from error
 
 
 def recipes_dir() -> Path:
@@ -226,11 +226,11 @@ def override_budget(budget: Budget, overrides: tuple[str, ...]) -> Budget:
     for override in overrides:
         _override(data, override)
         if len(data) > 1:
-            raise AugmentError(f"{override[:100]}: only the budget of a plan can be set; edit its sites instead")
+            raise InputError(f"{override[:100]}: only the budget of a plan can be set; edit its sites instead")
     try:
         return Budget.model_validate(data["budget"])
     except ValidationError as error:
-        raise AugmentError(f"budget: {describe_errors(error, Budget)}") from error
+        raise InputError(f"budget: {describe_errors(error, Budget)}") from error
 
 
 def _find(name: str) -> Path:
@@ -240,9 +240,9 @@ def _find(name: str) -> Path:
     path = Path(name)
     if path.suffix == ".toml" or path.exists():
         if not path.is_file():
-            raise AugmentError(f"recipe {name}: no such file")
+            raise InputError(f"recipe {name}: no such file")
         return path
-    raise AugmentError(f"no built-in recipe named {name}{nearest(name, known)} A path to a TOML file works too")
+    raise InputError(f"no built-in recipe named {name}{nearest(name, known)} A path to a TOML file works too")
 
 
 def _override(data: dict[str, Any], override: str) -> None:
@@ -252,9 +252,9 @@ def _override(data: dict[str, Any], override: str) -> None:
         data["operator"] = text.strip()
         return
     if not separator or not name:
-        raise AugmentError(f"{override[:100]}: write it as table.key=value, such as budget.params=keep")
+        raise InputError(f"{override[:100]}: write it as table.key=value, such as budget.params=keep")
     if not isinstance(data.setdefault(table, {}), dict):
-        raise AugmentError(f"{override[:100]}: {table[:100]} is not a table of a recipe")
+        raise InputError(f"{override[:100]}: {table[:100]} is not a table of a recipe")
     with boundary(override[:100]):
         data[table][name] = _parse(text.strip())
 

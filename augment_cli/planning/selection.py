@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from augment_cli.analysis.site import ConvSite
-from augment_cli.errors import AugmentError, nearest
+from augment_cli.errors import InputError, nearest
 from augment_cli.operators import Operator, Split, get_operator
 from augment_cli.planning.recipe import Recipe, Select, builtin_recipes, load_recipe
 
@@ -29,7 +29,7 @@ def select(sites: tuple[ConvSite, ...], recipe: Recipe) -> Selection:
     _check_selectors(sites, recipe.select)
     found = _sort(sites, recipe)
     if not found.chosen:
-        raise AugmentError(f"no convolution to replace: {_summary(found.skipped)}. {_way_out(sites, recipe)}")
+        raise InputError(f"no convolution to replace: {_summary(found.skipped)}. {_way_out(sites, recipe)}")
     return found
 
 
@@ -60,24 +60,24 @@ def _check_selectors(sites: tuple[ConvSite, ...], settings: Select) -> None:
     for key in ("names", "exclude"):
         for pattern in getattr(settings, key):
             if not any(fnmatchcase(name, pattern) for name in names):
-                raise AugmentError(f"select.{key}: {pattern!r} matches no convolution{_nearest_names(pattern, names)}")
+                raise InputError(f"select.{key}: {pattern!r} matches no convolution{_nearest_names(pattern, names)}")
     if settings.regex and not any(re.search(settings.regex, name) for name in names):
-        raise AugmentError(f"select.regex: {settings.regex!r} matches no convolution{_nearest_names('', names)}")
+        raise InputError(f"select.regex: {settings.regex!r} matches no convolution{_nearest_names('', names)}")
     of_kernel = [site for site in sites if _is_kernel(site, settings)]
     if not of_kernel:
         found = Counter("x".join(map(str, site.kernel_size)) for site in sites)
         kinds = _listed(f"{count} of {size}" for size, count in found.most_common()) or "none at all"
-        raise AugmentError(
+        raise InputError(
             f"select.kernel: no {_squares(settings.kernel)} convolution here; there are {kinds}. {_recipes_for(sites)}"
         )
     stages = sorted({site.stage for site in sites})
     for stage in settings.stages:
         if stage not in stages:
-            raise AugmentError(f"select.stages: no stage {stage}; the convolutions are in stages {_listed(stages)}")
+            raise InputError(f"select.stages: no stage {stage}; the convolutions are in stages {_listed(stages)}")
     for index in settings.block_indices:
         if not any(_at(site, sites, index) for site in of_kernel):
             most = max(site.block_index for site in of_kernel)
-            raise AugmentError(f"select.block_indices: no block has an index {index}; there are 0 to {most}")
+            raise InputError(f"select.block_indices: no block has an index {index}; there are 0 to {most}")
 
 
 def _nearest_names(pattern: str, names: list[str]) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from augment_cli.checkpoint.metadata import WEIGHTS, Metadata, read_metadata
-from augment_cli.errors import AugmentError
+from augment_cli.errors import AugmentError, FileError
 from augment_cli.files import check_output, check_place, recover, write_file, write_folder
 from augment_cli.reporting import FORMATS, Report
 from augment_cli.reporting.card import model_card
@@ -36,7 +36,7 @@ def check_target(path: Path, overwrite: bool, inputs: Iterable[Path | None] = ()
         AugmentError: it exists, is not ours to replace, has the suffix of another format, or cannot be written.
     """
     if path.suffix.lower() in _OTHER_FORMATS:
-        raise AugmentError(
+        raise FileError(
             f"{path}: a converted model is not written as {path.suffix}: give a name that ends in .safetensors for "
             f"one file, or a name without a suffix for a folder"
         )
@@ -48,11 +48,11 @@ def check_target(path: Path, overwrite: bool, inputs: Iterable[Path | None] = ()
     if mode is None:
         return
     if not stat.S_ISDIR(mode):
-        raise AugmentError(f"{path} is no folder, which an output that does not end in .safetensors is")
+        raise FileError(f"{path} is no folder, which an output that does not end in .safetensors is")
     if Path.cwd().is_relative_to(path.resolve()):
-        raise AugmentError(f"{path} is the folder that you are in, and would be replaced as a whole: name another")
+        raise FileError(f"{path} is the folder that you are in, and would be replaced as a whole: name another")
     if foreign := sorted(file.name for file in path.iterdir() if not _is_own(file)):
-        raise AugmentError(
+        raise FileError(
             f"{path} would be replaced as a whole, and augment did not write {foreign[0]} in it: move that, or name "
             f"another folder"
         )

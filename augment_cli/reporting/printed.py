@@ -1,6 +1,6 @@
 """A report that shows itself: printed as the command line's table, in a notebook as Markdown."""
 
-from augment_cli.errors import AugmentError, nearest
+from augment_cli.errors import InputError, nearest
 from augment_cli.reporting import FORMATS
 from augment_cli.reporting.numbers import Report
 from augment_cli.reporting.table import plain_table
@@ -19,7 +19,7 @@ class PrintedReport(Report):
             AugmentError: no such form.
         """
         if form not in FORMATS:
-            raise AugmentError(f"no report as {form}{nearest(form, FORMATS)}")
+            raise InputError(f"no report as {form}{nearest(form, FORMATS)}")
         return FORMATS[form](self)
 
     def _repr_markdown_(self) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from augment_cli.analysis.graph import count_classes
 from augment_cli.dataset import ImageStream, open_dataset
-from augment_cli.errors import AugmentError, boundary
+from augment_cli.errors import InputError, boundary
 from augment_cli.surgery.records import Fidelity
 
 FEWEST = 20
@@ -62,9 +62,7 @@ def load_images(
         AugmentError: nothing there, or too few images.
     """
     if count < FEWEST:
-        raise AugmentError(
-            f"`calibrate_images={count}`: a fit needs {FEWEST} images at least, a few hundred to be good"
-        )
+        raise InputError(f"`calibrate_images={count}`: a fit needs {FEWEST} images at least, a few hundred to be good")
     data = open_dataset(spec, labels=False, on_corrupt="skip", channels=input_size[0], seed=seed)
     data.transform, mean, std = _transform(model, input_size)
     images = list(_drawn(data, count, seed))
@@ -97,7 +95,7 @@ def gather_images(
             stacked = torch.stack([item if isinstance(item, Tensor) else transform(item) for item in items])
     if tuple(stacked.shape[1:]) != input_size:
         size, wanted = ("x".join(map(str, shape)) for shape in (stacked.shape[1:], input_size))
-        raise AugmentError(f"`calibrate` has images of {size}, and the model takes {wanted}")
+        raise InputError(f"`calibrate` has images of {size}, and the model takes {wanted}")
     _check_enough(len(stacked), "`calibrate`")
     if stacked.is_floating_point():
         return Calibration(stacked, (), (), "given")
@@ -116,7 +114,7 @@ def _transform(model: nn.Module, input_size: tuple[int, int, int]) -> tuple[Any,
 
 def _check_enough(count: int, origin: str) -> None:
     if count < FEWEST:
-        raise AugmentError(f"{origin} has {count} images: a fit needs {FEWEST} at least, a few hundred to be good")
+        raise InputError(f"{origin} has {count} images: a fit needs {FEWEST} at least, a few hundred to be good")
 
 
 def _drawn(data: Any, count: int, seed: int) -> Iterator[Tensor]:

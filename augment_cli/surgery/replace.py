@@ -14,7 +14,7 @@ from timm.layers import register_notrace_module
 from torch import nn
 
 from augment_cli.analysis.graph import ModelGraph, meta_copy, propagate_shapes
-from augment_cli.errors import AugmentError
+from augment_cli.errors import InputError
 from augment_cli.operators import get_operator
 from augment_cli.planning.plan import Plan, SitePlan
 
@@ -81,11 +81,11 @@ def find_conv(model: nn.Module, site: SitePlan) -> nn.Conv2d:
     except AttributeError:
         conv = None
     if not isinstance(conv, nn.Conv2d):
-        raise AugmentError(f"{type(model).__name__} has no convolution {site.name}")
+        raise InputError(f"{type(model).__name__} has no convolution {site.name}")
     # Not the stride: a model created with another output_stride has others, and dilation, with the same weights.
     for key in ("in_channels", "out_channels", "kernel_size", "groups"):
         if getattr(conv, key) != getattr(site, key):
-            raise AugmentError(f"{site.name} has {key} {getattr(conv, key)}, and {getattr(site, key)} in the plan")
+            raise InputError(f"{site.name} has {key} {getattr(conv, key)}, and {getattr(site, key)} in the plan")
     return conv
 
 
@@ -122,7 +122,7 @@ def verify(model: nn.Module, plan: Plan, graph: ModelGraph) -> None:
     changed = [name for name, shape in graph.shapes.items() if shapes[name] != shape]
     if changed:
         first = changed[0]
-        raise AugmentError(
+        raise InputError(
             f"the plan changes the shape of {first} from {graph.shapes[first]} to {shapes[first]}, and of "
             f"{len(changed) - 1} more; please report the model and the plan"
         )

@@ -5,7 +5,7 @@ import copy
 from torch import nn
 
 from augment_cli.analysis.graph import ModelGraph
-from augment_cli.errors import AugmentError
+from augment_cli.errors import InputError
 from augment_cli.planning.plan import Plan, Sensitivity
 from augment_cli.seeds import seeded
 from augment_cli.surgery.calibration import Calibration, compare, predictions
@@ -24,7 +24,7 @@ def measure_sensitivity(
     """
     before = predictions(model, calibration)
     if before is None:
-        raise AugmentError(f"{plan.model} has no classifier: there are no predictions to compare")
+        raise InputError(f"{plan.model} has no classifier: there are no predictions to compare")
     training, found = model.training, dict[str, Sensitivity]()
     with seeded("sensitivity"):
         fits = fit_sites(model, plan, graph, calibration, progress or (lambda *_: None))
@@ -37,6 +37,6 @@ def measure_sensitivity(
             install(trial, alone, graph, fits)
         after = predictions(trial, calibration)
         if (compared := compare(before, after, calibration)) is None:
-            raise AugmentError(f"{plan.model} has no predictions with {site.name} replaced")
+            raise InputError(f"{plan.model} has no predictions with {site.name} replaced")
         found[site.name] = Sensitivity(agreement=compared.agreement, divergence=compared.divergence)
     return found

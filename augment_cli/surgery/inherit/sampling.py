@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from augment_cli.errors import AugmentError
+from augment_cli.errors import InputError
 from augment_cli.layers import AAConv2d
 from augment_cli.layers.aa.attention import attention
 from augment_cli.surgery.inherit.calls import recorded
@@ -103,7 +103,7 @@ def outputs(model: nn.Module, channels: Mapping[str, Tensor], batches: Iterable[
 def check_finite(name: str, *tensors: Tensor) -> None:
     """Raise AugmentError, which names the site, where a tensor is not finite."""
     if not all(tensor.isfinite().all() for tensor in tensors):
-        raise AugmentError(
+        raise InputError(
             f"{name}: activations on the calibration images are not finite; check the source weights and the images, "
             f"or convert without `calibrate`"
         )
