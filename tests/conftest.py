@@ -14,12 +14,14 @@ TESTS = Path(__file__).parent
 # Tests that start processes, train, or go through many models: what `make test-fast` leaves out.
 SLOW = (
     "cli/test_bad_input.py",
+    "cli/test_escaping.py",
     "cli/test_fit.py",
     "cli/test_outputs.py",
     "docs/test_pages.py",
     "examples",
     "families",
     "interop",
+    "layers/native/test_library.py",
     "layers/test_in_torch.py",
     "operators",
     "test_cost.py",
