@@ -5,7 +5,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-from augment_cli.analysis.support import model_names
 from augment_cli.errors import AugmentError, nearest
 
 KINDS = ("hfds", "hfids", "wds", "tfds", "torch")
@@ -60,6 +59,8 @@ def check_name(name: str) -> None:
         if not config.is_file():
             raise AugmentError(f"{name} cannot be created: Config file not found: {config}")
     elif ":" not in name:
+        from augment_cli.analysis.support import model_names
+
         architecture = name.partition(".")[0]
         known = model_names()
         if architecture not in known and not _in_timm(architecture):
