@@ -12,7 +12,7 @@ import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from PIL import Image
@@ -20,7 +20,7 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from augment_cli.errors import AugmentError, nearest
 from augment_cli.seeds import derive, preserved, seed_cpu
-from augment_cli.specs import COLUMNS, STREAMS, check_data, kind_of
+from augment_cli.specs import COLUMNS, STREAMS, OnCorrupt, check_data, kind_of
 
 _SPLITS = {
     "train": ("train", "training"),
@@ -28,8 +28,6 @@ _SPLITS = {
 }
 _UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 _SUBSTITUTES = 1000
-
-OnCorrupt = Literal["fail", "skip"]
 
 
 class BadImage(AugmentError):
@@ -104,7 +102,7 @@ class Images(Dataset):
     def origin(self) -> str | None:
         """The folder or tar file and its first image, by which data that are opened twice are known; else None."""
         reader = getattr(self.source, "reader", None)
-        return f"{reader.root}: {self.name(0)}" if hasattr(reader, "samples") else None
+        return f"{reader.root}: {self.name(0)}" if reader is not None and hasattr(reader, "samples") else None
 
     def corrupt_names(self) -> list[str]:
         """The images that could not be read so far, by any process of the loader."""
@@ -123,7 +121,7 @@ class Images(Dataset):
                 if self.on_corrupt == "fail":
                     reason = str(error) or type(error).__name__
                     raise BadImage(
-                        f"{self._name(place)} cannot be read: {reason}; --on-corrupt skip goes on without such images"
+                        f"{self._name(place)} cannot be read: {reason}; `on_corrupt='skip'` goes on without such images"
                     ) from error
         raise BadImage(f"none of {step + 1:,} images from {self.name(index)} on can be read")
 
@@ -229,17 +227,16 @@ def open_dataset(
     """
     spec = str(spec)
     kind = kind_of(spec)
-    options = {"split": split, "is_training": is_training, "batch_size": batch_size, "seed": seed, "download": download}
+    options: dict[str, Any] = {"is_training": is_training, "batch_size": batch_size, "seed": seed, "download": download}
     keys = {k: v for k, v in (("input_key", input_key), ("target_key", target_key)) if v is not None}
     if keys and kind not in COLUMNS:
-        raise AugmentError(f"data {spec} have no columns: leave out --{next(iter(keys)).replace('_', '-')}")
+        raise AugmentError(f"data {spec} have no columns: leave out `{next(iter(keys))}`")
     options |= keys
     if kind in STREAMS:
-        return ImageStream(
-            _create(spec, root=root, **options, input_img_mode="L" if channels == 1 else "RGB"), seed=seed
-        )
+        options["input_img_mode"] = "L" if channels == 1 else "RGB"
+        return ImageStream(_create(spec, root=root, split=split, **options), seed=seed)
     if kind is not None:
-        source = _create(spec, root=root, **options)
+        source = _create(spec, root=root, split=split, **options)
     else:
         source = _open_path(Path(spec), split, labels)
     images = Images(source, _classes(source), channels=channels, on_corrupt=on_corrupt, labels=labels, seed=seed)
@@ -256,7 +253,7 @@ def _create(spec: str, *, root: str | Path | None, split: str, **options: Any) -
     kind = kind.lower()
     if kind == "torch":
         if root is None:
-            raise AugmentError(f"{spec}: where are its files? Give their folder with --data-root")
+            raise AugmentError(f"{spec}: where are its files? Give their folder as `data_root`")
         options = {"download": options["download"]}
     elif kind == "wds":
         root, split = _shards(Path(name), split)
@@ -281,11 +278,11 @@ def _create(spec: str, *, root: str | Path | None, split: str, **options: Any) -
 def _check_columns(spec: str, reader: Any) -> None:
     """The columns of images and labels must be there; that of images is made up, without values, where it is not."""
     columns = [name for name, value in next(iter(reader.dataset), {}).items() if value is not None]
-    wanted = [("--input-key", reader.image_key)]
-    wanted += [("--target-key", key) for key in reader.target_keys or (reader.label_key,)]
-    for option, key in wanted:
+    wanted = [("input_key", reader.image_key)]
+    wanted += [("target_key", key) for key in reader.target_keys or (reader.label_key,)]
+    for setting, key in wanted:
         if columns and key.partition("/")[0] not in columns:
-            raise AugmentError(f"{spec} has no column {key}: give one of {', '.join(columns)} as {option}")
+            raise AugmentError(f"{spec} has no column {key}: give one of {', '.join(columns)} as `{setting}`")
 
 
 def _check_entry(spec: str, reader: Any, keys: list[str]) -> None:
@@ -297,7 +294,7 @@ def _check_entry(spec: str, reader: Any, keys: list[str]) -> None:
         names = [Path(member.name).name.partition(".") for member in itertools.islice(tar, 20)]
     entries = {rest: None for first, _, rest in names if first == names[0][0]} if names else {}
     if entries and not entries.keys() & set(keys):
-        raise AugmentError(f"{spec} has no entry {keys[0]}: give one of {', '.join(entries)} as --input-key")
+        raise AugmentError(f"{spec} has no entry {keys[0]}: give one of {', '.join(entries)} as `input_key`")
 
 
 def _shards(path: Path, split: str) -> tuple[Path, str]:
@@ -312,7 +309,7 @@ def _open_path(path: Path, split: str, labels: bool) -> Any:
     folder = _split_folder(path, split) if path.is_dir() else path
     if not path.is_dir() and path.suffix != ".tar":
         raise AugmentError(f"data {path} is neither a folder nor a tar file")
-    options = {} if path.is_dir() else {"cache_tarinfo": False}
+    options: dict[str, Any] = {} if path.is_dir() else {"cache_tarinfo": False}
     try:
         source = create_dataset("", root=str(folder), search_split=False, **options)
     except RuntimeError as error:
@@ -382,7 +379,7 @@ def _relabel(images: Images, classes: dict[str, int], spec: str) -> None:
 def _checked(label: int, num_classes: int | None) -> int:
     if num_classes is not None and not 0 <= label < num_classes:
         raise BadImage(
-            f"an image has the label {label}, and there are {num_classes} classes, from 0: see --num-classes"
+            f"an image has the label {label}, and there are {num_classes} classes, from 0: see `num_classes`"
         )
     return label
 

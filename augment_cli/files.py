@@ -76,7 +76,7 @@ def check_place(path: Path, overwrite: bool, inputs: Iterable[Path | None] = ())
         except (FileNotFoundError, NotADirectoryError):
             mode = None
     if mode is not None and not overwrite:
-        raise AugmentError(f"{path} exists; --overwrite replaces it")
+        raise AugmentError(f"{path} exists; `overwrite=True` replaces it")
     if not target.parent.is_dir():
         raise AugmentError(f"{path} cannot be written: there is no folder {target.parent}")
     if not os.access(target.parent, os.W_OK):

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Literal
 
 from augment_cli.analysis.functions import is_function
-from augment_cli.analysis.support import model_names
 from augment_cli.errors import AugmentError, nearest
 
 KINDS = ("hfds", "hfids", "wds", "tfds", "torch")
@@ -64,6 +63,8 @@ def check_name(name: str) -> None:
         if find_spec(name.partition(":")[0].partition(".")[0]) is None:
             raise AugmentError(f"{name}: no package {name.partition('.')[0]} is installed here")
     elif ":" not in name:
+        from augment_cli.analysis.support import model_names
+
         architecture = name.partition(".")[0]
         known = model_names()
         if architecture not in known and not _in_timm(architecture):

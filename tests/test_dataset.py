@@ -166,7 +166,7 @@ def test_entries_of_webdataset_samples_can_be_named(tmp_path):
 
 
 def test_a_folder_has_no_columns(folder):
-    with pytest.raises(AugmentError, match="leave out --target-key"):
+    with pytest.raises(AugmentError, match="leave out `target_key`"):
         open_dataset(folder, target_key="kind")
 
 
@@ -218,7 +218,7 @@ def test_a_corrupt_image_is_named_and_fatal(folder, way, workers):
     with pytest.raises(AugmentError) as raised:
         list(DataLoader(dataset, batch_size=2, num_workers=workers))
     assert str(raised.value).startswith(f"{name} cannot be read: ")
-    assert "--on-corrupt skip" in str(raised.value)
+    assert "`on_corrupt='skip'`" in str(raised.value)
     assert "Traceback" not in str(raised.value)
     del raised
     gc.collect()  # ends the worker processes
@@ -240,7 +240,7 @@ def test_labels_beyond_the_classes_are_refused(folder, workers):
     dataset.transform, dataset.num_classes = draw, 1
     with pytest.raises(AugmentError) as raised:
         list(DataLoader(dataset, num_workers=workers))
-    assert str(raised.value) == "an image has the label 1, and there are 1 classes, from 0: see --num-classes"
+    assert str(raised.value) == "an image has the label 1, and there are 1 classes, from 0: see `num_classes`"
     del raised
     gc.collect()
 
@@ -288,7 +288,7 @@ BAD = {
     "no tar": (lambda f: f / "ants/0.png", "is neither a folder nor a tar file"),
     "broken tar": (lambda f: with_file(f, "x.tar") / "x.tar", "x.tar cannot be read"),
     "no split": (lambda f: with_folder(f, "train"), "has a folder train, but none for the split validation"),
-    "no root": (lambda f: "torch/cifar10", "where are its files? Give their folder with --data-root"),
+    "no root": (lambda f: "torch/cifar10", "Give their folder as `data_root`"),
     "no shards": (lambda f: f"wds/{f}", "cannot be opened, split validation: split validation not found"),
 }
 

@@ -148,7 +148,7 @@ def test_new_files_have_the_permissions_that_the_umask_gives(in_tmp):
 
 def test_an_output_is_checked_before_work_is_done_for_it(in_tmp):
     (in_tmp / "x").write_text("")
-    with pytest.raises(AugmentError, match="x exists; --overwrite replaces it"):
+    with pytest.raises(AugmentError, match="x exists; `overwrite=True`"):
         check_output(in_tmp / "x", overwrite=False)
     check_output(in_tmp / "x", overwrite=True)
     with pytest.raises(AugmentError, match="there is no folder"):

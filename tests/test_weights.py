@@ -112,7 +112,7 @@ def test_weights_that_are_not_finite_are_refused_by_name(tmp_path, value):
 
 def test_another_number_of_classes_says_what_to_give(tmp_path):
     torch.save(model(num_classes=10).state_dict(), tmp_path / "a.pth")
-    with pytest.raises(AugmentError, match=r"10 classes, and the model 1000: add --model-arg num_classes=10"):
+    with pytest.raises(AugmentError, match=r"10 classes, and the model 1000: add the argument `num_classes=10`"):
         load_checkpoint(model(), tmp_path / "a.pth")
     torch.save(model(num_classes=0).state_dict(), tmp_path / "b.pth")
     with pytest.raises(AugmentError, match=r"no classifier: .*num_classes=0"):

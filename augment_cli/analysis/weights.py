@@ -94,7 +94,7 @@ def find_weights(contents: Any, model: nn.Module, path: Path, ema: bool | None =
 def _kind(candidates: Mapping[Any, bool], average: bool) -> str:
     if not candidates:
         return "state dict"
-    return "moving average of the weights: leave out --ema" if average else "weights but their moving average"
+    return "moving average of the weights: leave out `ema`" if average else "weights but their moving average"
 
 
 def _tensors(value: Any) -> dict[str, Tensor]:
@@ -154,9 +154,9 @@ def _other_classes(model: nn.Module, missing: list[str], shapes: list[str], stat
     if not prefixes or not differing or not all(name.startswith(prefixes) for name in differing):
         return ""
     if missing:
-        return "it has no classifier: --model-arg num_classes=0 makes a model without one"
+        return "it has no classifier: the argument `num_classes=0` makes a model without one"
     classes = state_dict[shapes[0]].shape[0]
-    return f"it has {classes} classes, and the model {count_classes(model)}: add --model-arg num_classes={classes}"
+    return f"it has {classes} classes, and the model {count_classes(model)}: add the argument `num_classes={classes}`"
 
 
 def classifier_prefixes(model: nn.Module) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from typer.core import TyperGroup
 from augment_cli import signals
 from augment_cli.cli import check, convert, evaluate, finetune, models, plan, recipes, report, timm
 from augment_cli.errors import AugmentError
-from augment_cli.terminal import echo, say
+from augment_cli.terminal import echo, respell, say
 
 
 class _Program(TyperGroup):
@@ -20,7 +20,7 @@ class _Program(TyperGroup):
         try:
             return super().invoke(ctx)
         except AugmentError as error:
-            say(f"error: {error}")
+            say(f"error: {respell(str(error))}")
             raise typer.Exit(2) from error
         except KeyboardInterrupt as error:
             say("interrupted")

@@ -25,4 +25,4 @@ def _make(options: dict[str, Any]) -> Accelerator:
     try:
         return Accelerator(**options)
     except ValueError as error:
-        raise AugmentError(f"`precision={options.get('mixed_precision')}`: {error}") from error
+        raise AugmentError(f"`precision={options.get('mixed_precision')!r}`: {error}") from error

@@ -6,11 +6,13 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from torch import Tensor
 
 from augment_cli.dataset import open_dataset
 from augment_cli.errors import AugmentError
 from augment_cli.files import write_file
 from augment_cli.seeds import preserved
+from augment_cli.specs import OnCorrupt
 from augment_cli.training.accelerators import one_accelerator
 from augment_cli.training.data import Data, data_config, evaluation_loader
 from augment_cli.training.evaluate import Scores, evaluate
@@ -39,7 +41,7 @@ class Assessment:
     img_size: tuple[int, int] | None = None
     batch_size: int = 64
     workers: int = 4
-    on_corrupt: str = "fail"
+    on_corrupt: OnCorrupt = "fail"
     cpu: bool = False
 
 
@@ -64,8 +66,14 @@ def assess(asked: Assessment) -> Result | None:
 
 
 def _assess(asked: Assessment, accelerator: Accelerator) -> Result | None:
-    weights = {"pretrained": asked.pretrained, "weights": asked.checkpoint, "ema": asked.ema, "base": asked.base}
-    opened = open_model(asked.model, **weights, args=asked.model_args)
+    opened = open_model(
+        asked.model,
+        pretrained=asked.pretrained,
+        weights=asked.checkpoint,
+        ema=asked.ema,
+        base=asked.base,
+        args=asked.model_args,
+    )
     data = _data(asked, opened)
     other = _other(asked, opened)
     config = data_config(opened.model, opened.input_size, asked.img_size)
@@ -84,13 +92,20 @@ def _assess(asked: Assessment, accelerator: Accelerator) -> Result | None:
 
 def _data(asked: Assessment, opened: Opened) -> Data:
     classes = _read_map(asked.class_map) if asked.class_map else label_names(asked.model)
-    options = {"root": asked.data_root, "on_corrupt": asked.on_corrupt, "channels": opened.input_size[0]}
-    options |= {"input_key": asked.input_key, "target_key": asked.target_key}
-    data = open_dataset(asked.data, split=asked.split, classes=classes, **options)
+    data = open_dataset(
+        asked.data,
+        split=asked.split,
+        classes=classes,
+        root=asked.data_root,
+        on_corrupt=asked.on_corrupt,
+        channels=opened.input_size[0],
+        input_key=asked.input_key,
+        target_key=asked.target_key,
+    )
     if data.classes is not None and len(data.classes) != opened.num_classes:
         raise AugmentError(
             f"data {asked.data} have {len(data.classes)} classes, and {asked.model} has {opened.num_classes}: "
-            f"say with --class-map which of them they are, or fine-tune first"
+            f"say with `class_map` which of them they are, or fine-tune first"
         )
     return data
 
@@ -99,7 +114,7 @@ def _read_map(path: Path) -> dict[str, int]:
     try:
         names = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise AugmentError(f"--class-map {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        raise AugmentError(f"class map {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     return {name.strip(): index for index, name in enumerate(names) if name.strip()}
 
 
@@ -124,35 +139,37 @@ def write_confusion(result: Result, path: Path) -> None:
     """Write the confusion matrix, rows true and columns predicted, as a table or as a picture.
 
     Raises:
-        AugmentError: the disk is full or refuses.
+        AugmentError: the evaluation made none, or the disk is full or refuses.
     """
-    write_file(path, lambda temporary: (_draw if path.suffix == ".png" else _write_csv)(temporary, result))
+    counts, write = result.scores.confusion, _draw if path.suffix == ".png" else _write_csv
+    if counts is None:
+        raise AugmentError("the evaluation made no confusion matrix: ask for one, `confusion=True`")
+    write_file(path, lambda temporary: write(temporary, counts, result.classes))
 
 
-def _write_csv(path: Path, result: Result) -> None:
+def _write_csv(path: Path, counts: Tensor, classes: list[str]) -> None:
     import csv
 
     from augment_cli.reporting.text import cell
 
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
-        names = [cell(name) for name in result.classes]
+        names = [cell(name) for name in classes]
         writer.writerow(["true \\ predicted", *names])
-        for name, row in zip(names, result.scores.confusion.tolist(), strict=True):
+        for name, row in zip(names, counts.tolist(), strict=True):
             writer.writerow([name, *row])
 
 
-def _draw(path: Path, result: Result) -> None:
+def _draw(path: Path, counts: Tensor, classes: list[str]) -> None:
     from matplotlib.figure import Figure
 
-    counts = result.scores.confusion.double()
-    share = 100 * counts / counts.sum(1, keepdim=True).clamp_min(1)
+    share = 100 * counts.double() / counts.sum(1, keepdim=True).clamp_min(1)
     figure = Figure(figsize=(7, 6), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(share.numpy(), cmap="Blues", vmin=0, vmax=100)
     axes.set(xlabel="predicted", ylabel="true")
-    if len(result.classes) <= 40:
-        axes.set_xticks(range(len(result.classes)), result.classes, rotation=90)
-        axes.set_yticks(range(len(result.classes)), result.classes)
+    if len(classes) <= 40:
+        axes.set_xticks(range(len(classes)), classes, rotation=90)
+        axes.set_yticks(range(len(classes)), classes)
     figure.colorbar(image, label="% of the true class")
     figure.savefig(path, format="png", dpi=120)

@@ -1,13 +1,14 @@
 """The data sets of a run and their loaders: timm makes a loader, accelerate shares it out among the processes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from augment_cli import signals
@@ -17,6 +18,14 @@ from augment_cli.seeds import derive
 from augment_cli.training.settings import Settings
 
 Data = Images | ImageStream
+
+
+class Loader(Protocol):
+    """Batches on the device: images (N, C, H, W), labels (N,). The methods that accelerate adds to torch's loader."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]: ...
+    def __len__(self) -> int: ...
+    def set_epoch(self, epoch: int) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -32,30 +41,31 @@ class Splits:
 
 
 def open_splits(settings: Settings, channels: int) -> Splits:
-    """The data of a run: validation from --val-data, from a part held out, or from the validation split.
+    """The data of a run: validation from `val_data`, from a part held out, or from the validation split.
 
     Raises:
         AugmentError: as `open_dataset`, or nothing to validate on.
     """
-    options = {
-        "on_corrupt": settings.on_corrupt,
-        "channels": channels,
-        "root": settings.data_root,
-        "download": settings.download,
-        "batch_size": settings.batch_size,
-        "seed": settings.seed,
-        "input_key": settings.input_key,
-        "target_key": settings.target_key,
-    }
-    train = open_dataset(settings.data, split=settings.train_split, is_training=True, **options)
+    open_split = partial(
+        open_dataset,
+        on_corrupt=settings.on_corrupt,
+        channels=channels,
+        root=settings.data_root,
+        download=settings.download,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+        input_key=settings.input_key,
+        target_key=settings.target_key,
+    )
+    train = open_split(settings.data, split=settings.train_split, is_training=True)
     if settings.hold_out:
         return _hold_out(train, settings)
     spec = settings.val_data or settings.data
-    val = open_dataset(spec, split=settings.val_split, classes=train.classes, **options)
+    val = open_split(spec, split=settings.val_split, classes=train.classes)
     if _same(train, val):
         raise AugmentError(
             f"data {settings.data} have no splits: validating on the training images would say nothing; "
-            f"give --val-data, or --hold-out 0.1"
+            f"give `val_data`, or `hold_out=0.1`"
         )
     return Splits(train, val)
 
@@ -70,14 +80,14 @@ def _same(train: Data, val: Data) -> bool:
 def _hold_out(train: Data, settings: Settings) -> Splits:
     """A share of the training images, drawn by the seed, is kept for validation."""
     if isinstance(train, ImageStream):
-        raise AugmentError(f"--hold-out takes images by number, and {settings.data} is a stream: give --val-data")
+        raise AugmentError(f"`hold_out` takes images by number, and {settings.data} is a stream: give `val_data`")
     if settings.val_data:
-        raise AugmentError("--hold-out and --val-data both say what to validate on: give one of them")
+        raise AugmentError("`hold_out` and `val_data` both say what to validate on: give one of them")
     generator = torch.Generator().manual_seed(derive(settings.seed, "hold-out"))
     order = torch.randperm(len(train), generator=generator).tolist()
     count = round(len(train) * settings.hold_out)
     if not 0 < count < len(train):
-        raise AugmentError(f"--hold-out {settings.hold_out} of {len(train)} images leaves none on one side")
+        raise AugmentError(f"`hold_out={settings.hold_out}` of {len(train)} images leaves none on one side")
     return Splits(train.part(sorted(order[count:])), train.part(sorted(order[:count])))
 
 
@@ -94,7 +104,7 @@ def _for(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
     return tuple(values) if len(values) == channels else (sum(values) / len(values),) * channels
 
 
-def training_loader(data: Data, settings: Settings, config: dict[str, Any], accelerator: Accelerator) -> DataLoader:
+def training_loader(data: Data, settings: Settings, config: dict[str, Any], accelerator: Accelerator) -> Loader:
     """Augmented batches: images (N, C, H, W), labels (N,); whole batches only, the same number in every process."""
     options = {
         "no_aug": not settings.augmentation,
@@ -111,7 +121,7 @@ def training_loader(data: Data, settings: Settings, config: dict[str, Any], acce
 
 def evaluation_loader(
     data: Data, batch_size: int, workers: int, config: dict[str, Any], accelerator: Accelerator
-) -> DataLoader:
+) -> Loader:
     """Every image once: images (N, C, H, W), labels (N,); processes may get different numbers of batches."""
     return place(_loader(data, batch_size, workers, config, is_training=False), accelerator)
 
@@ -121,9 +131,10 @@ def _loader(data: Data, batch_size: int, workers: int, config: dict[str, Any], *
 
     if isinstance(data, ImageStream):
         data.set_loader_cfg(num_workers=workers)
+    source: Any = data  # timm's annotation names its own two classes; it asks only for a `transform` to set
     keys = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
     loader = create_loader(
-        data,
+        source,
         config["input_size"],
         batch_size,
         **{key: config[key] for key in keys},
@@ -143,7 +154,7 @@ def _begin_worker(seed: Callable[[int], None], worker_id: int) -> None:
     signals.ignore()
 
 
-def place(loader: DataLoader, accelerator: Accelerator, seed: int | None = None) -> DataLoader:
+def place(loader: DataLoader, accelerator: Accelerator, seed: int | None = None) -> Loader:
     """A loader's share for this process, its batches on the device. timm's readers share out streams themselves."""
     alone = isinstance(loader.dataset, ImageStream)
     return prepare_data_loader(

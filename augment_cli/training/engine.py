@@ -47,8 +47,8 @@ def train(run: Run, reporter: Reporter) -> None:
                 scores = _validate(run)
             except Diverged as error:
                 raise AugmentError(
-                    f"{error}; {describe_saved(run)} is kept in {run.folder}. A lower --lr, a longer --warmup-epochs "
-                    f"or --precision bf16 in place of fp16 may help"
+                    f"{error}; {describe_saved(run)} is kept in {run.folder}. A lower `lr`, a longer "
+                    f"`warmup_epochs` or `precision='bf16'` in place of fp16 may help"
                 ) from error
             except Stopped:
                 with held():
@@ -62,8 +62,8 @@ def train(run: Run, reporter: Reporter) -> None:
 
 
 def _out_of_patience(run: Run) -> bool:
-    best = best_row(run.history)
-    return bool(best and run.settings.patience) and run.epoch - best["epoch"] >= run.settings.patience
+    best, patience = best_row(run.history), run.settings.patience
+    return best is not None and 0 < patience <= run.epoch - best["epoch"]
 
 
 def describe_saved(run: Run) -> str:
@@ -126,7 +126,7 @@ def _set_mode(run: Run) -> None:
 
 
 def _set_trained(run: Run) -> None:
-    """Compute no gradients for what was carried over in the epochs of --new-first."""
+    """Compute no gradients for carried parameters in the first `new_first` epochs."""
     accelerator = run.accelerator
     model = accelerator.unwrap_model(run.model)
     changed = freeze_carried(model, run.kinds, frozen=run.epoch < run.settings.new_first)

@@ -1,12 +1,12 @@
 """Evaluate a model on labelled images: top-1, top-5, confusion, and agreement with another model."""
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from augment_cli.errors import AugmentError
 from augment_cli.training.loss import divergence
@@ -30,7 +30,7 @@ class Scores:
     confusion: Tensor | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        values = {"images": self.images, "loss": self.loss, "top1": self.top1, "top5": self.top5}
+        values: dict[str, Any] = {"images": self.images, "loss": self.loss, "top1": self.top1, "top5": self.top5}
         if self.agreement is not None:
             values |= {"agreement": self.agreement, "kl": self.kl}
         return values
@@ -39,12 +39,12 @@ class Scores:
 @torch.inference_mode()
 def evaluate(
     model: nn.Module,
-    loader: DataLoader,
+    loader: Iterable[tuple[Tensor, Tensor]],
     accelerator: Accelerator,
     *,
     other: nn.Module | None = None,
     num_classes: int | None = None,
-    advance=lambda images: None,
+    advance: Callable[[int], None] = lambda images: None,
 ) -> Scores:
     """Scores of a model over a loader's images, in all processes together; the model's mode is left as it was.
 

@@ -41,7 +41,7 @@ def finetune(settings: Settings, *, resume: bool = False, overwrite: bool = Fals
         check_free(folder, overwrite, settings.inputs())
     for name in settings.log_with:
         if not find_spec(name):
-            raise AugmentError(f"--log-with {name}: the package is not installed; pip install {name}")
+            raise AugmentError(f"`log_with={name!r}`: the package is not installed; pip install {name}")
     with preserved(), one_accelerator(**_options(settings)) as made:
         _finetune(settings, made, saved)
 
@@ -72,8 +72,8 @@ def _finetune(settings: Settings, made: Accelerator, saved: dict[str, Any] | Non
             train(run, reporter)
         finally:
             made.end_training()
-        best = best_row(run.history)
-        reporter.say(f"best: epoch {best['epoch']}, top-1 {best['val_top1']:.2f}%; wrote {folder}")
+        if best := best_row(run.history):
+            reporter.say(f"best: epoch {best['epoch']}, top-1 {best['val_top1']:.2f}%; wrote {folder}")
 
 
 def _scalars(settings: Settings) -> dict[str, Any]:

@@ -23,11 +23,11 @@ def check_free(folder: Path, overwrite: bool, inputs: Iterable[Path | None] = ()
         AugmentError: a run is there, or other files are, or the folder cannot be made.
     """
     if folder.is_file():
-        raise AugmentError(f"{folder} is a file: --output names a folder")
+        raise AugmentError(f"{folder} is a file: `output` names a folder")
     if (folder / STATE).exists() and not overwrite:
-        raise AugmentError(f"{folder} holds a run: --resume {folder} goes on with it, --overwrite starts anew")
+        raise AugmentError(f"{folder} holds a run: `resume=True` goes on with it, `overwrite=True` starts anew")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
-        raise AugmentError(f"{folder} is not empty: give another --output, or --overwrite")
+        raise AugmentError(f"{folder} is not empty: give another `output`, or `overwrite=True`")
     check_place(folder, overwrite=True, inputs=inputs)
 
 

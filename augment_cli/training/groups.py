@@ -46,8 +46,17 @@ def param_groups(
             f"{type(model).__name__} does not say where its parameters come from: take a model from augment_cli.load "
             f"or augment_cli.convert"
         )
-    rates = {"lr_carried": lr_carried, "lr_fitted": lr_fitted, "lr_new": lr_new, "layer_decay": layer_decay}
-    settings = Settings(model="", data="", output="", lr=lr, weight_decay=weight_decay, **rates)
+    settings = Settings(
+        model="",
+        data="",
+        output="",
+        lr=lr,
+        weight_decay=weight_decay,
+        lr_carried=lr_carried,
+        lr_fitted=lr_fitted,
+        lr_new=lr_new,
+        layer_decay=layer_decay,
+    )
     opened = Opened(model, metadata.plan.model, metadata, metadata.plan.input_size, frozenset(metadata.fresh))
     groups = parameter_groups(model, provenance(opened), settings)
     return [{**group, "lr": lr * group.pop("lr_scale")} for group in groups]

@@ -10,6 +10,17 @@ COLUMNS = ("epoch", "train_loss", "train_top1", "val_loss", "val_top1", "val_top
 Row = dict[str, float]
 
 
+def check_row(row: Row) -> Row:
+    """The row, if its columns are those of a history.
+
+    Raises:
+        ValueError: a column is missing, or is one too many.
+    """
+    if row.keys() != set(COLUMNS):
+        raise ValueError(f"its columns are not {', '.join(COLUMNS)}")
+    return row
+
+
 def write_history(folder: Path, rows: list[Row], metric: str = "val_top1") -> None:
     """Write `summary.csv` and `curves.png`, whole. Epochs count from 1; losses are in nats, top-1 and top-5 in percent.
 
@@ -21,7 +32,7 @@ def write_history(folder: Path, rows: list[Row], metric: str = "val_top1") -> No
 
 
 def best_row(rows: list[Row], metric: str = "val_top1") -> Row | None:
-    """The first of the best."""
+    """The first of the rows with the highest metric; None without rows."""
     return max(rows, key=lambda row: row[metric], default=None)
 
 

@@ -14,9 +14,11 @@ from torch import nn
 from augment_cli.analysis import source
 from augment_cli.analysis.functions import resolve
 from augment_cli.analysis.graph import analyze, count_classes
+from augment_cli.analysis.weights import classifier_prefixes
 from augment_cli.checkpoint import rebuild
 from augment_cli.checkpoint.files import load
 from augment_cli.checkpoint.metadata import WEIGHTS, Metadata, read_metadata
+from augment_cli.compat import pretrained_cfg, set_pretrained_cfg
 from augment_cli.errors import AugmentError
 from augment_cli.files import read_text, write_folder
 from augment_cli.formats import ARCHITECTURE
@@ -75,10 +77,10 @@ def open_model(
         if path.suffix == ".safetensors" or spec.startswith((".", "/")):
             raise AugmentError(f"{spec}: no such file or folder")
         return _by_name(spec, pretrained, weights, ema, args or {}, seed)
-    if given := [name for name, value in (("--pretrained", pretrained), ("--checkpoint", weights)) if value]:
-        raise AugmentError(f"{spec} has its own weights: leave out {given[0]}")
+    if given := [name for name, value in (("pretrained", pretrained), ("checkpoint", weights)) if value]:
+        raise AugmentError(f"{spec} has its own weights: leave out `{given[0]}`")
     if args:
-        raise AugmentError(f"{spec} knows its own arguments: leave out --model-arg")
+        raise AugmentError(f"{spec} knows its own arguments: leave out `model_args`")
     if path.is_dir() and _architecture(path) not in (None, ARCHITECTURE):
         return _by_name(f"local-dir:{spec}", True, None, None, {}, seed)
     metadata = read_metadata(path)
@@ -105,7 +107,7 @@ def _by_name(
     name: str, pretrained: bool, weights: str | Path | None, ema: bool | None, args: dict[str, Any], seed: int
 ) -> Opened:
     if pretrained and weights:
-        raise AugmentError("--pretrained and --checkpoint both name weights: give one of them")
+        raise AugmentError("`pretrained` and `checkpoint` both name weights: give one of them")
     described, _ = source.describe(name, args)
     model = source.create(described, seed, origin=name if pretrained else None)
     taken = source.load_checkpoint(model, Path(weights), ema) if weights else None
@@ -133,7 +135,7 @@ def with_classes(opened: Opened, num_classes: int, seed: int) -> Opened:
     else:
         args = {**get_model_args(opened.model), "num_classes": num_classes}
         other = timm.create_model(opened.name, **args)
-        other.pretrained_cfg = other.default_cfg = opened.model.pretrained_cfg
+        set_pretrained_cfg(other, pretrained_cfg(opened.model))
     fresh = opened.fresh | transfer(opened.model, other)
     if metadata is not None:
         metadata = metadata.model_copy(update={"fresh": tuple(sorted(fresh))})
@@ -153,26 +155,26 @@ def with_drop_path(opened: Opened, rate: float) -> Opened:
     try:
         other = timm.create_model(name, **args)
     except (TypeError, AugmentError) as error:
-        raise AugmentError(f"--drop-path: {opened.name} has no stochastic depth: {error}") from error
+        raise AugmentError(f"`drop_path`: {opened.name} has no stochastic depth: {error}") from error
     if not any(isinstance(module, DropPath) for module in other.modules()):
-        raise AugmentError(f"--drop-path: {opened.name} has no stochastic depth")
+        raise AugmentError(f"`drop_path`: {opened.name} has no stochastic depth")
     other.load_state_dict(opened.model.state_dict())
-    other.pretrained_cfg = other.default_cfg = opened.model.pretrained_cfg
+    set_pretrained_cfg(other, pretrained_cfg(opened.model))
     return replace(opened, model=other)
 
 
 def plan_for_classes(plan: Plan, num_classes: int) -> Plan:
     """The plan of the same model with another classifier, its totals counted anew."""
     args = {**dict(plan.model_args), "num_classes": num_classes}
-    _, meta_model = source.describe(plan.model, args, tuple(plan.input_size[1:]))
+    _, height, width = plan.input_size
+    _, meta_model = source.describe(plan.model, args, (height, width))
     other = Plan.model_validate({**plan.model_dump(mode="json", by_alias=True), "model_args": args})
     return fit_plan(other, analyze(meta_model, plan.input_size), f"a plan for {num_classes} classes")
 
 
 def transfer(model: nn.Module, other: nn.Module) -> frozenset[str]:
     """Load a model's weights, but for its classifier's, into another of the same architecture; returns what is new."""
-    classifier = other.pretrained_cfg.get("classifier") or ()
-    prefixes = tuple(f"{name}." for name in ([classifier] if isinstance(classifier, str) else classifier))
+    prefixes = classifier_prefixes(other)
     state, own = model.state_dict(), other.state_dict()
     kept = {k: v for k, v in state.items() if not k.startswith(prefixes) and k in own and own[k].shape == v.shape}
     other.load_state_dict(kept, strict=False)
@@ -181,13 +183,13 @@ def transfer(model: nn.Module, other: nn.Module) -> frozenset[str]:
 
 def set_label_names(model: nn.Module, classes: dict[str, int] | None) -> None:
     """Have timm's config.json of the saved model say what its classes are called."""
-    if not hasattr(model, "pretrained_cfg"):  # not a model of timm
+    if not pretrained_cfg(model):  # not a model of timm
         return
-    cfg = {k: v for k, v in model.pretrained_cfg.items() if k not in ("label_names", "label_descriptions")}
-    cfg["num_classes"] = model.num_classes
-    if classes is not None and len(classes) == model.num_classes:
+    cfg = {k: v for k, v in pretrained_cfg(model).items() if k not in ("label_names", "label_descriptions")}
+    cfg["num_classes"] = count_classes(model)
+    if classes is not None and len(classes) == cfg["num_classes"]:
         cfg["label_names"] = sorted(classes, key=classes.__getitem__)
-    model.pretrained_cfg = model.default_cfg = cfg
+    set_pretrained_cfg(model, cfg)
 
 
 def label_names(spec: str | Path) -> dict[str, int] | None:

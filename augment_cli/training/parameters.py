@@ -5,9 +5,12 @@ not, and a classifier for other classes. Weights that were random before the con
 """
 
 from collections import defaultdict
+from collections.abc import Callable, Collection
 from typing import Any, Literal
 
+from timm.scheduler.scheduler import Scheduler
 from torch import nn
+from torch.optim import Optimizer
 
 from augment_cli.checkpoint.metadata import Metadata
 from augment_cli.errors import AugmentError, nearest
@@ -58,15 +61,16 @@ def parameter_groups(model: nn.Module, kinds: dict[str, Provenance], settings: S
 def _timm_groups(model: nn.Module, settings: Settings) -> list[dict[str, Any]]:
     from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 
-    own = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
-    undecayed = (*own, *_UNDECAYED)
+    own: Callable[[], Collection[str]] = getattr(model, "no_weight_decay", tuple)
+    undecayed = (*own(), *_UNDECAYED)
     if settings.layer_decay == 1:
         return param_groups_weight_decay(model, settings.weight_decay, no_weight_decay_list=undecayed)
-    options = {"no_weight_decay_list": undecayed, "layer_decay": settings.layer_decay}
-    return param_groups_layer_decay(model, settings.weight_decay, **options)
+    return param_groups_layer_decay(
+        model, settings.weight_decay, no_weight_decay_list=undecayed, layer_decay=settings.layer_decay
+    )
 
 
-def make_optimizer(model: nn.Module, kinds: dict[str, Provenance], settings: Settings):
+def make_optimizer(model: nn.Module, kinds: dict[str, Provenance], settings: Settings) -> Optimizer:
     """timm's optimiser of that name over the groups.
 
     Raises:
@@ -74,32 +78,38 @@ def make_optimizer(model: nn.Module, kinds: dict[str, Provenance], settings: Set
     """
     from timm.optim import create_optimizer_v2, list_optimizers
 
-    known = list_optimizers()
+    known = [str(name) for name in list_optimizers()]
     if settings.opt not in known:
         raise AugmentError(f"timm has no optimiser {settings.opt}{nearest(settings.opt, known)}")
-    options = {"lr": settings.lr, "weight_decay": settings.weight_decay, "momentum": settings.momentum}
     groups = parameter_groups(model, kinds, settings)
     try:
-        return create_optimizer_v2(model, settings.opt, **options, param_group_fn=lambda _: groups)
+        return create_optimizer_v2(
+            model,
+            settings.opt,
+            lr=settings.lr,
+            weight_decay=settings.weight_decay,
+            momentum=settings.momentum,
+            param_group_fn=lambda _: groups,
+        )
     except (TypeError, ValueError, ImportError, AssertionError) as error:
         raise AugmentError(f"the optimiser {settings.opt} cannot be made: {error}") from error
 
 
-def make_scheduler(optimizer, settings: Settings, updates_per_epoch: int):
+def make_scheduler(optimizer: Optimizer, settings: Settings, updates_per_epoch: int) -> Scheduler:
     """timm's scheduler, stepped by updates; the learning rate is a function of their number alone."""
     from timm.scheduler import create_scheduler_v2
 
     warmup = min(settings.warmup_epochs, settings.epochs / 2)
-    scheduler, _ = create_scheduler_v2(
+    scheduler, _ = create_scheduler_v2(  # its epochs are updates here: a warm-up may last half an epoch
         optimizer,
         settings.schedule,
-        num_epochs=settings.epochs,
-        decay_epochs=max(1, settings.epochs // 3) if settings.schedule == "step" else None,
+        num_epochs=settings.epochs * updates_per_epoch,
+        decay_epochs=max(1, settings.epochs // 3) * updates_per_epoch if settings.schedule == "step" else None,
         decay_rate=1.0 if settings.schedule == "poly" else 0.1,
         min_lr=settings.min_lr,
         warmup_lr=settings.lr / 100,
-        warmup_epochs=warmup,
+        warmup_epochs=round(warmup * updates_per_epoch),
         step_on_epochs=False,
-        updates_per_epoch=updates_per_epoch,
+        updates_per_epoch=1,
     )
     return scheduler

@@ -4,24 +4,24 @@ No random state is kept: every draw is seeded by the run's seed and its place, (
 (epoch, batch, process) for the rest, so that a resumed run draws what an unbroken one does.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 from accelerate import Accelerator
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, Field, ValidationError
 from timm.utils import ModelEmaV3
 from torch import nn
-from torch.utils.data import DataLoader
 
 from augment_cli.dataset import ImageStream
 from augment_cli.errors import AugmentError, boundary
 from augment_cli.planning.recipe import describe_errors
 from augment_cli.training import state
-from augment_cli.training.data import Splits, data_config, evaluation_loader, open_splits, training_loader
+from augment_cli.training.data import Loader, Splits, data_config, evaluation_loader, open_splits, training_loader
 from augment_cli.training.folder import STATE
-from augment_cli.training.history import COLUMNS, Row
+from augment_cli.training.history import Row, check_row
 from augment_cli.training.loss import Distillation, make_criterion, make_mixup
 from augment_cli.training.meter import Meter
 from augment_cli.training.models import (
@@ -34,7 +34,7 @@ from augment_cli.training.models import (
     with_drop_path,
 )
 from augment_cli.training.parameters import Provenance, make_optimizer, make_scheduler, provenance
-from augment_cli.training.settings import FIXED, Settings, option, settings_of
+from augment_cli.training.settings import FIXED, Settings, settings_of
 
 
 @dataclass
@@ -46,8 +46,8 @@ class Run:
     opened: Opened
     kinds: dict[str, Provenance]
     splits: Splits
-    train: DataLoader
-    val: DataLoader
+    train: Loader
+    val: Loader
     model: nn.Module
     optimizer: Any
     scheduler: Any
@@ -85,7 +85,7 @@ def prepare(settings: Settings, accelerator: Accelerator, saved: dict[str, Any] 
             raise AugmentError(f"{Path(settings.output) / STATE} is of another model than the run's")
         kinds = saved["kinds"]
     if settings.new_first and set(kinds.values()) == {"carried"}:
-        raise AugmentError(f"--new-first: all parameters of {opened.name} are carried over, none would be trained")
+        raise AugmentError(f"`new_first`: all parameters of {opened.name} are carried over, none would be trained")
     opened = _mark(opened, settings)
     set_label_names(opened.model, splits.classes)
     model = _configured(opened.model, settings, accelerator)
@@ -116,13 +116,15 @@ def _open_both(settings: Settings, resumed: bool) -> tuple[Opened, Splits]:
     if resumed:
         opened = open_model(Path(settings.output) / "last", base=settings.base)
     else:
-        weights = {
-            "pretrained": settings.pretrained,
-            "weights": settings.checkpoint,
-            "ema": settings.ema,
-            "base": settings.base,
-        }
-        opened = open_model(settings.model, **weights, args=settings.model_args, seed=settings.seed)
+        opened = open_model(
+            settings.model,
+            pretrained=settings.pretrained,
+            weights=settings.checkpoint,
+            ema=settings.ema,
+            base=settings.base,
+            args=settings.model_args,
+            seed=settings.seed,
+        )
     splits = open_splits(settings, opened.input_size[0])
     if not resumed:
         opened = with_classes(opened, count_classes(settings, splits.classes, opened.num_classes), settings.seed)
@@ -132,9 +134,7 @@ def _open_both(settings: Settings, resumed: bool) -> tuple[Opened, Splits]:
     return opened, splits
 
 
-def _loaders(
-    opened: Opened, splits: Splits, settings: Settings, accelerator: Accelerator
-) -> tuple[DataLoader, DataLoader]:
+def _loaders(opened: Opened, splits: Splits, settings: Settings, accelerator: Accelerator) -> tuple[Loader, Loader]:
     config = data_config(opened.model, opened.input_size, settings.img_size)
     train = training_loader(splits.train, settings, config, accelerator)
     if len(train) == 0:
@@ -159,7 +159,7 @@ def count_classes(settings: Settings, classes: dict[str, int] | None, own: int) 
     """
     found = 1 + max(classes.values()) if classes else None
     if settings.num_classes and found and found > settings.num_classes:
-        raise AugmentError(f"data {settings.data} have {found} classes, more than --num-classes {settings.num_classes}")
+        raise AugmentError(f"data {settings.data} have {found} classes, more than `num_classes={settings.num_classes}`")
     count = settings.num_classes or found or own
     if count < 2:
         raise AugmentError(f"data {settings.data} have {count} class: there is nothing to tell apart")
@@ -172,14 +172,15 @@ def _configured(model: nn.Module, settings: Settings, accelerator: Accelerator) 
     if settings.channels_last:
         model = model.to(memory_format=torch.channels_last)
     if settings.grad_checkpointing:
-        if not hasattr(model, "set_grad_checkpointing"):
-            raise AugmentError(f"{type(model).__name__} has no gradient checkpointing: leave out --grad-checkpointing")
-        model.set_grad_checkpointing(True)
+        switch: Callable[[bool], None] | None = getattr(model, "set_grad_checkpointing", None)
+        if switch is None:
+            raise AugmentError(f"{type(model).__name__} has no gradient checkpointing: leave out `grad_checkpointing`")
+        switch(True)
     if settings.sync_norm and accelerator.num_processes > 1:
         from timm.layers import convert_sync_batchnorm
 
         if accelerator.device.type == "cpu":
-            raise AugmentError("--sync-norm needs accelerators: torch's SyncBatchNorm does not run on CPUs")
+            raise AugmentError("`sync_norm` needs accelerators: torch's SyncBatchNorm does not run on CPUs")
         model = convert_sync_batchnorm(model)
     return model
 
@@ -228,7 +229,7 @@ class _Saved(BaseModel):
     position: tuple[_Number, _Number, _Number]
     seconds: Annotated[float, Field(ge=0, le=2**53)]
     sums: Annotated[list[float], Field(min_length=3, max_length=3)]
-    history: list[dict[Literal[*COLUMNS], float]]
+    history: list[Annotated[Row, AfterValidator(check_row)]]
     model: dict[str, Any]
     ema: dict[str, Any] | None
     optimizer: dict[str, Any]
@@ -254,13 +255,13 @@ def _check_saved(saved: dict[str, Any], settings: Settings, accelerator: Acceler
     before = settings_of(saved["settings"], str(where))
     if other := next((name for name in FIXED if getattr(before, name) != getattr(settings, name)), None):
         raise AugmentError(
-            f"{where} is a checkpoint of another run than settings.json beside it describes: {option(other)} was "
+            f"{where} is a checkpoint of another run than settings.json beside it describes: `{other}` was "
             f"{getattr(before, other)}, and is {getattr(settings, other)}"
         )
     if isinstance(splits.train, ImageStream) and saved["position"][1] and before.workers != settings.workers:
         raise AugmentError(
             f"{where} was written within an epoch of a stream that {before.workers} workers share: resume with "
-            f"--workers {before.workers}"
+            f"`workers={before.workers}`"
         )
     if saved["processes"] != accelerator.num_processes:
         raise AugmentError(

@@ -3,13 +3,20 @@
 import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from augment_cli.errors import AugmentError, boundary, nearest
 from augment_cli.files import read_text
+from augment_cli.specs import OnCorrupt
 
 TRACKERS = ("tensorboard", "wandb", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab", "trackio")
 Schedule = Literal["cosine", "tanh", "poly", "step", "wsd", "rsqrt", "constant"]
+_CHOICES = {
+    "on_corrupt": get_args(OnCorrupt),
+    "loss": ("ce", "bce"),
+    "schedule": get_args(Schedule),
+    "precision": ("no", "bf16", "fp16"),
+}
 
 
 @dataclass(frozen=True)
@@ -39,7 +46,7 @@ class Settings:
     target_key: str | None = None
     img_size: tuple[int, int] | None = None
     workers: int = 4
-    on_corrupt: str = "fail"
+    on_corrupt: OnCorrupt = "fail"
 
     # Augmentation.
     augmentation: bool = True
@@ -99,15 +106,20 @@ class Settings:
         for name, least, most in _RANGES:
             value = getattr(self, name)
             if not least <= value <= most:
-                raise AugmentError(f"{option(name)} {value} is not from {least:g} to {most:g}")
+                raise AugmentError(f"`{name}={value}` is not from {least:g} to {most:g}")
+        for name, known in _CHOICES.items():
+            if (value := getattr(self, name)) not in known:
+                raise AugmentError(f"`{name}={value!r}` is none of {', '.join(known)}")
         if (self.mixup or self.cutmix) and self.batch_size % 2:
-            raise AugmentError(f"mixup and cutmix pair the images of a batch: --batch-size {self.batch_size} is odd")
+            raise AugmentError(f"mixup and cutmix pair the images of a batch: `batch_size={self.batch_size}` is odd")
         if self.freeze_norm and self.sync_norm:
-            raise AugmentError("--freeze-norm uses no statistics of batches, so that --sync-norm has nothing to do")
+            raise AugmentError(
+                "`freeze_norm=True` uses no statistics of batches: leave out `sync_norm`, which averages them"
+            )
         if self.new_first > self.epochs:
-            raise AugmentError(f"--new-first {self.new_first} is more than --epochs {self.epochs}")
+            raise AugmentError(f"`new_first={self.new_first}` is more than `epochs={self.epochs}`")
         if unknown := next((name for name in self.log_with if name not in TRACKERS), None):
-            raise AugmentError(f"--log-with {unknown}: no such tracker{nearest(unknown, TRACKERS)}")
+            raise AugmentError(f"`log_with={unknown!r}`: no such tracker{nearest(unknown, TRACKERS)}")
         parse_interval(self.checkpoint_every)
 
     def inputs(self) -> list[Path]:
@@ -175,7 +187,7 @@ def parse_interval(text: str | None) -> tuple[int | None, float | None]:
         return None, None
     number = text[:-1] if text[-1:] in ("m", "s") else text
     if not number.isascii() or not number.isdigit() or not int(number):
-        raise AugmentError(f"--checkpoint-every {text}: write updates as 200, minutes as 10m, seconds as 30s")
+        raise AugmentError(f"`checkpoint_every={text!r}`: write updates as 200, minutes as 10m, seconds as 30s")
     seconds = {"m": 60.0, "s": 1.0}.get(text[-1])
     return (None, int(number) * seconds) if seconds else (int(number), None)
 

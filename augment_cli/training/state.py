@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
 from torch import Tensor
 
 from augment_cli.errors import AugmentError, boundary
@@ -77,6 +78,6 @@ def _unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
     return {"list": list, "tuple": tuple}[kind](_unpack(item, tensors) for item in content)
 
 
-def pack_scaler(accelerator) -> dict[str, Any] | None:
+def pack_scaler(accelerator: Accelerator) -> dict[str, Any] | None:
     """The loss scale of float16 training; None in other precisions."""
     return None if accelerator.scaler is None else accelerator.scaler.state_dict()

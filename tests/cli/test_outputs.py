@@ -125,9 +125,10 @@ def test_what_can_be_known_at_once_fails_before_torch_is_imported(in_tmp):
 
 def test_a_name_that_the_table_lacks_is_looked_for_in_timm(monkeypatch):
     from augment_cli import specs
+    from augment_cli.analysis import support
     from augment_cli.errors import AugmentError
 
-    monkeypatch.setattr(specs, "model_names", lambda: ("resnet18",))
+    monkeypatch.setattr(support, "model_names", lambda: ("resnet18",))
     specs.check_name("resnet50.a1_in1k")
     specs.check_name("tv_resnet50")  # a name of timm's from before there were tags
     specs.check_name("hf-hub:timm/none")

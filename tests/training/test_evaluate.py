@@ -96,10 +96,13 @@ def test_a_confusion_matrix_is_a_table_or_a_picture(tmp_path):
     assert rows == [["true \\ predicted", "ants", "bees"], ["ants", "1", "2"], ["bees", "0", "3"]]
     write_confusion(result, tmp_path / "c.png")
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(AugmentError, match="confusion"):
+        write_confusion(Result(Scores(6, 0.0, 50.0, 100.0), ["ants", "bees"], []), tmp_path / "none.csv")
+    assert not (tmp_path / "none.csv").exists()
 
 
 def test_data_of_other_classes_are_refused(model, images):
-    with pytest.raises(AugmentError, match=r"have 3 classes, and .* has 1000: say with --class-map which"):
+    with pytest.raises(AugmentError, match=r"have 3 classes, and .* has 1000: say with `class_map` which"):
         assess(Assessment(str(model), str(images), workers=0, cpu=True))
 
 

@@ -340,11 +340,11 @@ def test_a_full_disk_stops_the_run_and_leaves_the_checkpoint(model, images, tmp_
 
 def test_a_folder_that_is_in_use_is_refused_and_left_alone(tuned, model, images, tmp_path):
     before = snapshot(tuned)
-    with pytest.raises(AugmentError, match=r"holds a run: --resume .* goes on with it, --overwrite starts anew"):
+    with pytest.raises(AugmentError, match=r"holds a run: `resume=True` .* `overwrite=True`"):
         finetune(short(model, images, tuned))
     (tmp_path / "full").mkdir()
     (tmp_path / "full/notes").write_text("mine")
-    with pytest.raises(AugmentError, match="is not empty: give another --output, or --overwrite"):
+    with pytest.raises(AugmentError, match=r"is not empty.*`overwrite=True`"):
         finetune(short(model, images, tmp_path / "full"))
     assert snapshot(tuned) == before
 
@@ -361,7 +361,7 @@ def test_a_checkpoint_of_another_run_is_refused(tuned, tmp_path):
     shutil.copytree(tuned, tmp_path / "run")
     settings = json.loads((tmp_path / "run/settings.json").read_text())
     (tmp_path / "run/settings.json").write_text(json.dumps(settings | {"seed": 5}))
-    with pytest.raises(AugmentError, match=r"another run than .* --seed was 0, and is 5"):
+    with pytest.raises(AugmentError, match=r"another run than .* `seed` was 0, and is 5"):
         finetune(replace(read_settings(tmp_path / "run/settings.json"), output=str(tmp_path / "run")), resume=True)
 
 
@@ -421,15 +421,15 @@ def test_nothing_is_unpickled_from_a_checkpoint(model, images, tmp_path, monkeyp
 
 
 BAD = [
-    ({"num_classes": 2}, "have 3 classes, more than --num-classes 2"),
+    ({"num_classes": 2}, "have 3 classes, more than `num_classes=2`"),
     ({"batch_size": 64}, "36 training images do not fill one batch of 64"),
     ({"opt": "adamx"}, "timm has no optimiser adamx; did you mean"),
     ({"hold_out": 0.01}, "leaves none on one side"),
     ({"val_split": "test"}, "has a folder train, but none for the split test"),
     ({"model": "none.safetensors"}, "none.safetensors: no such file or folder"),
     ({"model": "resnet1"}, "timm has no model resnet1; did you mean"),
-    ({"pretrained": True}, "has its own weights: leave out --pretrained"),
-    ({"model_args": {"num_classes": 3}}, "knows its own arguments: leave out --model-arg"),
+    ({"pretrained": True}, "has its own weights: leave out `pretrained`"),
+    ({"model_args": {"num_classes": 3}}, "knows its own arguments: leave out `model_args`"),
     ({"teacher": "test_resnet", "teacher_checkpoint": "none.pth"}, "checkpoint none.pth: no such file"),
 ]
 
@@ -449,7 +449,7 @@ def test_a_teacher_of_other_classes_is_refused(model, images, tmp_path):
 
 
 def test_validating_on_the_training_images_is_refused(model, images, tmp_path):
-    with pytest.raises(AugmentError, match=r"have no splits: .* give --val-data, or --hold-out 0\.1"):
+    with pytest.raises(AugmentError, match=r"have no splits: .* give `val_data`, or `hold_out=0"):
         finetune(short(model, images / "train", tmp_path / "run"))
     settings = short(model, images / "train", tmp_path / "run", val_data=str(images / "val"), epochs=1)
     finetune(settings)

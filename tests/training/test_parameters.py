@@ -128,6 +128,18 @@ def test_every_schedule_scales_the_groups_and_depends_on_the_update_alone(schedu
     assert 0.75 < rates([11])["new"] <= 1.0
 
 
+def test_a_warm_up_lasts_whole_updates():
+    opened = converted("resnet10t", "aa")
+    settings = short("m", "d", "o", epochs=1, schedule="constant", warmup_epochs=1.0, lr=1.0, opt="sgd")
+    optimizer = make_optimizer(opened.model, provenance(opened), settings)
+    scheduler = make_scheduler(optimizer, settings, updates_per_epoch=7)  # half an epoch: 3.5 updates, rounded to 4
+    rates = []
+    for update in range(6):
+        scheduler.step_update(update)
+        rates.append(max(group["lr"] for group in optimizer.param_groups))
+    assert rates == pytest.approx([0.01, 0.2575, 0.505, 0.7525, 1.0, 1.0])
+
+
 @pytest.mark.parametrize("opt", ["adamw", "sgd"])
 def test_groups_for_any_trainer_are_those_of_fine_tuning(model, opt):
     loaded = augment_cli.load(model)

@@ -127,7 +127,7 @@ def test_a_stream_within_an_epoch_keeps_its_workers(model, shards, tmp_path):
     changes = {"num_classes": 3, "checkpoint_every": "2", "workers": 0, "batch_size": 4}
     settings = short(model, f"wds/{shards}", tmp_path / "run", **changes)
     assert in_process(settings, before=KILLED_AT_A_BATCH).returncode == -9
-    with pytest.raises(AugmentError, match="resume with --workers 0"):
+    with pytest.raises(AugmentError, match="resume with `workers=0`"):
         finetune(replace(settings, workers=2), resume=True)
 
 
