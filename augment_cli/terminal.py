@@ -12,7 +12,7 @@ import sys
 _SETTING = re.compile(r"((?:the )?argument )?`([a-z]\w*(?:\.\w+)*)(?:=([^`]*))?`")
 
 # Settings whose option has another name: the option takes one of several, or the API means more by it.
-_OPTIONS = {"input_size": "img_size", "model_args": "model-arg", "input_size": "img-size"}
+_OPTIONS = {"model_args": "model-arg", "input_size": "img-size"}
 
 
 def plain(text: str, keep: str = "") -> str:

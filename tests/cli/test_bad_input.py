@@ -126,7 +126,7 @@ def test_pretrained_weights_without_a_network(in_tmp):
     result = program("convert", "resnet18", "--pretrained", "-o", "m.safetensors", env=environment)
     assert result.returncode == 2
     assert "error: the pretrained weights of resnet18 cannot be had: " in result.stderr
-    assert "Give a file with --checkpoint" in result.stderr
+    assert "Give a file as --checkpoint" in result.stderr
     assert "Traceback" not in result.stderr
     assert not (in_tmp / "m.safetensors").exists()
 
