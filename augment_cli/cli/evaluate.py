@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from augment_cli import specs
 from augment_cli.cli import common
 from augment_cli.errors import InputError
 
@@ -40,7 +41,7 @@ def evaluate(
     img_size: common.ImageSize = None,
     batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1)] = 64,
     workers: Annotated[int, typer.Option("--workers", "-j", min=0, help="Processes that read images.")] = 4,
-    on_corrupt: Annotated[str, typer.Option(metavar="fail|skip", help="At an image that cannot be read.")] = "fail",
+    on_corrupt: Annotated[specs.OnCorrupt, typer.Option(help="At an image that cannot be read.")] = "fail",
     cpu: Annotated[bool, typer.Option("--cpu", help="Use no accelerator.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The scores as JSON.")] = False,
 ) -> None:
@@ -48,11 +49,8 @@ def evaluate(
 
     augment evaluate tuned/best --data imagenet --against resnet50
     """
-    from augment_cli import specs
     from augment_cli.files import check_output
 
-    if on_corrupt not in ("fail", "skip"):
-        raise InputError(f"--on-corrupt {on_corrupt}: it is fail or skip")
     if confusion is not None and confusion.suffix not in (".csv", ".png"):
         raise InputError(f"--confusion {confusion}: the name ends in .csv or .png")
     common.check_ema(ema, checkpoint)
