@@ -123,7 +123,6 @@ BAD = [
     (["evaluate", "test_resnet", "--data", "d"], "data d: no such folder or file"),
     (["evaluate", "none.safetensors", "--data", "d"], "none.safetensors: no such file or folder"),
     (["evaluate", "m", "--data", "d", "--confusion", "c.txt"], "the name ends in .csv or .png"),
-    (["evaluate", "m", "--data", "d", "--on-corrupt", "cry"], "--on-corrupt"),
     (["timm", "none.py"], "none.py: no such script"),
 ]
 
