@@ -1,10 +1,10 @@
 """Attention that starts near what the filters that it replaces compute, and stays free to learn; no labels are needed.
 
-Queries, keys and relative tables keep their random initialisation, so that attention maps are spread over the image and
-depend on its content: maps fitted to the filters' windows agree with the source, too, and learn nothing afterwards
-(docs/fitting.md). In three steps:
+Queries, keys and relative tables stay random, so that attention maps reach over the image and depend on its content: maps
+fitted to the filters' windows agree with the source, too, and learn nothing afterwards (docs/fitting.md). In three steps:
 
-1. Keys and tables are scaled, so that logits have the same spread in every model (spread.py).
+1. Queries and keys are whitened and scaled by the input that they get, so that logits are spread alike in every model
+   (spread.py).
 2. One pass of the source over the images sums up, at every site, moments of what the heads then see (sampling.py).
    Value and output projections are a ridge regression on the filters' outputs (heads.py). The filters that cost most to
    lose are kept, half of the others at a time, until as many as the plan gives up are left. A filter's cost is its mean
