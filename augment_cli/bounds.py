@@ -1,6 +1,6 @@
 """The largest numbers, texts and lists that a plan, a recipe or a file's metadata may hold.
 
-Each is far above what any model of timm has and far below what takes long or much memory.
+Each is far above what any model of timm needs, and far below what would take long or much memory.
 """
 
 from typing import Annotated

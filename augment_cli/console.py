@@ -1,4 +1,4 @@
-"""The rich console that everything is printed on which is more than a line of text."""
+"""The rich console for tables, progress bars and other output of more than one line."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -10,7 +10,7 @@ from augment_cli.terminal import plain
 
 
 class Terminal(Console):
-    """A rich console that takes no markup and no emoji codes, and shows control characters as escapes."""
+    """A rich console that ignores markup and emoji codes and shows control characters as escapes."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(markup=False, emoji=False, **options)

@@ -1,8 +1,9 @@
-"""Images from a folder, a tar file, or one of timm's other readers, with every fault of theirs named.
+"""Images from a folder, a tar file, or one of timm's other readers, with errors that name their faults.
 
 A spec is a path, or `kind/name` for one of timm's kinds: `hfds/` and `hfids/` (Hugging Face datasets, whole and
 streamed), `wds/` (webdataset: a folder with `_info.json`, or shards such as `wds/data/train-{00..03}.tar|5000`),
-`tfds/`, and `torch/` (torchvision). A folder is one of class folders, or has a folder of those for every split.
+`tfds/`, and `torch/` (torchvision). A folder holds class folders, or a folder of class folders
+for every split.
 """
 
 import copy
@@ -31,7 +32,7 @@ _SUBSTITUTES = 1000
 
 
 class BadImage(AugmentError):
-    """An image or label that is no good; raised again by a data loader, it sheds the worker's traceback."""
+    """An image or label that cannot be used. A data loader raises it again; the worker's traceback is then cut off."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message.rsplit(f"{type(self).__name__}: ", 1)[-1].strip())
@@ -40,8 +41,8 @@ class BadImage(AugmentError):
 class Images(Dataset):
     """Images and labels by index: (transformed image, int), or the PIL image where there is no transform.
 
-    What an augmentation draws for an image depends on seed, epoch and index alone: not on worker processes, nor on
-    where a run was resumed. `corrupt` (N,) is 1 where an image could not be read; worker processes write to it too.
+    An augmentation's random numbers depend on seed, epoch and index alone: not on worker processes, nor on where a run
+    was resumed. `corrupt` (N,) is 1 for images that could not be read; worker processes write to it too.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class Images(Dataset):
         self.mode = "L" if channels == 1 else "RGB"
         self.on_corrupt, self.seed, self.epoch = on_corrupt, seed, 0
         self.transform: Callable | None = None
-        self.num_classes: int | None = None  # labels from there on are an error
+        self.num_classes: int | None = None  # a label of `num_classes` or more is an error
         self.relabel: list[int] | None = None
         self.indices: Sequence[int] = range(len(source))
         self.corrupt = torch.zeros(len(source), dtype=torch.uint8).share_memory_()
@@ -70,7 +71,7 @@ class Images(Dataset):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[Any, int]]:
-        """A batch at once, as torch's loaders ask for it: the generators are put back once, and not for every image."""
+        """A whole batch, as torch's loaders ask for it. Generators are restored once, not for every image."""
         with preserved():
             return [self._item(index) for index in indices]
 
@@ -85,7 +86,7 @@ class Images(Dataset):
         self.epoch = epoch
 
     def part(self, indices: Sequence[int]) -> "Images":
-        """The images at some indices, as a data set of their own, with a transform of their own."""
+        """The images at these indices, as a data set with its own transform."""
         part = copy.copy(self)
         part.indices = [self.indices[index] for index in indices]
         part.corrupt = torch.zeros_like(self.corrupt).share_memory_()
@@ -100,16 +101,16 @@ class Images(Dataset):
         return str(reader.filename(place, absolute=True)) if reader is not None else f"image {place}"
 
     def origin(self) -> str | None:
-        """The folder or tar file and its first image, by which data that are opened twice are known; else None."""
+        """The folder or tar file and its first image, which tell whether two data sets are the same; else None."""
         reader = getattr(self.source, "reader", None)
         return f"{reader.root}: {self.name(0)}" if reader is not None and hasattr(reader, "samples") else None
 
     def corrupt_names(self) -> list[str]:
-        """The images that could not be read so far, by any process of the loader."""
+        """Names of the images that no process of the loader could read so far."""
         return [self._name(place) for place in self.corrupt.nonzero().flatten().tolist()]
 
     def _readable(self, index: int) -> tuple[Image.Image, int]:
-        """The image, or where it is corrupt and may be skipped, the next one that can be read."""
+        """The image; if it is corrupt and may be skipped, the next one that can be read."""
         for step in range(min(len(self), _SUBSTITUTES)):
             place = self.indices[(index + step) % len(self)]
             try:
@@ -141,7 +142,7 @@ class Images(Dataset):
 
 
 def _named(reader: Any) -> Iterator[tuple[Any, int]]:
-    """A stream's samples; a column that it does not have is an error without a traceback."""
+    """A stream's samples; a missing column becomes a BadImage."""
     try:
         yield from reader
     except (KeyError, ValueError, TypeError) as error:
@@ -151,7 +152,7 @@ def _named(reader: Any) -> Iterator[tuple[Any, int]]:
 class ImageStream(IterableDataset):
     """Images and labels in the order of a stream: (transformed image, int).
 
-    What cannot be decoded is left out by timm's reader, which logs it: streams cannot name or count it.
+    timm's reader logs images that it cannot decode and leaves them out: streams cannot name or count them.
     """
 
     classes = None
@@ -167,7 +168,7 @@ class ImageStream(IterableDataset):
     def __iter__(self) -> Iterator[tuple[Any, int]]:
         worker = get_worker_info()
         place = (self.seed, "stream", self.epoch, _rank(), worker.id if worker else 0)
-        reader = copy.copy(self.source.reader)  # what it draws from goes on from epoch to epoch: begin anew
+        reader = copy.copy(self.source.reader)  # its generator would go on from the last epoch: take a new one
         reader.worker_seed = derive(*place)
         for number, (image, label) in enumerate(_named(reader)):
             if self.transform is not None:
@@ -181,7 +182,7 @@ class ImageStream(IterableDataset):
         self.source.set_epoch(epoch)
 
     def set_loader_cfg(self, num_workers: int) -> None:
-        """How many workers will read: timm's readers share out their shards by it."""
+        """Tell timm's reader the number of workers, among which it divides the shards."""
         self.source.set_loader_cfg(num_workers=num_workers)
 
     def corrupt_names(self) -> list[str]:
@@ -204,26 +205,25 @@ def open_dataset(
     input_key: str | None = None,
     target_key: str | None = None,
 ) -> Images | ImageStream:
-    """The data set that a spec names; timm's create_loader gives it a transform, and `transform` can be set by hand.
+    """Open the data set that a spec names. timm's create_loader sets its `transform`; it can be set by hand too.
 
     Args:
         spec: a folder, a tar file, or `kind/name`.
-        split: which part; a folder that has no folder of its own for any split is taken whole.
-        is_training: streams shuffle.
+        split: the part to open; a folder without folders for splits is taken whole.
+        is_training: shuffle streams.
         labels: False takes the images of a folder wherever they are, with the label -1.
         on_corrupt: "fail" stops at an image that cannot be read; "skip" takes the next readable one in its place.
-        classes: class names to labels, those of the training data say; others than those are an error.
+        classes: class names to labels, such as the training data's; a class that is not among them is an error.
         channels: 1 reads grey images, anything else RGB.
-        root: where `torch/` data are and `hfds/` ones are kept.
-        download: `torch/` and `tfds/` data may be fetched.
-        batch_size: what streams round their length to.
-        seed: of augmentation and of streams' shuffling.
+        root: folder of `torch/` data, and the cache of `hfds/` data.
+        download: fetch `torch/` and `tfds/` data that are not there.
+        batch_size: streams round their length to a multiple of it.
+        seed: for augmentation and the shuffling of streams.
         input_key, target_key: columns of `hfds/`, `hfids/` and `tfds/` data, or entries of `wds/` samples, that hold
             images and labels; None takes timm's defaults.
 
     Raises:
-        AugmentError: nothing there, no images, class folders without images, classes that are not in `classes`, or
-            columns that the data do not have.
+        AugmentError: there are no data or no images, a class folder is empty, or a class or column is unknown.
     """
     spec = str(spec)
     kind = kind_of(spec)
@@ -246,7 +246,7 @@ def open_dataset(
 
 
 def _create(spec: str, *, root: str | Path | None, split: str, **options: Any) -> Any:
-    """One of timm's kinds, through timm's factory."""
+    """Open one of timm's kinds of data."""
     from timm.data import create_dataset
 
     kind, _, name = spec.partition("/")
@@ -265,7 +265,7 @@ def _create(spec: str, *, root: str | Path | None, split: str, **options: Any) -
         source = create_dataset(spec, root=None if root is None else str(root), split=split, **options)
     except ImportError as error:
         raise AugmentError(f"{spec}: a package for {kind}/ data is missing: {error}") from error
-    except Exception as error:  # readers of five libraries fail in as many ways
+    except Exception as error:  # readers of five libraries raise as many types
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise AugmentError(f"{spec} cannot be opened, split {split}: {lines[0].rstrip('.')}") from error
     if kind == "hfds":
@@ -276,7 +276,7 @@ def _create(spec: str, *, root: str | Path | None, split: str, **options: Any) -
 
 
 def _check_columns(spec: str, reader: Any) -> None:
-    """The columns of images and labels must be there; that of images is made up, without values, where it is not."""
+    """Refuse Hugging Face data without the columns of images and labels. A missing image column reads as None."""
     columns = [name for name, value in next(iter(reader.dataset), {}).items() if value is not None]
     wanted = [("input_key", reader.image_key)]
     wanted += [("target_key", key) for key in reader.target_keys or (reader.label_key,)]
@@ -286,7 +286,7 @@ def _check_columns(spec: str, reader: Any) -> None:
 
 
 def _check_entry(spec: str, reader: Any, keys: list[str]) -> None:
-    """The first sample must have one of the entries: a stream leaves out samples without, and would not end."""
+    """Refuse shards whose first sample has none of these entries: a stream would skip every sample and never end."""
     shard = Path(reader.root or "", reader.split_info.filenames[0])
     if not shard.is_file():
         return
@@ -298,7 +298,7 @@ def _check_entry(spec: str, reader: Any, keys: list[str]) -> None:
 
 
 def _shards(path: Path, split: str) -> tuple[Path, str]:
-    """webdataset's root and split: a folder's `_info.json` knows its splits, shards are named with their count."""
+    """webdataset's root and split: those of a folder with `_info.json`, or of a pattern of shards with a count."""
     return (path.parent, path.name) if ".tar" in path.name else (path, split)
 
 
@@ -314,7 +314,7 @@ def _open_path(path: Path, split: str, labels: bool) -> Any:
         source = create_dataset("", root=str(folder), search_split=False, **options)
     except RuntimeError as error:
         raise AugmentError(f"data {folder} {_contents(folder)}") from error
-    except Exception as error:  # a tar file in any state of decay
+    except Exception as error:  # tarfile and timm raise many types for damaged files
         raise AugmentError(f"data {path} cannot be read: {error}") from error
     if labels and path.is_dir():
         _check_class_folders(folder, source.reader)
@@ -322,7 +322,7 @@ def _open_path(path: Path, split: str, labels: bool) -> Any:
 
 
 def _split_folder(path: Path, split: str) -> Path:
-    """The folder of a split, by any of the names that timm knows; the whole folder where there are no splits."""
+    """The folder of a split, by any name that timm knows; the folder itself if it has no splits."""
     wanted = next((names for names in _SPLITS.values() if split in names), ())
     for name in (split, *wanted):
         if (path / name).is_dir():
@@ -343,7 +343,7 @@ def _contents(folder: Path) -> str:
 
 
 def _check_class_folders(folder: Path, reader: Any) -> None:
-    """Every folder is a class, and every image in one."""
+    """Refuse images outside class folders, and class folders without images."""
     root = str(folder)
     filled = {Path(file).relative_to(root).parts[0] for file, _ in reader.samples}
     if loose := next((file for file, _ in reader.samples if Path(file).parent == folder), None):
@@ -356,7 +356,7 @@ def _check_class_folders(folder: Path, reader: Any) -> None:
 
 
 def _classes(source: Any) -> dict[str, int] | None:
-    """Class names to labels, where the data have names."""
+    """Class names to labels; None where the data have no names."""
     for holder in (getattr(source, "reader", None), source):
         for attribute in ("class_to_idx", "class_name_to_idx"):
             if found := getattr(holder, attribute, None):
@@ -365,7 +365,7 @@ def _classes(source: Any) -> dict[str, int] | None:
 
 
 def _relabel(images: Images, classes: dict[str, int], spec: str) -> None:
-    """Labels as `classes` counts them."""
+    """Renumber labels as in `classes`."""
     if images.classes is None:
         return
     if unknown := [name for name in images.classes if name not in classes]:

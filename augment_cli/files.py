@@ -1,7 +1,7 @@
-"""Files and folders that are either whole or not there: written under a temporary name, then renamed.
+"""Write files and folders under a temporary name, then rename them: they are whole or not there.
 
-A temporary is locked by the process that writes it. One without a lock was left by a process that was killed, and the
-next write into the same folder removes it.
+The process that writes a temporary locks it. A temporary without a lock was left by a killed process; the next write
+into the same folder removes it.
 """
 
 import ctypes
@@ -25,17 +25,17 @@ if sys.platform != "win32":
     import fcntl
 
 _PREFIX, _SUFFIX = ".augment-", ".tmp"
-# How versions of safetensors quote it: `IoError(Os { ..., message: "..." })` and `I/O error: ... (os error 28)`.
+# Versions of safetensors quote the system as `IoError(Os { ..., message: "..." })` and `I/O error: ... (os error 28)`.
 _SAID_BY_THE_DISK = re.compile(r'message: "(.+?)"|I/O error: (.+?)(?: \(os error|$)')
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 
 def read_text(path: Path, what: str, most: int = 2**20) -> str:
-    """The text of a file of at most `most` bytes; `what` names its kind in messages.
+    """Read a text file of at most `most` bytes; `what` names its kind in messages.
 
     Raises:
-        AugmentError: no such file, not readable, too long, or not UTF-8.
+        AugmentError: the file cannot be read, is too long, or is not UTF-8.
     """
     try:
         with path.open("rb") as file:
@@ -43,7 +43,7 @@ def read_text(path: Path, what: str, most: int = 2**20) -> str:
     except (OSError, ValueError) as error:
         raise AugmentError(f"{what} {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if len(content) > most:
-        raise AugmentError(f"{what} {path} is longer than {most:,} bytes: that is no {what}")
+        raise AugmentError(f"{what} {path} has more than {most:,} bytes, the most that a {what} may have")
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -51,21 +51,23 @@ def read_text(path: Path, what: str, most: int = 2**20) -> str:
 
 
 def check_output(path: Path, overwrite: bool, inputs: Iterable[Path | None] = ()) -> None:
-    """Refuse an output file before any work is done for it.
+    """Refuse an output file that cannot be written, before any work is done.
 
     Args:
-        inputs: files that are read for it, which it may not replace.
+        inputs: files that are read for the output. It may not replace one.
 
     Raises:
-        AugmentError: it exists, is one of the inputs or no file, or its folder does not exist or cannot be written.
+        AugmentError: the output exists, is an input or not a file, or its folder is missing or not writable.
     """
     mode = check_place(path, overwrite, inputs)
     if mode is not None and not stat.S_ISREG(mode):
-        raise AugmentError(f"{path} is {'a folder' if stat.S_ISDIR(mode) else 'no regular file'}: give a file's name")
+        raise AugmentError(
+            f"{path} is {'a folder' if stat.S_ISDIR(mode) else 'not a regular file'}: give a file's name"
+        )
 
 
 def check_place(path: Path, overwrite: bool, inputs: Iterable[Path | None] = ()) -> int | None:
-    """As `check_output`, of whatever kind the output is; returns the mode of what is there, None for nothing."""
+    """Like `check_output`, for a file or a folder. Returns the mode of what exists there, or None."""
     target = _followed(path)
     for source in inputs:
         if source is not None and _followed(source).is_relative_to(target):
@@ -85,10 +87,10 @@ def check_place(path: Path, overwrite: bool, inputs: Iterable[Path | None] = ())
 
 
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Have `write` make the file under a temporary name beside `path`, and rename it to `path` when it is whole.
+    """Call `write` with a temporary name beside `path`, and rename the finished file to `path`.
 
     Raises:
-        AugmentError: the disk is full or refuses.
+        AugmentError: the file cannot be written; an existing one stays as it was.
     """
     target = _followed(path)
     with errors_named(path), _temporary(target.parent, is_folder=False) as temporary:
@@ -98,12 +100,12 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_folder(path: Path, write: Callable[[Path], object]) -> None:
-    """Have `write` fill a temporary folder beside `path`, and put it in the place of `path` and all that is there.
+    """Call `write` with a temporary folder beside `path`, and replace `path` by the finished folder.
 
-    A process that is killed leaves the old folder or the new one.
+    A killed process leaves the old folder or the new one, each whole.
 
     Raises:
-        AugmentError: the disk is full or refuses.
+        AugmentError: the folder cannot be written; an existing one stays as it was.
     """
     target = _followed(path)
     with errors_named(path):
@@ -123,7 +125,7 @@ def write_folder(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def recover(path: Path) -> None:
-    """Undo or finish a replacement in two steps that a kill broke off."""
+    """Finish or undo a replacement of a folder that a kill interrupted between its two renames."""
     target = _followed(path)
     aside = _aside(target)
     if aside.is_dir() and not target.exists():
@@ -147,7 +149,7 @@ def remove_leftovers(folder: Path) -> None:
 
 @contextmanager
 def errors_named(path: Path) -> Iterator[None]:
-    """What the disk refuses, as an error that names the user's file and not a temporary one."""
+    """Turn an error of the disk into one that names the user's file, not the temporary one."""
     try:
         yield
     except OSError as error:
@@ -160,7 +162,7 @@ def errors_named(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _temporary(parent: Path, is_folder: bool) -> Iterator[Path]:
-    """A new and locked file or folder; at the end it is removed, unless it was renamed."""
+    """A new, locked file or folder. It is removed at the end unless it was renamed."""
     remove_leftovers(parent)
     made: list[tuple[Path, int]] = []
     try:
@@ -187,7 +189,7 @@ def _make(parent: Path, is_folder: bool) -> tuple[Path, int]:
 
 
 def _lock(handle: int) -> bool:
-    """Lock a temporary; False where another process has. File systems without locks have no leftovers removed."""
+    """Lock a temporary. Returns False if another process has; on file systems without locks, True."""
     try:
         if sys.platform != "win32":
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -206,7 +208,7 @@ def _remove(path: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Swap two names in one step; False where the system or the file system cannot."""
+    """Swap two names in one step. Returns False if the system or the file system cannot."""
     rename = getattr(ctypes.CDLL(None), "renameat2", None) if os.name == "posix" else None
     if rename is None:
         return False
@@ -214,12 +216,12 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def _aside(target: Path) -> Path:
-    """Where a folder waits while another takes its place in two steps."""
+    """The name to which an old folder is moved while a new one takes its place."""
     return target.parent / f"{_PREFIX}{hashlib.blake2b(os.fsencode(target.name), digest_size=8).hexdigest()}.old"
 
 
 def _followed(path: Path) -> Path:
-    """The absolute path with every symbolic link followed: the file that is meant, not the link to it."""
+    """The absolute path with every symbolic link followed."""
     return Path(os.path.realpath(path))
 
 

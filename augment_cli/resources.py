@@ -1,4 +1,4 @@
-"""Files that come with the package: inside it when installed from a wheel, beside it in a checkout."""
+"""Files that come with the package: in it when it is installed from a wheel, beside it in a checkout."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ def resource(name: str, checkout: str | None = None) -> Path:
 
     Args:
         name: its path inside the installed package.
-        checkout: its path in a checkout, where that is another.
+        checkout: its path in a checkout, if it differs.
     """
     inside = _PACKAGE / name
     return inside if inside.exists() else _PACKAGE.parent / (checkout or name)

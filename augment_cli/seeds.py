@@ -1,4 +1,4 @@
-"""Randomness that is a function of where it is drawn: no random state has to be saved to go on from a checkpoint."""
+"""Random numbers seeded by their place in a run, so that a checkpoint needs no random state."""
 
 import hashlib
 import random
@@ -10,13 +10,13 @@ import torch
 
 
 def derive(*parts: object) -> int:
-    """A seed of 63 bits from what names a place, such as (run's seed, "image", epoch, index)."""
+    """A seed of 63 bits from the parts of a place, such as (run's seed, "image", epoch, index)."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 def seed_all(*parts: object) -> None:
-    """Seed Python's, NumPy's and torch's generators, those of accelerators too, for a place."""
+    """Seed Python's, NumPy's and torch's generators, accelerators' included, for a place."""
     seed = derive(*parts)
     random.seed(seed)
     np.random.seed(seed % 2**32)
@@ -24,7 +24,7 @@ def seed_all(*parts: object) -> None:
 
 
 def seed_cpu(*parts: object) -> None:
-    """Seed the generators that transforms of images draw from, for a place; takes some ten microseconds."""
+    """Seed the CPU's generators, which image transforms use, for a place. Takes about ten microseconds."""
     seed = derive(*parts)
     random.seed(seed)
     np.random.seed(seed % 2**32)
@@ -33,7 +33,7 @@ def seed_cpu(*parts: object) -> None:
 
 @contextmanager
 def seeded(*parts: object) -> Iterator[None]:
-    """Within, the CPU's generators are seeded for a place; afterwards they are what they were."""
+    """Seed the CPU's generators for a place within the block, and restore them after it."""
     with preserved():
         seed_cpu(*parts)
         yield
@@ -41,7 +41,7 @@ def seeded(*parts: object) -> Iterator[None]:
 
 @contextmanager
 def preserved() -> Iterator[None]:
-    """Leave all generators afterwards as they were. NumPy's takes a third of a millisecond: not for every image."""
+    """Restore all generators after the block. Takes a third of a millisecond, for NumPy: too much for every image."""
     python, numpy = random.getstate(), np.random.get_state()
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     try:

@@ -1,4 +1,4 @@
-"""SIGINT, SIGTERM and SIGHUP end the program the same way: by an exception, never inside a block that must be whole.
+"""SIGINT, SIGTERM and SIGHUP end the program by an exception, which waits for the end of a `held` block.
 
 Only the command line installs these handlers; a library call leaves the caller's signals alone.
 """
@@ -12,7 +12,7 @@ from functools import partial
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
-# Launchers such as torchrun repeat to their processes what the terminal sent to all of them: seconds.
+# Seconds in which a second signal is ignored. The terminal sends it to all processes, and torchrun sends it again.
 _REPEATED = 1.0
 
 
@@ -30,38 +30,38 @@ _raised_at: float | None = None
 
 
 def install() -> None:
-    """Have the signals raise `Stopped` in this process; one that is ignored, as by nohup, stays ignored."""
+    """Make the signals raise `Stopped` in this process. A signal that is ignored, as under nohup, stays ignored."""
     for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, partial(_receive, os.getpid()))
 
 
 def restore() -> None:
-    """Have the signals do what they do in any Python program, for code that is not ours."""
+    """Restore Python's own handling of the signals, for code that is not ours."""
     for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 def ignore() -> None:
-    """Ignore the signals from now on: where all is done, and in worker processes, which their parent ends."""
+    """Ignore the signals from now on: at the program's end, and in worker processes, which their parent ends."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def pending() -> bool:
-    """Whether a signal waits for the end of a `held` block."""
+    """Whether a signal came within a `held` block that has not ended."""
     return _waiting is not None
 
 
 def stop() -> None:
-    """Raise `Stopped` for the signal that waits, or as SIGTERM does where another process got it."""
+    """Raise `Stopped` for the pending signal; for SIGTERM if the signal reached another process only."""
     _raise(_waiting or signal.SIGTERM)
 
 
 @contextmanager
 def held() -> Iterator[None]:
-    """Let signals wait until the block has ended, however it ends."""
+    """Delay signals until the block has ended, by an exception or not."""
     global _holding
     _holding += 1
     try:

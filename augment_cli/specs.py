@@ -17,16 +17,16 @@ OnCorrupt = Literal["fail", "skip"]
 
 
 def kind_of(spec: str) -> str | None:
-    """timm's kind of a data set's spec, such as `hfds`; None for a folder or a tar file."""
+    """The kind of data that a spec names, such as `hfds`; None for a folder or a tar file."""
     kind = spec.partition("/")[0].lower()
     return kind if kind in KINDS else None
 
 
 def check_data(spec: str) -> None:
-    """Refuse a folder or tar file of images that is not there.
+    """Refuse data whose folder or tar file does not exist.
 
     Raises:
-        AugmentError: there is none.
+        AugmentError: there is no such folder or file.
     """
     path = Path(spec)
     if kind_of(spec) is None and not path.exists():
@@ -35,10 +35,10 @@ def check_data(spec: str) -> None:
 
 
 def check_model(spec: str) -> None:
-    """Refuse a model that is neither a file or folder nor known to timm, or a missing `local-dir:`.
+    """Refuse a model that is neither a file, a folder nor a name that timm knows.
 
     Raises:
-        AugmentError: there is none.
+        AugmentError: there is no such model.
     """
     if Path(spec).exists():
         return
@@ -48,12 +48,12 @@ def check_model(spec: str) -> None:
 
 
 def check_name(name: str) -> None:
-    """Refuse a model's name that timm does not have; tags and models on a hub are left to timm.
+    """Refuse a name that timm does not know. Tags and models on a hub are left to timm to check.
 
-    The support table may be older than timm. So a name that it does not list is looked for in timm's own files.
+    The support table may be older than the installed timm: a name that it lacks is searched for in timm's files.
 
     Raises:
-        AugmentError: there is none.
+        AugmentError: there is no such model.
     """
     if name.startswith("local-dir:"):
         config = Path(name.removeprefix("local-dir:")) / "config.json"
@@ -72,10 +72,10 @@ def check_name(name: str) -> None:
 
 
 def check_file(option: str, path: str | Path | None) -> None:
-    """Refuse a missing input file.
+    """Refuse an input file that does not exist; `option` names it in the message.
 
     Raises:
-        AugmentError: there is none.
+        AugmentError: there is no such file.
     """
     if path is not None and not Path(path).is_file():
         raise AugmentError(f"{option} {path}: no such file")

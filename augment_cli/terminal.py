@@ -1,6 +1,6 @@
-"""Printing, on stdout and stderr alike: text from outside is shown and never obeyed.
+"""Print on stdout and stderr, with control characters of text from outside shown as escapes.
 
-A name out of a file can hold terminal sequences, rich markup, line ends and letters that turn the direction of
+A name out of a file can hold terminal sequences, rich markup, line ends and letters that reverse the direction of
 writing. Everything that the program prints passes through `echo`, `say` or a `Terminal` (console.py).
 """
 
@@ -16,7 +16,7 @@ _OPTIONS = {"model_args": "model-arg", "input_size": "img-size"}
 
 
 def plain(text: str, keep: str = "") -> str:
-    """Text whose control characters, but for those in `keep`, are written as escapes.
+    """Text with control characters as escapes, except those in `keep`.
 
     >>> plain("conv\\x1b[2J")
     'conv\\\\x1b[2J'

@@ -1,4 +1,4 @@
-"""What is printed shows text from outside and does not obey it; settings are spelled as the command line has them."""
+"""Printed text shows control characters as escapes, and errors spell settings as options."""
 
 import ast
 import re

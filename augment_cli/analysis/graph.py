@@ -1,7 +1,7 @@
 """The graph of a model: every convolution call in it, with its shapes and its place.
 
-torch.fx traces, with timm's own leaf modules and functions; shapes are propagated on the meta device, so that nothing
-is computed. Convolutions inside timm's leaf modules are met by hooks while the leaf runs.
+torch.fx traces with timm's own leaf modules and functions. Shapes are propagated on the meta device, so that nothing is
+computed. Hooks record the convolutions inside timm's leaf modules while these run.
 """
 
 import copy
@@ -22,7 +22,7 @@ from augment_cli.analysis.site import ConvSite, Size
 from augment_cli.compat import tree_map_only
 from augment_cli.errors import AugmentError, InputError
 
-# What may stand between a convolution and its normalisation without changing what is normalised.
+# Modules that may stand between a convolution and its normalisation.
 _PASSES_THROUGH = (nn.Identity, nn.Dropout, nn.Dropout2d)
 
 
@@ -31,7 +31,7 @@ class ModelGraph:
     """The traced model, its shapes and its convolutions in the order in which they are first called.
 
     `params` counts every parameter once; `macs` are the multiply-adds of one image, by torch.utils.flop_counter.
-    `constants` are tensors that a forward makes by itself, and that the graph takes from the traced copy.
+    `constants` are tensors that a forward pass creates, and that the graph takes from the traced copy.
     """
 
     graph: fx.Graph
@@ -51,7 +51,7 @@ def analyze(model: nn.Module, input_size: tuple[int, int, int]) -> ModelGraph:
         input_size: (channels, height, width) of one image.
 
     Raises:
-        AugmentError: the model cannot be traced, or does not take images of this size.
+        AugmentError: the model cannot be traced, or does not run on images of this size.
     """
     model = meta_copy(model).eval().requires_grad_(False)
     graph = trace(model)
@@ -72,9 +72,9 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def count_classes(model: nn.Module) -> int:
-    """How many classes a model tells apart; 0 for a feature extractor.
+    """Number of classes of a model; 0 for a feature extractor.
 
-    timm's models say so as `num_classes`; of others it is the width of the last linear layer.
+    It is `num_classes` of a timm model, and the width of the last linear layer of others.
     """
     known = getattr(model, "num_classes", None)
     if isinstance(known, int):
@@ -109,12 +109,12 @@ def trace(model: nn.Module) -> fx.Graph:
     constants = {p.name: p.default for p in optional if p.default is not p.empty}
     try:
         return _Tracer().trace(model, concrete_args=constants)
-    except Exception as error:  # symbolic tracing fails in as many ways as there are models
+    except Exception as error:  # tracing runs the model's own code, which may raise anything
         raise InputError(f"{type(model).__name__} cannot be traced with torch.fx: {_reason(error)}") from error
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Normalisations of torch and of timm, fused activations included."""
+    """Whether a module is a normalisation of torch or timm, with or without a fused activation."""
     return "norm" in type(module).__name__.lower() and not any(isinstance(m, nn.Conv2d) for m in module.modules())
 
 
@@ -135,7 +135,7 @@ def propagate_shapes(model: nn.Module, graph: fx.Graph, input_size: tuple[int, i
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     try:
         interpreter.run(torch.empty(1, *input_size, device="meta", dtype=dtype))
-    except Exception as error:  # whatever a model raises on a size that it cannot take
+    except Exception as error:  # the model's own code may raise anything on a size that it does not support
         size = "x".join(map(str, input_size))
         raise InputError(f"{type(model).__name__} does not run on an image of {size}: {_reason(error)}") from error
     return interpreter.shapes
@@ -229,7 +229,7 @@ def _obstacle(sizes: list[tuple[Size, Size]]) -> str | None:
 
 
 def _block(model: nn.Module, name: str) -> str:
-    """The smallest module around a convolution that holds another one too: its residual block, as a rule."""
+    """The smallest module around a convolution that holds a second one: as a rule its residual block."""
     while name:
         name = name.rpartition(".")[0]
         if sum(isinstance(m, nn.Conv2d) for m in model.get_submodule(name).modules()) > 1:
@@ -238,10 +238,10 @@ def _block(model: nn.Module, name: str) -> str:
 
 
 def _stages(model: nn.Module, graph: fx.Graph, calls: CallRecorder) -> Callable[[str], int]:
-    """Stages are timm's feature levels, as features_only's out_indices count them: 0, 1, ...
+    """A function from a convolution's name to its stage: timm's feature level, as out_indices counts, from 0.
 
-    A convolution belongs to the first level that is complete only after it. Models without levels count the sizes of
-    their convolutions' output maps, the largest first, as timm's levels do for the same architecture.
+    A convolution belongs to the first level whose output comes after it. In models without levels the stage is the rank
+    of the convolution's output map by size, the largest first, which agrees with timm's levels where there are some.
     """
     paths = [_path(node) for node in graph.nodes]
     infos = getattr(model, "feature_info", None) or []
@@ -263,7 +263,7 @@ def _stages(model: nn.Module, graph: fx.Graph, calls: CallRecorder) -> Callable[
 
 
 def _stages_by_size(calls: CallRecorder) -> dict[str, int]:
-    """For each called convolution the rank of its map's size. Maps of one position, as in gates, rank with the last."""
+    """The rank of each called convolution's map by size. A map of one position, as in a gate, takes the rank before."""
     outputs = {name: sizes[0][1] for name, sizes in calls.sizes.items()}
     ranks = {
         size: rank for rank, size in enumerate(sorted({*outputs.values()} - {(1, 1)}, key=math.prod, reverse=True))
@@ -303,7 +303,7 @@ def _stem_matcher(model: nn.Module) -> Callable[[str], bool]:
 
 
 def _image_readers(model: nn.Module, graph: fx.Graph) -> set[str]:
-    """The convolutions that see the image before any other convolution did."""
+    """The convolutions that read the image without another convolution before them."""
     readers: set[str] = set()
     raw: set[fx.Node] = set()
     for node in graph.nodes:
@@ -326,7 +326,7 @@ def _convs_of(model: nn.Module, node: fx.Node) -> list[str]:
 
 
 def _following_norms(model: nn.Module, graph: fx.Graph, prefix: str = "") -> dict[str, str]:
-    """The normalisation that is a convolution's only reader, for each that has one."""
+    """For each convolution whose output only a normalisation reads, the normalisation's name."""
     norms: dict[str, str] = {}
     for node in graph.nodes:
         if node.op != "call_module":
@@ -345,7 +345,7 @@ def _following_norms(model: nn.Module, graph: fx.Graph, prefix: str = "") -> dic
 def _norms_in_leaf(leaf: nn.Module, prefix: str) -> dict[str, str]:
     try:
         return _following_norms(leaf, trace(leaf), prefix)
-    except AugmentError:  # leaf for a reason: what follows its convolutions stays unknown
+    except AugmentError:  # timm makes it a leaf because it cannot be traced
         return {}
 
 

@@ -1,4 +1,4 @@
-"""A limit on what a model's constructor may build: a plan's arguments can ask for a million layers."""
+"""A limit on the size of a model while it is constructed: a plan's arguments can ask for a million layers."""
 
 import math
 import threading
@@ -23,22 +23,22 @@ class Limit:
     def of(cls, shapes: Collection[tuple[int, ...]]) -> "Limit":
         """The limit for a model whose tensors have these shapes.
 
-        Constructors also register modules without tensors, and tensors that they replace later: at most 4.3 parts for
-        each tensor that stays, and 2.8 elements for each, over all models of timm 1.0.31. AA replaces a convolution's
-        kernel by tensors that may be several times smaller.
+        Constructors also register modules without tensors, and tensors that they replace later: over all models of
+        timm 1.0.31 at most 4.3 parts for each tensor that stays, and 2.8 elements for each element. AA replaces a
+        convolution's kernel by tensors that may be several times smaller.
         """
         return cls(parts=20 * len(shapes) + 1000, elements=16 * sum(map(math.prod, shapes)) + 2**24)
 
 
 @contextmanager
 def limited(model: str, limit: Limit = Limit()) -> Iterator[None]:
-    """Stop constructors that this thread runs within once they have registered more than the limit.
+    """Within the block, stop this thread's constructors once they register more than the limit.
 
     Args:
-        model: what is built, for the message.
+        model: name of the model, for the message.
 
     Raises:
-        AugmentError: as soon as they have.
+        AugmentError: the limit is exceeded.
     """
     thread, parts, elements = threading.get_ident(), 0, 0
 

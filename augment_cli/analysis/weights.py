@@ -1,4 +1,4 @@
-"""Weights out of a checkpoint: which of its tensors are a model's, and under which of the model's own names."""
+"""Find a model's weights in a checkpoint, and rename them as the model names its own."""
 
 import argparse
 import pickle
@@ -16,14 +16,14 @@ from augment_cli.analysis.graph import count_classes
 from augment_cli.compat import pretrained_cfg
 from augment_cli.errors import AugmentError, boundary
 
-# Where training scripts put a moving average of the weights, and the weights.
+# Keys under which training scripts store a moving average of the weights, and the weights.
 _AVERAGES = ("state_dict_ema", "model_ema")
 _WEIGHTS = ("state_dict", "model", "model_state_dict")
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A model's state dict, and notes for people on what it is."""
+    """A model's state dict, and notes for people on where in the checkpoint it comes from."""
 
     state_dict: dict[str, Tensor]
     notes: tuple[str, ...]
@@ -33,20 +33,20 @@ def read_checkpoint(path: Path) -> Any:
     """The contents of a safetensors file, or of a torch file with tensors, plain values and argparse.Namespace.
 
     Raises:
-        AugmentError: not readable, or not without running code that the file names.
+        AugmentError: the file cannot be read, or only by running code that it names.
     """
     from safetensors.torch import load_file
 
-    # timm's train.py puts its arguments, a Namespace, beside the weights.
+    # timm's train.py saves its arguments, a Namespace, with the weights.
     allowed = torch.serialization.safe_globals([argparse.Namespace])
     with boundary(f"checkpoint {path} cannot be read"), allowed, warnings.catch_warnings():
         if path.suffix == ".safetensors":
             return load_file(path)
         try:
-            warnings.simplefilter("ignore")  # torch's advice again
+            warnings.simplefilter("ignore")  # they give the advice below
             return torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
-            # torch's message advises to load the file all the same: it is not passed on.
+            # torch's message advises to load the file nevertheless: do not pass it on.
             if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):
                 raise AugmentError(_refusal(path)) from None
             raise
@@ -55,23 +55,23 @@ def read_checkpoint(path: Path) -> Any:
 def _refusal(path: Path) -> str:
     try:
         names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    except Exception:  # no zip archive, or no pickle at all
+    except Exception:  # not a zip archive, or without a pickle
         names = []
     which = f" ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" if names else ""
     return (
-        f"checkpoint {path} cannot be read: it holds more than tensors and plain values{which}, and reading that would "
-        f"run code. Where it was made, save the model's state_dict() alone, best as safetensors"
+        f"checkpoint {path} cannot be read: it holds more than tensors and plain values{which}, and reading those "
+        f"would run code. Save the model's state_dict() alone where the file was made, best as safetensors"
     )
 
 
 def find_weights(contents: Any, model: nn.Module, path: Path, ema: bool | None = None) -> Weights:
-    """The model's weights among the contents of a checkpoint.
+    """Find the model's weights among the contents of a checkpoint.
 
     Args:
-        ema: the moving average (True) or the weights themselves (False); None takes the average where there is one.
+        ema: take the moving average (True) or the weights (False); None takes the average if there is one.
 
     Raises:
-        AugmentError: no state dict, or not the one asked for.
+        AugmentError: the checkpoint has no state dict, or not the one asked for.
     """
     contents = contents if isinstance(contents, Mapping) else {}
     found = {key: tensors for key in (*_AVERAGES, *_WEIGHTS) if (tensors := _tensors(contents.get(key)))}
@@ -103,9 +103,9 @@ def _tensors(value: Any) -> dict[str, Tensor]:
 
 
 def _prefixes(tensors: Mapping[str, Tensor], own: Collection[str]) -> list[str]:
-    """What stands before a model's own names, the shortest first, where wrappers put something there.
+    """The prefixes of a model's own names in a checkpoint, shortest first.
 
-    DataParallel puts `module.`, Lightning `model.` or another attribute's name, torch.compile `_orig_mod.`.
+    Wrappers add them: DataParallel `module.`, Lightning `model.` or another attribute, torch.compile `_orig_mod.`.
     """
     anchor = next((name for name in own if any(_ends(key, name) for key in tensors)), None)
     if anchor is None:
@@ -134,7 +134,7 @@ def _notes(
 
 
 def misfit(model: nn.Module, state_dict: dict[str, Tensor]) -> str:
-    """How a state dict differs from a model's, as the end of a sentence."""
+    """The difference between a state dict and a model's own, as the end of a sentence."""
     own = model.state_dict()
     missing, unexpected = sorted(own.keys() - state_dict), sorted(state_dict.keys() - own)
     shapes = [k for k in own if k in state_dict and state_dict[k].shape != own[k].shape]
@@ -148,7 +148,7 @@ def misfit(model: nn.Module, state_dict: dict[str, Tensor]) -> str:
 
 
 def _other_classes(model: nn.Module, missing: list[str], shapes: list[str], state_dict: dict[str, Tensor]) -> str:
-    """The reason and the way out where all that differs is the classifier."""
+    """The reason and the way out if only the classifier differs; else empty."""
     prefixes = classifier_prefixes(model)
     differing = missing + shapes
     if not prefixes or not differing or not all(name.startswith(prefixes) for name in differing):
@@ -160,6 +160,6 @@ def _other_classes(model: nn.Module, missing: list[str], shapes: list[str], stat
 
 
 def classifier_prefixes(model: nn.Module) -> tuple[str, ...]:
-    """How the names of a timm model's classifier's tensors begin, such as `fc.`; empty for other models."""
+    """Prefixes of the classifier's tensors in a timm model, such as `fc.`; empty for other models."""
     classifier = pretrained_cfg(model).get("classifier") or ()
     return tuple(f"{name}." for name in ([classifier] if isinstance(classifier, str) else classifier))

@@ -1,11 +1,11 @@
-"""Integer programs over groups of equal things: how many of each group take each of its options. Solved by HiGHS.
+"""Integer programs over groups of equal sites: how many sites of each group take each option. Solved by HiGHS.
 
     minimise    sum of counts x objective
     subject to  the counts of a group add up to its size, every row's sum between its least and its most
 
-The linear relaxation comes first. An option whose reduced cost is above the distance between the relaxation and a known
-solution is in no better solution, so that only the few others, the core, go into the integer program: a proof of
-optimality over thousands of options takes fractions of a second.
+The linear relaxation comes first. An option whose reduced cost exceeds the distance from the relaxation to a known
+solution is in no better solution. Only the few other options, the core, go into the integer program, which proves
+optimality over thousands of options in fractions of a second.
 """
 
 import ctypes
@@ -44,7 +44,7 @@ class Row:
     most: float = np.inf
 
     def reduced(self) -> "Row":
-        """The same constraint in the smallest integers."""
+        """The same constraint divided by the greatest common divisor of `use`."""
         if not np.issubdtype(self.use.dtype, np.integer):
             return self
         divisor = max(1, int(np.gcd.reduce(self.use)))
@@ -53,7 +53,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Minimum:
-    """counts: of each option. gap: the share of the optimum by which it may be missed. binding: of each row."""
+    """counts (options,), the largest relative distance from the optimum, and whether each row is binding."""
 
     counts: np.ndarray
     gap: float
@@ -68,9 +68,9 @@ def minimise(
     Args:
         objective: (options,) cost of each option.
         group_of: (options,) index of each option's group, ascending.
-        sizes: (groups,) how many things each group has.
+        sizes: (groups,) how many members each group has.
         rows: constraints, each over (options,).
-        gap: the share of the optimum that may be missed; 0 proves optimality.
+        gap: allowed relative distance from the optimum; 0 proves optimality.
     """
     program = _Program(objective * _SCALE, group_of, sizes, [row.reduced() for row in rows])
     with _nothing_on_stdout():
@@ -105,7 +105,7 @@ class _Program:
         return Minimum(counts, 0.0 if proved else above / max(abs(found.fun), _ABSOLUTE), binding)
 
     def relax(self) -> tuple[float, np.ndarray, tuple[bool, ...]] | None:
-        """The relaxation's optimum, every option's reduced cost, and which rows have a price; None without solution."""
+        """The relaxation's optimum, every option's reduced cost, and which rows bind; None if there is no solution."""
         from scipy.optimize import linprog
 
         sides = [(i, sign) for i, row in enumerate(self.rows) for sign in (1, -1) if np.isfinite(_side(row, sign))]
@@ -121,7 +121,7 @@ class _Program:
         return found.fun, costs, tuple(i in priced for i in range(len(self.rows)))
 
     def solve(self, core: np.ndarray, gap: float) -> "OptimizeResult":
-        """The integer program over some of the options, as scipy's milp returns it."""
+        """Solve the integer program over the options in `core`."""
         from scipy.optimize import Bounds, LinearConstraint, milp
 
         constraints = [LinearConstraint(row.use[core], row.least, row.most) for row in self.rows]
@@ -130,12 +130,12 @@ class _Program:
             integrality=np.ones(len(core)),
             bounds=Bounds(0, self.sizes[self.group_of[core]]),
             constraints=[LinearConstraint(self.members(core), self.sizes, self.sizes), *constraints],
-            # HiGHS prints when it has to repair a presolved solution: without presolving it hardly ever does.
+            # HiGHS prints when it repairs a presolved solution; without presolving it hardly ever does.
             options={"mip_rel_gap": gap, "node_limit": _NODES, "presolve": False},
         )
 
     def members(self, core: np.ndarray) -> "csr_array":
-        """(groups, core): which option is whose."""
+        """Matrix (groups, core): 1 where an option belongs to a group."""
         from scipy.sparse import csr_array
 
         ones, columns = np.ones(len(core)), np.arange(len(core))
@@ -148,9 +148,9 @@ def _side(row: Row, sign: int) -> float:
 
 @contextmanager
 def _nothing_on_stdout() -> Iterator[None]:
-    """What C libraries print on file descriptor 1 goes to stderr: HiGHS prints now and then, unasked.
+    """Send file descriptor 1 to stderr within the block: HiGHS sometimes prints there.
 
-    The descriptor is the process's, so that one thread at a time may have it; what other threads print meanwhile goes
+    The descriptor belongs to the process, so one thread at a time may redirect it. Meanwhile other threads' output goes
     to stderr too, and is not lost.
     """
     with _stdout:

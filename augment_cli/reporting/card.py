@@ -14,9 +14,9 @@ _TAGGED = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)+")
 
 
 def model_card(report: Report) -> str:
-    """What the model is, what it follows and how far, what it costs, and how to load it.
+    """The card: the model, how to load it, its costs, its sites, its papers and its provenance.
 
-    Names no licence: that is for whoever publishes it, by the terms of the source weights.
+    It names no licence: whoever publishes the model chooses one that the source weights' licence allows.
     """
     parts = [
         _front_matter(report),
@@ -76,7 +76,7 @@ def _front_matter(report: Report) -> str:
 
 
 def base_model(report: Report) -> str | None:
-    """The source weights on the hub; None unless they are pretrained ones that the model's name says exactly."""
+    """The source weights on the hub; None unless they are pretrained and the model's name tells which."""
     exact = report.weights == "pretrained" and _TAGGED.fullmatch(report.model)
     return f"timm/{report.model}" if exact else None
 
@@ -93,7 +93,7 @@ def _what(report: Report) -> str:
 
 
 def _warning(report: Report) -> Iterator[str]:
-    """What a user has to know before the first prediction."""
+    """Notes that a user must read before the first prediction."""
     if report.weights and report.weights.startswith("random"):
         yield f"> **Not trained.** The weights are {escape(report.weights)}."
     elif report.exact:

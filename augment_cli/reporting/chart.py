@@ -1,4 +1,4 @@
-"""Bars before and after, as inline SVG. The page's style sheet colours them."""
+"""Bar charts of counts before and after, as inline SVG. The page's style sheet colours them."""
 
 from collections.abc import Callable
 
@@ -15,8 +15,8 @@ def bar_chart(key: str, lines: tuple[Line, ...], counts: Callable[[Line], Change
 
     Args:
         key: the chart's id in the page.
-        counts: what of a line to show.
-        unit: what is counted, in the plural.
+        counts: gives the count of a line to show.
+        unit: name of the counted things, in the plural.
     """
     changes = [counts(line) for line in lines]
     longest = max(1, *(number for change in changes for number in (change.before, change.after)))
@@ -63,7 +63,7 @@ def _bar(number: int, longest: int, top: int, kind: str) -> Markup:
 
 
 def _shortened(label: str) -> str:
-    """The end of a name says more than its middle."""
+    """A long name without its middle."""
     half = _LABEL // 2
     return label if len(label) <= _LABEL else f"{label[: half - 1]}\N{HORIZONTAL ELLIPSIS}{label[-half:]}"
 

@@ -10,13 +10,13 @@ from math import prod
 from augment_cli.planning.plan import natural
 from augment_cli.reporting.numbers import Change, SiteRow
 
-# Numbers as one would count them: those with leading zeros stay part of the name.
+# A number with a leading zero stays part of the name.
 _NUMBER = re.compile(r"(?<!\d)(0|[1-9]\d{0,8})(?!\d)", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """Sites that become the same, under a name for all of them."""
+    """Sites with the same numbers, under one name."""
 
     name: str
     sites: tuple[SiteRow, ...]
@@ -27,17 +27,17 @@ class Line:
 
     @property
     def site(self) -> SiteRow:
-        """One of them."""
+        """The first site, which stands for all."""
         return self.sites[0]
 
     @property
     def params(self) -> Change:
-        """Of all of them."""
+        """Parameters of all sites together."""
         return Change.total(site.params for site in self.sites)
 
     @property
     def macs(self) -> Change:
-        """Of all of them."""
+        """Multiply-adds of all sites together."""
         return Change.total(site.macs for site in self.sites)
 
 
@@ -46,7 +46,7 @@ def unfolded(sites: Iterable[SiteRow]) -> tuple[Line, ...]:
 
 
 def fold(sites: Iterable[SiteRow]) -> tuple[Line, ...]:
-    """A line for all sites that are equal but for numbers in their names, in the order of the first of each."""
+    """One line for sites that differ only by numbers in their names; lines in the order of their first sites."""
     equal: defaultdict[tuple[SiteRow, str | None], dict[str, SiteRow]] = defaultdict(dict)
     for site in sites:
         kind = site.inheritance.kind if site.inheritance else None
@@ -85,7 +85,7 @@ def _products(names: list[tuple[str, ...]]) -> list[list[tuple[str, ...]]]:
 
 
 def _merged(groups: list[list[tuple[str, ...]]], axis: int) -> list[list[tuple[str, ...]]]:
-    """Groups that differ on one axis only, together."""
+    """Join groups that differ on this axis only."""
     merged: defaultdict[frozenset[tuple[str, ...]], list[tuple[str, ...]]] = defaultdict(list)
     for group in groups:
         merged[frozenset(name[:axis] + name[axis + 1 :] for name in group)] += group
@@ -105,7 +105,7 @@ def _ranges(numbers: Iterable[str]) -> str:
 
 
 def by_module(sites: Iterable[SiteRow], most: int) -> tuple[Line, ...]:
-    """Lines for the modules that the sites are in, as deep in the model as `most` of them allow."""
+    """One line for each module that holds sites, at the greatest depth that gives no more than `most` lines."""
     sites = tuple(sites)
     for depth in range(max(site.name.count(".") for site in sites) + 1, 0, -1):
         modules = defaultdict(list)
@@ -117,7 +117,7 @@ def by_module(sites: Iterable[SiteRow], most: int) -> tuple[Line, ...]:
 
 
 def overview(sites: tuple[SiteRow, ...], most: int) -> tuple[Line, ...]:
-    """A line for each site if there are few; else for equal sites; else for modules."""
+    """A line for each site if that makes no more than `most`, else for each group of equal sites, else for modules."""
     if len(sites) <= most:
         return unfolded(sites)
     folded = fold(sites)

@@ -16,7 +16,7 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-
 
 
 def to_html(report: Report) -> str:
-    """The page. Light or dark as the reader's system is, for screens of any width and for paper."""
+    """The report as a page, light or dark as the reader's system, for screens of any width and for paper."""
     style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
     head = tag(
         "head",
@@ -195,7 +195,7 @@ def _sites(report: Report) -> Markup:
 
 
 def scroll(table: Markup, label: str, tall: bool = False) -> Markup:
-    """A table that scrolls by itself, by keyboard too, so that the page does not."""
+    """A table that scrolls inside the page, by keyboard too."""
     return tag("div", table, class_="scroll tall" if tall else "scroll", tabindex=0, role="region", aria_label=label)
 
 

@@ -1,4 +1,4 @@
-"""HTML and SVG from Python: every string is escaped unless it was made here."""
+"""HTML and SVG from Python: every string is escaped unless it is a Markup."""
 
 from collections.abc import Iterable
 from html import escape
@@ -19,7 +19,7 @@ class Markup(str):
 
 
 def tag(name: str, /, *children: Any, **attributes: Any) -> Markup:
-    """An element. A trailing underscore of an attribute's name is dropped, other ones become hyphens.
+    """An element. In attributes' names a trailing underscore is dropped and other underscores become hyphens.
 
     >>> tag("p", "a < b", tag("b", "!"), class_="x", aria_label=None)
     '<p class="x">a &lt; b<b>!</b></p>'
@@ -30,7 +30,7 @@ def tag(name: str, /, *children: Any, **attributes: Any) -> Markup:
 
 
 def join(children: Iterable[Any]) -> Markup:
-    """Children one after the other; None is nothing, and an iterable of children stands for them."""
+    """Join children. None adds nothing; an iterable adds its items."""
     return Markup("".join(map(_text, children)))
 
 

@@ -1,4 +1,4 @@
-"""The numbers of a report: made once from a plan and metadata, and only shown by everything else here."""
+"""The numbers of a report, computed once from a plan and metadata. The other modules here only show them."""
 
 import math
 from collections import Counter, defaultdict
@@ -44,7 +44,7 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """A budget as it was asked for, the most that it allows, and what is left under it; None where it is free."""
+    """A budget as the user wrote it, the most that it allows and the rest; both are None where it is free."""
 
     asked: str
     most: int | None
@@ -57,13 +57,13 @@ class Limit:
 
     @property
     def share_left(self) -> float:
-        """What is left, as a share of the most; negative where the limit is exceeded, infinite where it is free."""
+        """The rest as a share of the most; negative where the limit is exceeded, infinite where it is free."""
         return math.inf if self.most is None or self.left is None else self.left / max(self.most, 1)
 
 
 @dataclass(frozen=True, slots=True)
 class Ratio:
-    """A ratio to the output channels: of all sites together, and the extremes."""
+    """A ratio to the output channels: over all sites, and of the sites with the least and the most."""
 
     overall: float
     least: float
@@ -71,7 +71,7 @@ class Ratio:
 
     @classmethod
     def of(cls, parts: Iterable[tuple[float, int]]) -> "Ratio":
-        """Of at least one site's ratio and output channels."""
+        """From (ratio, output channels) of one site or more."""
         ratios, widths = zip(*parts, strict=True)
         overall = sum(ratio * width for ratio, width in zip(ratios, widths, strict=True)) / sum(widths)
         return cls(overall, min(ratios), max(ratios))
@@ -99,12 +99,12 @@ class SiteRow:
 
     @property
     def error(self) -> float | None:
-        """Of the fit to the source; None where there was none."""
+        """Normalised mean squared error of the fit to the source; None where nothing was fitted."""
         return self.inheritance.error if self.inheritance else None
 
     @property
     def columns(self) -> dict[str, str]:
-        """The split in a table, by the columns' titles."""
+        """The split's cells in a table, by column title."""
         return get_operator(self.operator).columns(self.split)
 
     @classmethod
@@ -133,7 +133,7 @@ class SkippedGroup:
 
 @dataclass(frozen=True)
 class Report:
-    """What a plan makes of a model, in numbers. What only a converted model has is None without metadata."""
+    """A plan's numbers and, with metadata, a converted model's. Without metadata the latter are None."""
 
     base: str
     model: str
@@ -154,7 +154,7 @@ class Report:
 
     @classmethod
     def of(cls, plan: Plan, metadata: Metadata | None = None) -> Self:
-        """The report of a plan, or with its metadata that of a converted model."""
+        """The report of a plan or, with metadata, of a converted model."""
         inherited = {record.name: record for record in metadata.inheritance} if metadata else {}
         params = Change(plan.params_before, plan.params_after)
         macs = Change(plan.macs_before, plan.macs_after)
@@ -184,7 +184,7 @@ class Report:
 
     @property
     def convolutions(self) -> int:
-        """Replaced or not."""
+        """Number of convolutions in the model, replaced or not."""
         return len(self.sites) + sum(len(group.names) for group in self.skipped)
 
     @cached_property
@@ -194,12 +194,12 @@ class Report:
 
     @property
     def becomes(self) -> str:
-        """What the replaced convolutions are, in words."""
+        """The operators' titles, as words in a sentence."""
         return " or ".join(operator.title for operator in self.operators)
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Titles of the columns that tell the sites' splits."""
+        """Titles of the columns that show the sites' splits."""
         return tuple(dict.fromkeys(title for site in self.sites for title in site.columns))
 
     @property
@@ -209,17 +209,17 @@ class Report:
 
     @cached_property
     def sites_params(self) -> Change:
-        """Of the replaced convolutions alone."""
+        """Parameters of the replaced convolutions alone."""
         return Change.total(site.params for site in self.sites)
 
     @cached_property
     def sites_macs(self) -> Change:
-        """Of the replaced convolutions alone."""
+        """Multiply-adds of the replaced convolutions alone."""
         return Change.total(site.macs for site in self.sites)
 
     @cached_property
     def ratios(self) -> dict[str, Ratio]:
-        """The attained ratios to the output channels that the operators name, of the sites that have them."""
+        """The ratios to the output channels that operators report, such as keys and values, by name."""
         parts: dict[str, list[tuple[float, int]]] = defaultdict(list)
         for site in self.sites:
             for name, ratio in site.ratios:
@@ -228,13 +228,13 @@ class Report:
 
     @cached_property
     def inheritance(self) -> dict[str, int] | None:
-        """Sites by what they kept: exact, carried, fitted, new; None without metadata."""
+        """Number of sites by kind of inheritance: exact, carried, fitted, new; None without metadata."""
         kinds = Counter(site.inheritance.kind for site in self.sites if site.inheritance)
         return {kind: kinds[kind] for kind in ("exact", "carried", "fitted", "new")} if kinds else None
 
     @cached_property
     def error(self) -> float | None:
-        """Normalised mean squared error of the fitted channels, on average over the sites; None where none is."""
+        """Mean over the fitted sites of the normalised mean squared error; None where no site was fitted."""
         errors = [e for site in self.sites if (e := site.error) is not None]
         return sum(errors) / len(errors) if errors else None
 

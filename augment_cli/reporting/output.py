@@ -24,16 +24,16 @@ _OTHER_FORMATS = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".onnx", ".json", ".ht
 
 
 def check_target(path: Path, overwrite: bool, inputs: Iterable[Path | None] = ()) -> None:
-    """Refuse a place for a converted model before any work is done for it.
+    """Refuse an output for a converted model that cannot be written, before any work is done.
 
-    A name that ends in .safetensors is a file, any other a folder. A folder is replaced as a whole, so that there may
-    be nothing in it but what `write_model` wrote.
+    A name that ends in .safetensors is a file, any other a folder. A folder is replaced as a whole, so it may hold
+    nothing but files that `write_model` wrote.
 
     Args:
-        inputs: files that are read for the model, which may not be the output or in it.
+        inputs: files that are read for the model. The output may not be or contain one.
 
     Raises:
-        AugmentError: it exists, is not ours to replace, has the suffix of another format, or cannot be written.
+        AugmentError: the output exists, holds other files, has the suffix of another format, or cannot be written.
     """
     if path.suffix.lower() in _OTHER_FORMATS:
         raise FileError(
@@ -48,21 +48,21 @@ def check_target(path: Path, overwrite: bool, inputs: Iterable[Path | None] = ()
     if mode is None:
         return
     if not stat.S_ISDIR(mode):
-        raise FileError(f"{path} is no folder, which an output that does not end in .safetensors is")
+        raise FileError(f"{path} is a file: give a name that ends in .safetensors, or a folder")
     if Path.cwd().is_relative_to(path.resolve()):
-        raise FileError(f"{path} is the folder that you are in, and would be replaced as a whole: name another")
+        raise FileError(f"{path} is the current folder, and would be replaced as a whole: name another folder")
     if foreign := sorted(file.name for file in path.iterdir() if not _is_own(file)):
         raise FileError(
-            f"{path} would be replaced as a whole, and augment did not write {foreign[0]} in it: move that, or name "
-            f"another folder"
+            f"{path} would be replaced as a whole, and augment did not write {foreign[0]} in it: move {foreign[0]}, or "
+            f"name another folder"
         )
 
 
 def write_model(model: "nn.Module", metadata: Metadata, target: Path) -> None:
-    """Write a converted model whole: to a file where the name ends in .safetensors, else to a folder.
+    """Write a converted model to a file, if the name ends in .safetensors, else to a folder.
 
     Raises:
-        AugmentError: the disk is full or refuses.
+        AugmentError: the output cannot be written.
     """
     from augment_cli.checkpoint.files import save_weights
 
@@ -79,7 +79,7 @@ def write_config(model: "nn.Module", input_size: tuple[int, int, int], folder: P
     path = folder / "config.json"
     save_timm_config(model, str(path), input_size)
     config = json.loads(path.read_text(encoding="utf-8"))
-    # It is beside model_args already; transformers gives timm both, and Python refuses an argument given twice.
+    # num_classes is in the file twice. transformers passes both to timm, and Python refuses an argument given twice.
     config["model_args"].pop("num_classes", None)
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 

@@ -1,4 +1,4 @@
-"""Where a plan's recipe comes from: one of the built-in ones, as it is or changed, or somebody's own."""
+"""The origin of a plan's recipe: built-in, built-in with changes, or the user's own."""
 
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ TRUST_TERMS = (
 
 @dataclass(frozen=True, slots=True)
 class RecipeOrigin:
-    """A recipe's name and hash, how it compares to the built-in one of that name, and what that one follows."""
+    """A recipe's name and hash, how it differs from the built-in recipe of that name, and the paper of that one."""
 
     name: str
     sha256: str
@@ -25,7 +25,7 @@ class RecipeOrigin:
 
     @classmethod
     def of(cls, plan: Plan) -> "RecipeOrigin":
-        """Compare by hash: a recipe that only bears a built-in one's name gets no paper for it."""
+        """Compare a plan's recipe, by hash, with the built-in one of its name."""
         if plan.recipe not in builtin_recipes():
             return cls(plan.recipe, plan.recipe_sha256, "not built-in")
         builtin = load_recipe(plan.recipe)
@@ -40,18 +40,18 @@ class RecipeOrigin:
 
     @property
     def departure(self) -> str:
-        """How it departs from the built-in recipe, as the end of a sentence; nothing where it does not."""
+        """The difference from the built-in recipe as the end of a sentence; empty where there is none."""
         end = self.status.removeprefix("built-in").strip()
         return f", {end}" if end else ""
 
     @property
     def sentence(self) -> str:
-        """The description of the built-in recipe, and how this one departs from it."""
+        """The built-in recipe's description, and how this recipe differs from it."""
         return f"{self.description[:1].upper()}{self.description[1:]}{self.departure}."
 
 
 def fidelity(found: Fidelity) -> str:
-    """How far a converted model agrees with its source, as a sentence."""
+    """A sentence on how far a converted model agrees with its source."""
     return (
         f"As converted, {share(found.agreement)} of {found.images:,} held-out calibration images get the source's "
         f"first class; KL of the probabilities is {found.divergence:.4f} nats ({found.fitted_on:,} images fitted)."

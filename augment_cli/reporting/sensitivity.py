@@ -1,4 +1,4 @@
-"""What replacing each site alone does to a model's output, drawn."""
+"""A picture of how much replacing each site alone changes a model's output."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from augment_cli.planning.plan import Plan
 
 
 def draw(plan: Plan, path: Path) -> None:
-    """A bar for each site's divergence, and the share of its channels given up; PNG, SVG or PDF by the name.
+    """Draw a bar for each site's divergence and one for its share of channels given up; PNG, SVG or PDF by suffix.
 
     Raises:
         AugmentError: the file cannot be written.

@@ -11,7 +11,7 @@ from augment_cli.reporting.units import amount, error, kernel, percent, share, s
 
 @dataclass(frozen=True)
 class _Columns:
-    """Columns under one heading: their titles and the cells of a site."""
+    """Columns under one heading: their titles, a site's cells, and the cells of the last row."""
 
     heading: str
     titles: tuple[str, ...]
@@ -20,7 +20,7 @@ class _Columns:
 
 
 def sites_table(report: Report) -> Markup:
-    """A row for every site, and their sums."""
+    """A table with a row for every site and a row of sums."""
     groups = list(_groups(report))
     foot = (group.foot or (tag("td") for _ in group.titles) for group in groups)
     return tag(
@@ -70,7 +70,7 @@ def _convolution(site: SiteRow) -> tuple[Markup, ...]:
 
 
 def _operator(report: Report) -> tuple[tuple[str, ...], Callable[[SiteRow], tuple[Markup, ...]]]:
-    """Titles and cells of what a site becomes; the operator only where there are several."""
+    """Titles and cells of a site's split, with the operator's name if the report has several operators."""
     several = len(report.operators) > 1
 
     def cells(site: SiteRow) -> tuple[Markup, ...]:

@@ -1,4 +1,4 @@
-"""A report for the terminal: rich tables that suit its width. ASCII but for the lines, so that any pipe takes it."""
+"""A report for the terminal, as rich tables that fit its width. All but the rules is ASCII."""
 
 import io
 from collections.abc import Callable, Iterator
@@ -33,11 +33,11 @@ _NAMES_SHOWN = 4
 
 
 def table(report: Report, full: bool = False) -> RenderableType:
-    """What becomes of a model: its sites, what is skipped and why, and the totals at the bottom.
+    """Tables of the sites, the convolutions that stay with their reasons, and the totals.
 
     Args:
-        full: a line for every site and all names of what is skipped; otherwise equal sites share a line, which gives
-            their sums.
+        full: a line for every site, and the names of all convolutions that stay; otherwise equal sites share a line
+            with their sums.
     """
     lines = unfolded(report.sites) if full else fold(report.sites)
     parts: list[RenderableType] = [_heading(report), _SiteTables(report, lines)]
@@ -47,7 +47,7 @@ def table(report: Report, full: bool = False) -> RenderableType:
 
 
 def plain_table(report: Report, full: bool = False, width: int = 120) -> str:
-    """The same as text, for a file."""
+    """The tables as text, for a file."""
     stream = io.StringIO()
     Terminal(file=stream, width=width, color_system=None).print(table(report, full))
     return "".join(f"{line.rstrip()}\n" for line in stream.getvalue().splitlines())
@@ -71,7 +71,7 @@ _Columns = list[_Column]
 
 
 class _SiteTables:
-    """The columns of the sites in as few tables as the width allows, each beginning with the sites' names."""
+    """The sites' columns in as few tables as the width allows; each table begins with the sites' names."""
 
     def __init__(self, report: Report, lines: tuple[Line, ...]):
         self.report, self.lines = report, lines
@@ -117,12 +117,12 @@ def _bare(show_footer: bool = False) -> Table:
 
 
 def _becomes(report: Report) -> list[_Columns]:
-    """What a site is and becomes; columns of a group stay in one table."""
+    """Columns of the convolution and of its split. Columns of one group stay in one table."""
     return [list(_convolution_columns(report)), list(_operator_columns(report))]
 
 
 def _costs(report: Report) -> list[_Columns]:
-    """What a site costs and keeps."""
+    """Columns of parameters, multiply-adds, kept filters and sensitivity."""
     params = _change_columns("Params", lambda line: line.params, report.sites_params)
     macs = _change_columns("MACs", lambda line: line.macs, report.sites_macs)
     kept = [_Column("Kept", _kept)] if report.inheritance else []
@@ -132,7 +132,7 @@ def _costs(report: Report) -> list[_Columns]:
 
 
 def _sensitivity_columns() -> Iterator[_Column]:
-    """What replacing a site alone does to the model's output."""
+    """Columns of how much replacing a site alone changes the model's output."""
 
     def shown(line: Line, name: str, show: Callable[[float], str]) -> str:
         values = [getattr(site.sensitivity, name) for site in line.sites if site.sensitivity]

@@ -18,7 +18,7 @@ SCHEMA = 1
 
 
 def to_json(report: Report) -> str:
-    """Everything, numbers as numbers; what is not known or does not apply is null."""
+    """The whole report as JSON, numbers as numbers. A value that is unknown or does not apply is null."""
     recipe = report.recipe
     data = {
         "schema": SCHEMA,
@@ -77,7 +77,7 @@ def _site(site: SiteRow) -> dict[str, Any]:
 
 
 def to_csv(report: Report) -> str:
-    """A row for each site under a row of names, numbers in full; what does not apply or is not known is empty."""
+    """A row of names and a row for each site, numbers in full. A value that is unknown or does not apply is empty."""
     stream = io.StringIO()
     rows = [_csv_row(site) for site in report.sites]
     splits = dict.fromkeys(name for row in rows for name in row["split"])
@@ -111,7 +111,7 @@ def _csv_row(site: SiteRow) -> dict[str, Any]:
 
 
 def cell(text: str) -> str:
-    """Text for a cell of a CSV file, which a spreadsheet shows and does not compute.
+    """Text for a cell of a CSV file that a spreadsheet shows and does not compute.
 
     >>> cell("=1+1"), cell("layer1.0.conv1")
     ("'=1+1", 'layer1.0.conv1')
@@ -121,7 +121,7 @@ def cell(text: str) -> str:
 
 
 def to_markdown(report: Report) -> str:
-    """Totals, every site, and what is skipped by reason."""
+    """Totals, every site, and the convolutions that stay, by reason."""
     skipped = sum(len(group.names) for group in report.skipped)
     parts = [
         f"# {code(report.model)} with recipe {code(report.recipe.name)}",
@@ -140,7 +140,7 @@ def to_markdown(report: Report) -> str:
 
 
 def totals_table(report: Report) -> str:
-    """Parameters, multiply-adds and FLOPs of the whole model, and what is left of the budget."""
+    """Parameters, multiply-adds and FLOPs of the whole model, and the rest of the budget."""
     params = (f"{report.params.before:,}", f"{report.params.after:,}", f"{report.params.delta:+,}")
     rows = [
         ("Parameters", *params, percent(report.params.percent), *_markdown_limit(report.params_limit)),
@@ -181,7 +181,7 @@ def _markdown_row(site: SiteRow, columns: tuple[str, ...], inherited: bool) -> l
 
 
 def skipped_table(report: Report) -> str:
-    """What stays as it is, by reason."""
+    """The convolutions that stay as they are, by reason."""
     rows = (
         (str(len(group.names)), escape(group.reason), ", ".join(code(short) for short, _ in fold_names(group.names)))
         for group in report.skipped
@@ -200,7 +200,7 @@ def markdown_table(
 
 
 def code(text: str) -> str:
-    """Text as a Markdown code span, whatever is in it, in a table too."""
+    """Any text as a Markdown code span, safe in a table too."""
     text = plain(text).replace("|", "\\|")
     fence = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
     return f"{fence} {text} {fence}" if text.startswith("`") or text.endswith("`") else f"{fence}{text}{fence}"

@@ -1,4 +1,4 @@
-"""Numbers and names as people read them. Every view prints through these, so that all views agree."""
+"""Numbers and names as text for people. All views of a report use these functions, so that they agree."""
 
 from collections.abc import Callable, Iterable
 
@@ -28,7 +28,7 @@ def signed_amount(number: int) -> str:
 
 
 def percent(value: float | None) -> str:
-    """A change in percent; one that is there never reads as none.
+    """A change in percent; a change that is not zero never reads 0%.
 
     >>> percent(2.5755), percent(-34.26), percent(-0.00031), percent(0), percent(None)
     ('+2.58%', '-34.3%', '-0.0003%', '0%', 'n/a')
@@ -42,7 +42,7 @@ def percent(value: float | None) -> str:
 
 
 def share(value: float, digits: int = 1) -> str:
-    """A part of a whole. What is not all of it never reads 100%, and what is not nothing never 0%.
+    """A part of a whole, in percent. Less than the whole never reads 100%, and more than nothing never 0%.
 
     >>> share(0.9399), share(0.9999), share(1), share(0.0001, digits=0)
     ('94.0%', '>99.9%', '100%', '<1%')
@@ -74,7 +74,7 @@ def divergence(value: float) -> str:
 
 
 def span(values: Iterable[float], show: Callable[[float], str]) -> str:
-    """The least and the most of some values, or the one that they all read as."""
+    """The least and the most of some values, or one text if both read the same."""
     ordered = sorted(values)
     least, most = show(ordered[0]), show(ordered[-1])
     return least if least == most else f"{least.removesuffix('%')}-{most}"

@@ -1,4 +1,4 @@
-"""Evaluate a model by its name on data by their name: what augment evaluate does."""
+"""Evaluate a model on data, both given by name, as `augment evaluate` does."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +21,7 @@ from augment_cli.training.models import Opened, label_names, open_companion, ope
 
 @dataclass(frozen=True)
 class Assessment:
-    """What to evaluate, on what, and how; as the options of augment evaluate."""
+    """A model, the data to evaluate it on, and how: the options of `augment evaluate`."""
 
     model: str
     data: str
@@ -47,7 +47,7 @@ class Assessment:
 
 @dataclass(frozen=True)
 class Result:
-    """Scores, the names of the classes, the images that could not be read, and which weights of a checkpoint."""
+    """Scores, the classes' names, images that could not be read, and which weights of a checkpoint were taken."""
 
     scores: Scores
     classes: list[str]
@@ -56,10 +56,10 @@ class Result:
 
 
 def assess(asked: Assessment) -> Result | None:
-    """Evaluate; None in all processes but the first.
+    """Evaluate. Returns None in all processes but the first.
 
     Raises:
-        AugmentError: as of opening model and data; or models and data of different numbers of classes.
+        AugmentError: model or data cannot be opened, or have different numbers of classes.
     """
     with preserved(), one_accelerator(cpu=asked.cpu) as accelerator:
         return _assess(asked, accelerator)

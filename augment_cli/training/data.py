@@ -1,4 +1,4 @@
-"""The data sets of a run and their loaders: timm makes a loader, accelerate shares it out among the processes."""
+"""The data sets of a run and their loaders: timm makes a loader, accelerate gives each process its share."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ class Loader(Protocol):
 
 @dataclass(frozen=True)
 class Splits:
-    """Training and validation data; `classes` are names to labels where the data have names."""
+    """Training and validation data. `classes` maps names to labels; None where the data have no names."""
 
     train: Data
     val: Data
@@ -41,10 +41,10 @@ class Splits:
 
 
 def open_splits(settings: Settings, channels: int) -> Splits:
-    """The data of a run: validation from `val_data`, from a part held out, or from the validation split.
+    """Open a run's data. Validation takes `val_data`, a share of the training images, or the validation split.
 
     Raises:
-        AugmentError: as `open_dataset`, or nothing to validate on.
+        AugmentError: data cannot be opened, or there is nothing to validate on.
     """
     open_split = partial(
         open_dataset,
@@ -64,35 +64,37 @@ def open_splits(settings: Settings, channels: int) -> Splits:
     val = open_split(spec, split=settings.val_split, classes=train.classes)
     if _same(train, val):
         raise AugmentError(
-            f"data {settings.data} have no splits: validating on the training images would say nothing; "
+            f"data {settings.data} have no splits: validating on the training images would tell nothing; "
             f"give `val_data`, or `hold_out=0.1`"
         )
     return Splits(train, val)
 
 
 def _same(train: Data, val: Data) -> bool:
-    """Whether both are one folder or tar file, read twice."""
+    """Whether both read the same folder or tar file."""
     if isinstance(train, ImageStream) or isinstance(val, ImageStream):
         return False
     return train.origin() is not None and train.origin() == val.origin()
 
 
 def _hold_out(train: Data, settings: Settings) -> Splits:
-    """A share of the training images, drawn by the seed, is kept for validation."""
+    """Keep a share of the training images, drawn by the seed, for validation."""
     if isinstance(train, ImageStream):
         raise AugmentError(f"`hold_out` takes images by number, and {settings.data} is a stream: give `val_data`")
     if settings.val_data:
-        raise AugmentError("`hold_out` and `val_data` both say what to validate on: give one of them")
+        raise AugmentError("`hold_out` and `val_data` both name validation data: give one of them")
     generator = torch.Generator().manual_seed(derive(settings.seed, "hold-out"))
     order = torch.randperm(len(train), generator=generator).tolist()
     count = round(len(train) * settings.hold_out)
     if not 0 < count < len(train):
-        raise AugmentError(f"`hold_out={settings.hold_out}` of {len(train)} images leaves none on one side")
+        raise AugmentError(
+            f"`hold_out={settings.hold_out}` of {len(train)} images leaves none to train on, or none to validate on"
+        )
     return Splits(train.part(sorted(order[count:])), train.part(sorted(order[:count])))
 
 
 def data_config(model: torch.nn.Module, input_size: tuple[int, int, int], img_size: tuple[int, int] | None) -> dict:
-    """timm's preprocessing of a model: input_size (channels, height, width), mean, std, interpolation, crop."""
+    """timm's preprocessing for a model: input_size (channels, height, width), mean, std, interpolation, crop."""
     from timm.data import resolve_data_config
 
     size = (input_size[0], *img_size) if img_size else tuple(input_size)
@@ -105,7 +107,7 @@ def _for(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
 
 
 def training_loader(data: Data, settings: Settings, config: dict[str, Any], accelerator: Accelerator) -> Loader:
-    """Augmented batches: images (N, C, H, W), labels (N,); whole batches only, the same number in every process."""
+    """Loader of augmented images. Drops the last, smaller batch; every process gets the same number of batches."""
     options = {
         "no_aug": not settings.augmentation,
         "scale": (settings.crop_scale, 1.0),
@@ -122,7 +124,7 @@ def training_loader(data: Data, settings: Settings, config: dict[str, Any], acce
 def evaluation_loader(
     data: Data, batch_size: int, workers: int, config: dict[str, Any], accelerator: Accelerator
 ) -> Loader:
-    """Every image once: images (N, C, H, W), labels (N,); processes may get different numbers of batches."""
+    """Loader of every image once. Processes may get different numbers of batches."""
     return place(_loader(data, batch_size, workers, config, is_training=False), accelerator)
 
 
@@ -141,7 +143,7 @@ def _loader(data: Data, batch_size: int, workers: int, config: dict[str, Any], *
         **options,
         num_workers=workers,
         use_prefetcher=False,
-        persistent_workers=False,  # workers started anew see the epoch that their data set was told
+        persistent_workers=False,  # new workers for every epoch: they get the data set with its epoch set
         pin_memory=torch.cuda.is_available(),
     )
     loader.worker_init_fn = partial(_begin_worker, loader.worker_init_fn)
@@ -149,13 +151,13 @@ def _loader(data: Data, batch_size: int, workers: int, config: dict[str, Any], *
 
 
 def _begin_worker(seed: Callable[[int], None], worker_id: int) -> None:
-    """Leave signals to the main process, which goes on for a batch, and ends its workers then."""
+    """Ignore signals in a worker: the main process finishes its batch first, and then ends its workers."""
     seed(worker_id)
     signals.ignore()
 
 
 def place(loader: DataLoader, accelerator: Accelerator, seed: int | None = None) -> Loader:
-    """A loader's share for this process, its batches on the device. timm's readers share out streams themselves."""
+    """This process's share of a loader, with batches on the device. timm's readers divide streams by themselves."""
     alone = isinstance(loader.dataset, ImageStream)
     return prepare_data_loader(
         loader,

@@ -1,4 +1,4 @@
-"""The loop: batches, epochs, checkpoints."""
+"""The training loop: batches, epochs, checkpoints."""
 
 import time
 from collections.abc import Iterable
@@ -25,22 +25,24 @@ from augment_cli.training.progress import Reporter
 from augment_cli.training.run import Run, contents, freeze_carried
 from augment_cli.training.settings import parse_interval
 
-# Batches between two looks at the losses, which wait for the device.
+# Batches after which losses are read from the device. Reading waits for the device, so it is not done for each.
 _LOOK = 10
 
 
 def train(run: Run, reporter: Reporter) -> None:
-    """Train to the last epoch, and leave every file of the run written.
+    """Train to the last epoch and write every file of the run.
 
-    A signal ends it after the batch it is in, with a checkpoint.
+    A signal ends training after the current batch, with a checkpoint.
 
     Raises:
-        AugmentError: a loss that is no number, an image that cannot be read, a disk that is full.
-        Stopped: a signal, as `signals.install` has them.
+        AugmentError: the loss is not finite, an image cannot be read, or the disk is full.
+        Stopped: a signal came, where `signals.install` was called.
     """
     reporter.begin(run.settings.epochs, len(run.train), run.epoch, run.batch)
     several = run.accelerator.num_processes > 1
-    with held() if several else nullcontext():  # they stop together, or wait for each other forever
+    with (
+        held() if several else nullcontext()
+    ):  # processes that stop at different batches would wait for each other forever
         while run.epoch < run.settings.epochs and not _out_of_patience(run):
             try:
                 train_epoch(run, reporter)
@@ -72,7 +74,7 @@ def describe_saved(run: Run) -> str:
 
 
 def train_epoch(run: Run, reporter: Reporter) -> None:
-    """What is left of an epoch."""
+    """Train on the batches of the epoch that are left."""
     begun = time.monotonic() - run.seconds
     _set_mode(run)
     _set_trained(run)
@@ -135,13 +137,13 @@ def _set_trained(run: Run) -> None:
 
 
 def _set_epoch(run: Run) -> None:
-    seed_all(run.settings.seed, "epoch", run.epoch)  # from which loaders seed their workers
+    seed_all(run.settings.seed, "epoch", run.epoch)  # loaders seed their workers from torch's generator
     run.splits.train.set_epoch(run.epoch)
     run.train.set_epoch(run.epoch)
 
 
 def _train_batch(run: Run, images: Tensor, labels: Tensor) -> None:
-    """Forward and backward, and where a group of accumulated batches is whole, an update of the weights."""
+    """Forward and backward; after the last batch of an accumulated group, update the weights."""
     accelerator, settings = run.accelerator, run.settings
     seed_all(settings.seed, "batch", run.epoch, run.batch, accelerator.process_index)
     if settings.channels_last:
@@ -208,14 +210,14 @@ def finish_epoch(run: Run, scores: Scores, reporter: Reporter) -> None:
 
 
 def _share_statistics(run: Run) -> None:
-    """Batch statistics are each process's own: all take those of the first, which are the ones that are written."""
+    """Copy the first process's batch statistics to all others. Each has its own; the first's are written to files."""
     if run.accelerator.num_processes > 1:
         for buffer in run.trained.buffers():
             torch.distributed.broadcast(buffer, src=0)
 
 
 def save_state(run: Run) -> None:
-    """The checkpoint, from one process; the others wait for it."""
+    """Write the checkpoint from the first process; the others wait."""
     if run.accelerator.is_main_process:
         state.write_state(run.folder / STATE, contents(run))
     run.saved = (run.epoch, run.batch)
@@ -232,7 +234,7 @@ def _report_corrupt(run: Run, reporter: Reporter) -> None:
 
 
 class _Clock:
-    """Says when a checkpoint within an epoch is due, in all processes alike."""
+    """Tells when a checkpoint within an epoch is due; all processes get the same answer."""
 
     def __init__(self, run: Run) -> None:
         self.run = run

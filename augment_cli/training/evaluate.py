@@ -46,18 +46,19 @@ def evaluate(
     num_classes: int | None = None,
     advance: Callable[[int], None] = lambda images: None,
 ) -> Scores:
-    """Scores of a model over a loader's images, in all processes together; the model's mode is left as it was.
+    """Scores of a model over a loader's images, in all processes together. Every module gets its mode back.
 
     Args:
         other: a second model on the same images, for agreement.
-        num_classes: makes a confusion matrix of so many classes.
-        advance: called with the number of images of each batch, in this process.
+        num_classes: number of classes of a confusion matrix; None makes no matrix.
+        advance: called after each batch with its number of images, in this process.
 
     Raises:
-        AugmentError: no images, or labels that the model has no class for.
+        AugmentError: there are no images, or a label is beyond the model's classes.
     """
-    modes = [(m, m.training) for m in (model, other) if m is not None]
-    for m, _ in modes:
+    models = [model] if other is None else [model, other]
+    modes = [(module, module.training) for m in models for module in m.modules()]
+    for m in models:
         m.eval()
     rows = [torch.zeros(6, device=accelerator.device)]
     confusion = torch.zeros(num_classes or 0, num_classes or 0, device=accelerator.device)
@@ -71,9 +72,9 @@ def evaluate(
             predicted = labels * num_classes + logits.argmax(-1)
             confusion += torch.bincount(predicted, minlength=num_classes**2).view_as(confusion)
         advance(len(labels))
-    for m, mode in modes:
-        m.train(mode)
-    # Sums of a batch are exact enough in single precision, sums of all of them are not.
+    for module, mode in modes:
+        module.training = mode
+    # float32 is exact enough for the sums of a batch, but not for those of all batches.
     sums = torch.stack([torch.stack(rows).cpu().double().sum(0)]).to(accelerator.device, _widest(accelerator.device))
     sums = accelerator.reduce(sums, reduction="sum")[0].tolist()
     return _scores(sums, other is not None, accelerator.reduce(confusion, "sum").long().cpu() if num_classes else None)
@@ -90,7 +91,7 @@ def _check_labels(labels: Tensor, logits: Tensor) -> None:
 
 
 def _row(logits: Tensor, labels: Tensor, reference: Tensor | None) -> Tensor:
-    """Sums of a batch: loss, in the first, in the first five, same as the other's, divergence, images."""
+    """Sums over a batch (6,): loss, top-1, top-5, agreement with the other model, divergence from it, images."""
     best = logits.topk(min(5, logits.shape[-1]), dim=-1).indices == labels[:, None]
     loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
     zero = torch.zeros_like(loss)

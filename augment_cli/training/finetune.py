@@ -1,4 +1,4 @@
-"""Start a fine-tuning run in a folder, or go on with the one that is there."""
+"""Start a fine-tuning run in a folder, or resume the one that is there."""
 
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -22,18 +22,18 @@ from augment_cli.training.settings import Settings
 
 
 def finetune(settings: Settings, *, resume: bool = False, overwrite: bool = False) -> None:
-    """Train by the settings, in their output folder.
+    """Fine-tune a model as the settings say; results go to their output folder.
 
     The folder gets `best` and `last`, models as `augment_cli.load` and timm read them; `summary.csv` and `curves.png`;
-    `settings.json`; and `state.safetensors`, the checkpoint to resume from. It is complete from the start on: a run can
-    be killed at any time and resumed.
+    `settings.json`; and `state.safetensors`, the checkpoint to resume from. All of it can be
+    resumed from the first moment on: a run may be killed at any time.
 
     Args:
-        resume: go on from the checkpoint in the folder; of its settings, all but `settings.FIXED` may be others now.
-        overwrite: replace a run that is there.
+        resume: go on from the checkpoint in the folder. Settings outside `settings.FIXED` may differ from before.
+        overwrite: replace a run that is in the folder.
 
     Raises:
-        AugmentError: anything that the user can put right; what was written before stays.
+        AugmentError: bad settings, model, data or checkpoint. Files written before stay.
     """
     folder = Path(settings.output)
     saved = read_saved(folder / STATE) if resume else None
@@ -47,7 +47,7 @@ def finetune(settings: Settings, *, resume: bool = False, overwrite: bool = Fals
 
 
 def _options(settings: Settings) -> dict[str, Any]:
-    """Device, precision, accumulation and trackers, for accelerate; it finds out about processes itself."""
+    """accelerate's options: device, precision, accumulation and trackers. It finds other processes by itself."""
     return {
         "cpu": settings.cpu,
         "mixed_precision": settings.precision,
@@ -81,7 +81,7 @@ def _scalars(settings: Settings) -> dict[str, Any]:
 
 
 def _begin(run: Run, new: bool) -> None:
-    """Record the settings; a new run's folder can be resumed before the first batch."""
+    """Write the settings, and for a new run the model and a checkpoint: it can be resumed before its first batch."""
     if run.accelerator.is_main_process:
         clear(run.folder, everything=new)
         run.folder.mkdir(exist_ok=True)
@@ -94,7 +94,7 @@ def _begin(run: Run, new: bool) -> None:
 
 
 def _describe(run: Run, reporter: Reporter, resume: bool) -> None:
-    """What is trained on what, and how fast each part learns."""
+    """Print model, data, device and learning rates."""
     settings, splits, processes = run.settings, run.splits, run.accelerator.num_processes
     images = settings.batch_size * settings.accumulate * processes
     reporter.say(
@@ -111,7 +111,7 @@ def _describe(run: Run, reporter: Reporter, resume: bool) -> None:
 
 
 def _rates(run: Run) -> list[str]:
-    """For each provenance that there is, its learning rate and parameters."""
+    """Learning rate and number of parameters of each provenance in the model."""
     counts: dict[str, int] = {}
     for name, parameter in run.opened.model.named_parameters():
         counts[run.kinds[name]] = counts.get(run.kinds[name], 0) + parameter.numel()

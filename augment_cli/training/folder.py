@@ -9,18 +9,18 @@ from augment_cli.files import check_place, remove_leftovers
 
 STATE = "state.safetensors"
 SETTINGS = "settings.json"
-TRACKED = "augment"  # what trackers call the project, and TensorBoard its folder
+TRACKED = "augment"  # the project's name for trackers, and TensorBoard's folder
 _WRITTEN = (STATE, SETTINGS, "summary.csv", "curves.png", "corrupt.txt", "best", "last", TRACKED)
 
 
 def check_free(folder: Path, overwrite: bool, inputs: Iterable[Path | None] = ()) -> None:
-    """Refuse a folder with something in it, before any work is done.
+    """Refuse an output folder that is not free, before any work is done.
 
     Args:
-        inputs: files that the run reads, which an overwritten run may not hold.
+        inputs: files that the run reads. They may not be in a folder that is overwritten.
 
     Raises:
-        AugmentError: a run is there, or other files are, or the folder cannot be made.
+        AugmentError: the folder holds a run or other files, or cannot be made.
     """
     if folder.is_file():
         raise AugmentError(f"{folder} is a file: `output` names a folder")
@@ -32,7 +32,7 @@ def check_free(folder: Path, overwrite: bool, inputs: Iterable[Path | None] = ()
 
 
 def clear(folder: Path, everything: bool) -> None:
-    """Remove what a killed process left half-written, and with `everything`, an earlier run's files; no others."""
+    """Remove temporaries of killed processes and, with `everything`, an earlier run's files. Other files stay."""
     remove_leftovers(folder)
     for path in [folder / name for name in _WRITTEN] if everything else ():
         if path.is_dir():

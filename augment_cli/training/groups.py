@@ -23,16 +23,17 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Groups of a converted model's parameters for a torch optimiser, each with its own `lr` and `weight_decay`.
 
-    They are those of `augment finetune`: what was carried over from the source learns more slowly than what is new.
-    Biases, norms and tables of relative positions are not decayed. `provenance` of a group is carried, fitted or new.
+    The groups are those of `augment finetune`, by weight decay and by provenance: carried, fitted or new, which is a
+    group's entry `provenance`. Biases, norms and tables of relative positions are not decayed.
 
     Args:
         model: a model from `augment_cli.load` or `augment_cli.convert`.
-        lr: learning rate that the multipliers `lr_carried`, `lr_fitted` and `lr_new` are of.
-        layer_decay: multiplies the rate again for every layer down from the last one; 1 for none.
+        lr: base learning rate.
+        lr_carried, lr_fitted, lr_new: multiples of `lr` for parameters of each provenance.
+        layer_decay: factor on the rate for each layer below the last; 1 gives all layers the same.
 
     Raises:
-        AugmentError: the model is not a converted one, or a value is out of its range.
+        AugmentError: the model is not a converted model, or a value is out of range.
 
     Example:
         >>> from augment_cli import convert

@@ -1,4 +1,4 @@
-"""A run's history: a row an epoch, as a CSV file and as a picture."""
+"""A run's history: one row for each epoch, as a CSV file and as a picture."""
 
 import csv
 from pathlib import Path
@@ -22,10 +22,10 @@ def check_row(row: Row) -> Row:
 
 
 def write_history(folder: Path, rows: list[Row], metric: str = "val_top1") -> None:
-    """Write `summary.csv` and `curves.png`, whole. Epochs count from 1; losses are in nats, top-1 and top-5 in percent.
+    """Write `summary.csv` and `curves.png`. Epochs count from 1; losses are in nats, top-1 and top-5 in percent.
 
     Raises:
-        AugmentError: the disk is full or refuses.
+        AugmentError: a file cannot be written.
     """
     write_file(folder / "summary.csv", lambda path: _write_csv(path, rows))
     write_file(folder / "curves.png", lambda path: _draw(path, rows, metric))

@@ -1,4 +1,4 @@
-"""What is minimised: timm's classification losses, with mixed targets or without, and distillation beside them."""
+"""Losses: timm's for classification, with or without mixed targets, and distillation."""
 
 from collections.abc import Callable
 
@@ -11,7 +11,7 @@ from augment_cli.training.settings import Settings
 
 
 def make_mixup(settings: Settings, num_classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
-    """timm's mixup and cutmix; None where neither is asked for."""
+    """timm's mixup and cutmix; None if neither is on."""
     from timm.data import Mixup
 
     if not (settings.mixup or settings.cutmix):

@@ -1,4 +1,4 @@
-"""Running sums of a run's losses, over all processes, which also notice when a loss is no number any more."""
+"""Running sums of loss and accuracy over all processes, with a check that every loss is finite."""
 
 import math
 
@@ -16,8 +16,8 @@ class Diverged(AugmentError):
 class Meter:
     """Loss and top-1 of an epoch so far.
 
-    Batches are put aside on their device, and looked at together: waiting for the device after each would slow it down.
-    `sums` are (loss times images, correct, images).
+    `add` keeps a batch's results on the device, and `look` reads several batches at once: waiting for the device after
+    every batch would slow training down. `sums` are (loss times images, correct, images).
     """
 
     def __init__(self, accelerator: Accelerator, sums: list[float] | None = None) -> None:
@@ -26,13 +26,13 @@ class Meter:
         self.pending: list[Tensor] = []
 
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """A batch: loss, a scalar; logits (N, classes); labels (N,)."""
+        """Add a batch. Shapes: loss a scalar, logits (N, classes), labels (N,)."""
         correct = (logits.detach().argmax(-1) == labels).sum()
         count = torch.tensor(float(len(labels)), device=loss.device)
         self.pending.append(torch.stack([loss.detach().float() * count, correct.float(), count]))
 
     def look(self, last: int, where: str) -> None:
-        """Add up what was put aside; `last` is the number of the last batch, from 1. Every process must come here.
+        """Read the batches added since the last call, up to batch `last`, from 1. Every process must call it.
 
         Raises:
             Diverged: a loss is not finite.

@@ -31,11 +31,11 @@ FINETUNED = "fine-tuned on"
 
 @dataclass(frozen=True)
 class Opened:
-    """A model and what is known of it.
+    """An opened model with its name and origin.
 
-    metadata: None for a plain timm model. input_size: (channels, height, width). fresh: parameters that began at
-    random, in this run or one before, such as those of a new classifier. weights: which of a checkpoint's were taken,
-    or None.
+    metadata: None for a plain timm model. input_size: (channels, height, width). fresh: names of parameters that began
+    at random in this run or an earlier one, such as a new classifier's. weights: which of a checkpoint's weights were
+    taken, or None.
     """
 
     model: nn.Module
@@ -60,17 +60,17 @@ def open_model(
     args: dict[str, Any] | None = None,
     seed: int = 0,
 ) -> Opened:
-    """A model by its file, its folder, or its name in timm.
+    """Open a model by its file, its folder, or its name in timm.
 
     Args:
         spec: a converted model's file or folder, a folder that timm's `local-dir:` loads, or a timm model's name.
         pretrained, weights, args: for a name: timm's weights, a file's, and arguments of timm.create_model.
-        ema: as of `source.load_checkpoint`.
+        ema: as in `source.load_checkpoint`.
         base: `package.module:function` that makes the source of a converted model that timm does not know.
-        seed: of random weights.
+        seed: for random weights.
 
     Raises:
-        AugmentError: no such model, weights that do not fit, or options that go with a name only.
+        AugmentError: there is no such model, the weights do not fit, or an option is for names alone.
     """
     path, spec = Path(spec), str(spec)
     if not path.exists():
@@ -91,15 +91,15 @@ def open_model(
 
 
 def open_companion(spec: str, weights: str | Path | None) -> Opened:
-    """A teacher, or a model to agree with: a name has timm's weights unless a file's are given."""
+    """Open a teacher or a model to compare with: a name gets timm's weights unless a file of weights is given."""
     return open_model(spec, pretrained=not (Path(spec).exists() or weights), weights=weights)
 
 
 def _architecture(folder: Path) -> str | None:
-    """What timm's config.json in a folder says that its model is."""
+    """The architecture that timm's config.json in a folder names; None without one."""
     try:
         return json.loads(read_text(folder / "config.json", "config", 2**25))["architecture"]
-    except Exception:  # no file, no JSON, or none of timm's: what opens the model says so
+    except Exception:  # no file, or not a config of timm's: opening the model reports it
         return None
 
 
@@ -116,9 +116,9 @@ def _by_name(
 
 
 def with_classes(opened: Opened, num_classes: int, seed: int) -> Opened:
-    """The model with a classifier for so many classes, new from the seed where its own has another number.
+    """The model with a classifier for `num_classes`: its own if it fits, else a new one, drawn from the seed.
 
-    Its metadata describes it as it is then.
+    The returned metadata describes the model with its new classifier.
     """
     if num_classes == opened.num_classes:
         return opened
@@ -143,10 +143,10 @@ def with_classes(opened: Opened, num_classes: int, seed: int) -> Opened:
 
 
 def with_drop_path(opened: Opened, rate: float) -> Opened:
-    """The model with stochastic depth in training, which rises over the blocks to `rate`.
+    """The model with stochastic depth in training. The rate rises over the blocks, from 0 to `rate`.
 
     Raises:
-        AugmentError: the architecture has none.
+        AugmentError: the architecture has no stochastic depth.
     """
     if opened.metadata is not None and opened.metadata.plan.base == "other":
         raise AugmentError(f"`drop_path`: {opened.name} is not a model of timm, which makes blocks that can be skipped")
@@ -164,7 +164,7 @@ def with_drop_path(opened: Opened, rate: float) -> Opened:
 
 
 def plan_for_classes(plan: Plan, num_classes: int) -> Plan:
-    """The plan of the same model with another classifier, its totals counted anew."""
+    """The plan of the same model with another classifier, its totals recounted."""
     args = {**dict(plan.model_args), "num_classes": num_classes}
     _, height, width = plan.input_size
     _, meta_model = source.describe(plan.model, args, (height, width))
@@ -173,7 +173,10 @@ def plan_for_classes(plan: Plan, num_classes: int) -> Plan:
 
 
 def transfer(model: nn.Module, other: nn.Module) -> frozenset[str]:
-    """Load a model's weights, but for its classifier's, into another of the same architecture; returns what is new."""
+    """Load all weights but the classifier's into another model of the same architecture.
+
+    Returns the names of the other model's parameters that were not loaded.
+    """
     prefixes = classifier_prefixes(other)
     state, own = model.state_dict(), other.state_dict()
     kept = {k: v for k, v in state.items() if not k.startswith(prefixes) and k in own and own[k].shape == v.shape}
@@ -182,9 +185,9 @@ def transfer(model: nn.Module, other: nn.Module) -> frozenset[str]:
 
 
 def set_label_names(model: nn.Module, classes: dict[str, int] | None) -> None:
-    """Have timm's config.json of the saved model say what its classes are called."""
-    if not pretrained_cfg(model):  # not a model of timm
-        return
+        ema: as in `source.load_checkpoint`.
+        base: `package.module:function` that makes the source of a converted model that timm does not know.
+        seed: for random weights.
     cfg = {k: v for k, v in pretrained_cfg(model).items() if k not in ("label_names", "label_descriptions")}
     cfg["num_classes"] = count_classes(model)
     if classes is not None and len(classes) == cfg["num_classes"]:
@@ -193,7 +196,7 @@ def set_label_names(model: nn.Module, classes: dict[str, int] | None) -> None:
 
 
 def label_names(spec: str | Path) -> dict[str, int] | None:
-    """Class names to labels, where a model's folder says them."""
+    """Class names to labels, from config.json in a model's folder; None where it names no classes."""
     try:
         config = json.loads(read_text(Path(spec) / "config.json", "config", 2**25))
         names = config["pretrained_cfg"]["label_names"]
@@ -204,10 +207,10 @@ def label_names(spec: str | Path) -> dict[str, int] | None:
 
 
 def write_trained(model: nn.Module, opened: Opened, folder: Path) -> None:
-    """Write a model, of `opened`'s architecture, to a folder from which it is opened again.
+    """Write a model of `opened`'s architecture to a folder that `open_model` reads.
 
     Raises:
-        AugmentError: the disk is full or refuses.
+        AugmentError: the folder cannot be written.
     """
     if opened.metadata is not None:
         write_model(model, opened.metadata, folder)
@@ -224,6 +227,6 @@ def _fill_plain(folder: Path, model: nn.Module, opened: Opened) -> None:
 
 
 def logits_of(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """Logits (N, classes) in single precision; of several heads, the first."""
+    """Logits (N, classes) in float32 for images (N, C, H, W); the first head's, where a model has several."""
     out = model(images)
     return (out[0] if isinstance(out, (tuple, list)) else out).float()

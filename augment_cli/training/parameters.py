@@ -1,7 +1,7 @@
-"""Parameters by provenance, and the optimiser's groups made of it.
+"""Parameters by provenance, and the optimiser's groups and schedule.
 
-carried: the source's own weights. fitted: attention that was fitted to what it replaces. new: attention that was
-not, and a classifier for other classes. Weights that were random before the conversion are all new.
+carried: the source's own weights. fitted: attention that was fitted to the filters it replaces. new: attention that was
+not fitted, and a classifier for other classes. Where the source's weights were random, all parameters are new.
 """
 
 from collections import defaultdict
@@ -20,12 +20,12 @@ from augment_cli.training.settings import Settings
 
 Provenance = Literal["carried", "fitted", "new"]
 
-# Positions are no weights of a product: timm leaves such tables undecayed, too.
+# Tables of relative positions: timm does not decay its own either.
 _UNDECAYED = ("*.rel_height", "*.rel_width")
 
 
 def provenance(opened: Opened) -> dict[str, Provenance]:
-    """Where each parameter's value comes from, by the parameter's name; fine-tuning does not change it."""
+    """Each parameter's provenance, by the parameter's name; fine-tuning does not change it."""
     kinds: dict[str, Provenance] = {name: "carried" for name, _ in opened.model.named_parameters()}
     if opened.metadata is not None:
         if opened.metadata.weights.startswith("random"):
@@ -71,10 +71,10 @@ def _timm_groups(model: nn.Module, settings: Settings) -> list[dict[str, Any]]:
 
 
 def make_optimizer(model: nn.Module, kinds: dict[str, Provenance], settings: Settings) -> Optimizer:
-    """timm's optimiser of that name over the groups.
+    """The optimiser that timm calls `settings.opt`, over the groups.
 
     Raises:
-        AugmentError: timm has none of that name, or it does not take the settings.
+        AugmentError: timm has no optimiser of that name, or it does not take the settings.
     """
     from timm.optim import create_optimizer_v2, list_optimizers
 

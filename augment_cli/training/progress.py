@@ -1,4 +1,4 @@
-"""What a person sees of a run: a bar on a terminal, plain lines elsewhere; on stderr, and from one process only."""
+"""Progress of a run, on stderr and from one process: a bar on a terminal, plain lines elsewhere."""
 
 import time
 from types import TracebackType
@@ -38,13 +38,13 @@ class Reporter:
         self.console.print(message, highlight=False, markup=False, soft_wrap=True)
 
     def begin(self, epochs: int, batches: int, epoch: int, batch: int) -> None:
-        """Training starts or goes on, at a batch of an epoch."""
+        """Start the bar at this epoch and batch; both count from 0."""
         self.epochs, self.batches = epochs, batches
         self.bar.reset(self.task, total=epochs * batches, completed=epoch * batches + batch)
         self.began = time.monotonic()
 
     def advance(self, epoch: int, batch: int, images: int, meter: Meter) -> None:
-        """So many batches of an epoch, and so many images since the last call, are done."""
+        """Show that `batch` batches of the epoch are done. `images` were trained on since the last call."""
         self.images += images
         rate = self.images / max(time.monotonic() - self.began, 1e-9)
         text = f"epoch {epoch + 1}/{self.epochs}  loss {meter.loss:.4f}  top-1 {meter.top1:.2f}%  {rate:,.0f} images/s"

@@ -1,7 +1,7 @@
-"""A fine-tuning run: all its parts, made for a start or from a checkpoint.
+"""A fine-tuning run: model, data, optimiser and progress, new or from a checkpoint.
 
-No random state is kept: every draw is seeded by the run's seed and its place, (epoch, image) for augmentation and
-(epoch, batch, process) for the rest, so that a resumed run draws what an unbroken one does.
+No random state is saved. Every draw is seeded by the run's seed and its place, (epoch, image) for augmentation and
+(epoch, batch, process) for the rest, so that a resumed run draws the same numbers as one that was never interrupted.
 """
 
 from collections.abc import Callable
@@ -39,7 +39,7 @@ from augment_cli.training.settings import FIXED, Settings, settings_of
 
 @dataclass
 class Run:
-    """Parts, and how far it is: `batch` batches of `epoch` (from 0) and `updates` updates of the weights are done."""
+    """A run's parts and progress: `batch` batches of `epoch` (from 0) and `updates` weight updates are done."""
 
     settings: Settings
     accelerator: Accelerator
@@ -68,24 +68,26 @@ class Run:
 
     @property
     def trained(self) -> nn.Module:
-        """The model that is evaluated and written: the moving average where there is one."""
+        """The model to evaluate and write: the moving average if there is one, else the model in training."""
         return self.accelerator.unwrap_model(self.model) if self.ema is None else self.ema.module
 
 
 def prepare(settings: Settings, accelerator: Accelerator, saved: dict[str, Any] | None) -> Run:
-    """A run at its start, or where `saved`, a checkpoint's content, was written.
+    """Make a run: new, or continued from `saved`, a checkpoint's contents.
 
     Raises:
-        AugmentError: model, data or settings that do not go together, or a checkpoint that does not fit.
+        AugmentError: model, data and settings contradict each other, or the checkpoint belongs to another run.
     """
     opened, splits = _open_both(settings, resumed=saved is not None)
     kinds = provenance(opened)
     if saved is not None:
         if saved["kinds"].keys() != kinds.keys():
-            raise AugmentError(f"{Path(settings.output) / STATE} is of another model than the run's")
+            raise AugmentError(f"{Path(settings.output) / STATE} is the checkpoint of another model")
         kinds = saved["kinds"]
     if settings.new_first and set(kinds.values()) == {"carried"}:
-        raise AugmentError(f"`new_first`: all parameters of {opened.name} are carried over, none would be trained")
+        raise AugmentError(
+            f"`new_first`: all parameters of {opened.name} are carried over, so that none would be trained"
+        )
     opened = _mark(opened, settings)
     set_label_names(opened.model, splits.classes)
     model = _configured(opened.model, settings, accelerator)
@@ -112,7 +114,7 @@ def prepare(settings: Settings, accelerator: Accelerator, saved: dict[str, Any] 
 
 
 def _open_both(settings: Settings, resumed: bool) -> tuple[Opened, Splits]:
-    """Model and data, the model with as many classes as are trained."""
+    """Open model and data, and give the model a classifier for the classes to train."""
     if resumed:
         opened = open_model(Path(settings.output) / "last", base=settings.base)
     else:
@@ -144,7 +146,7 @@ def _loaders(opened: Opened, splits: Splits, settings: Settings, accelerator: Ac
 
 
 def _mark(opened: Opened, settings: Settings) -> Opened:
-    """Have the metadata say that the weights are no longer as converted."""
+    """Add to the metadata that the weights were fine-tuned."""
     if opened.metadata is None or FINETUNED in opened.metadata.weights:
         return opened
     weights = f"{opened.metadata.weights}, {FINETUNED} {Path(settings.data).name}"
@@ -152,22 +154,22 @@ def _mark(opened: Opened, settings: Settings) -> Opened:
 
 
 def count_classes(settings: Settings, classes: dict[str, int] | None, own: int) -> int:
-    """How many classes to train: as asked, or as the data have, or as the model has.
+    """Number of classes to train: the setting, else the data's, else the model's.
 
     Raises:
-        AugmentError: the data have more than asked for.
+        AugmentError: the data have more classes than the setting says, or fewer than two.
     """
     found = 1 + max(classes.values()) if classes else None
     if settings.num_classes and found and found > settings.num_classes:
         raise AugmentError(f"data {settings.data} have {found} classes, more than `num_classes={settings.num_classes}`")
     count = settings.num_classes or found or own
     if count < 2:
-        raise AugmentError(f"data {settings.data} have {count} class: there is nothing to tell apart")
+        raise AugmentError(f"data {settings.data} have {count} class: training takes two at least")
     return count
 
 
 def _configured(model: nn.Module, settings: Settings, accelerator: Accelerator) -> nn.Module:
-    """On its device, in the memory format, with the normalisation and the checkpointing asked for."""
+    """Move the model to its device and memory format; switch on gradient checkpointing and SyncBatchNorm if asked."""
     model = model.to(accelerator.device)
     if settings.channels_last:
         model = model.to(memory_format=torch.channels_last)
@@ -199,7 +201,7 @@ def _criterion(settings: Settings, mixup: Any, opened: Opened, accelerator: Acce
 
 
 def contents(run: Run) -> dict[str, Any]:
-    """All that a checkpoint holds."""
+    """The contents of a checkpoint."""
     return {
         "settings": asdict(run.settings),
         "processes": run.accelerator.num_processes,
@@ -220,7 +222,7 @@ _Number = Annotated[int, Field(ge=0, le=2**53)]
 
 
 class _Saved(BaseModel):
-    """The shape of a checkpoint's contents; what optimisers and models make of theirs, they say themselves."""
+    """The structure of a checkpoint's contents. Models and optimisers check their own parts when they load them."""
 
     settings: dict[str, Any]
     processes: _Number
@@ -237,10 +239,10 @@ class _Saved(BaseModel):
 
 
 def read_saved(path: Path) -> dict[str, Any]:
-    """A checkpoint's contents, as `contents` gave them.
+    """Read a checkpoint's contents, as `contents` made them.
 
     Raises:
-        AugmentError: no checkpoint, or not a whole one.
+        AugmentError: the file is not a checkpoint, or a damaged one.
     """
     saved = state.read_state(path)
     try:
@@ -255,13 +257,13 @@ def _check_saved(saved: dict[str, Any], settings: Settings, accelerator: Acceler
     before = settings_of(saved["settings"], str(where))
     if other := next((name for name in FIXED if getattr(before, name) != getattr(settings, name)), None):
         raise AugmentError(
-            f"{where} is a checkpoint of another run than settings.json beside it describes: `{other}` was "
+            f"{where} belongs to another run than settings.json beside it: `{other}` was "
             f"{getattr(before, other)}, and is {getattr(settings, other)}"
         )
     if isinstance(splits.train, ImageStream) and saved["position"][1] and before.workers != settings.workers:
         raise AugmentError(
-            f"{where} was written within an epoch of a stream that {before.workers} workers share: resume with "
-            f"`workers={before.workers}`"
+            f"{where} was written within an epoch of a stream that {before.workers} workers share: resume "
+            f"with `workers={before.workers}`"
         )
     if saved["processes"] != accelerator.num_processes:
         raise AugmentError(
@@ -271,7 +273,7 @@ def _check_saved(saved: dict[str, Any], settings: Settings, accelerator: Acceler
     if saved["images"] != len(splits.train):
         raise AugmentError(
             f"data {settings.data} had {saved['images']:,} training images when the run began, and now "
-            f"{len(splits.train):,}: their order would be another"
+            f"{len(splits.train):,}: a resumed run would train on them in another order"
         )
 
 
@@ -288,7 +290,7 @@ def _restore(run: Run, saved: dict[str, Any]) -> None:
 
 
 def _restore_optimizer(run: Run, saved: dict[str, Any]) -> None:
-    """The optimiser's moments are the checkpoint's; its learning rates and weight decay are those of the settings."""
+    """Take the optimiser's moments from the checkpoint; learning rates and weight decay stay those of the settings."""
     own = [{k: v for k, v in group.items() if k != "params"} for group in run.optimizer.param_groups]
     run.optimizer.load_state_dict(saved)
     for group, options in zip(run.optimizer.param_groups, own, strict=True):
@@ -298,7 +300,7 @@ def _restore_optimizer(run: Run, saved: dict[str, Any]) -> None:
 
 
 def freeze_carried(model: nn.Module, kinds: dict[str, Provenance], frozen: bool) -> bool:
-    """Have no gradients computed for carried parameters, or have them again; returns whether that was a change."""
+    """Freeze the carried parameters, or unfreeze them. Returns whether that changed anything."""
     parameters = [p for name, p in model.named_parameters() if kinds[name] == "carried"]
     changed = [p for p in parameters if p.requires_grad is frozen]
     for parameter in changed:

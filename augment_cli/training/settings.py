@@ -1,4 +1,4 @@
-"""What a fine-tuning run is asked to do: one frozen object, written beside its results. Imports nothing heavy."""
+"""The settings of a fine-tuning run: one frozen object, written beside the results. Imports nothing heavy."""
 
 import json
 from dataclasses import asdict, dataclass, field, fields
@@ -21,7 +21,7 @@ _CHOICES = {
 
 @dataclass(frozen=True)
 class Settings:
-    """A run's settings with their defaults: those of a retrofit that keeps most of its source's weights."""
+    """A run's settings. The defaults suit a converted model that keeps most of its source's weights."""
 
     model: str
     data: str
@@ -135,7 +135,7 @@ FIXED = (
     *("model", "pretrained", "checkpoint", "ema", "base", "model_args", "num_classes", "img_size", "seed"),
     *("train_split", "hold_out", "batch_size", "accumulate", "opt", "layer_decay", "ema_decay"),
 )
-"""Settings that a checkpoint is made with: a run that is resumed keeps them. All others may be changed."""
+"""Settings that a resumed run keeps, since its checkpoint depends on them. All others may change."""
 
 _MANY = 10**9
 _RANGES = (
@@ -178,7 +178,7 @@ def option(name: str) -> str:
 
 
 def parse_interval(text: str | None) -> tuple[int | None, float | None]:
-    """How often to write a checkpoint: `200` is (200 updates, None), `10m` is (None, 600 seconds).
+    """Parse how often to write a checkpoint: `200` to (200 updates, None), `10m` to (None, 600 seconds).
 
     Raises:
         AugmentError: anything else.
@@ -195,8 +195,8 @@ def parse_interval(text: str | None) -> tuple[int | None, float | None]:
 def read_settings(path: Path) -> Settings:
     """The settings of an earlier run, from its JSON.
 
-    A setting that the file does not have gets its default, and one that this version does not know is left out: the
-    file may be of an older or a newer version.
+    A setting that the file lacks gets its default, and a setting that this version does not know is ignored: the file
+    may come from an older or a newer version.
 
     Raises:
         AugmentError: no such file, no JSON object, or a setting that is missing or not valid.
@@ -208,7 +208,7 @@ def read_settings(path: Path) -> Settings:
 
 
 def settings_of(data: Any, origin: str) -> Settings:
-    """Settings from a JSON value; `origin` names it in messages.
+    """Read settings from a JSON value; `origin` names the value in messages.
 
     Raises:
         AugmentError: no object, or a setting that is missing or not valid.
@@ -216,7 +216,7 @@ def settings_of(data: Any, origin: str) -> Settings:
     from pydantic import TypeAdapter, ValidationError
 
     if not isinstance(data, dict):
-        raise AugmentError(f"{origin} holds no settings: it is no JSON object")
+        raise AugmentError(f"{origin} does not hold settings: it is not a JSON object")
     known = {entry.name for entry in fields(Settings)}
     values = {key: value for key, value in data.items() if key in known}
     with boundary(f"{origin} does not hold the settings of a run"):

@@ -1,7 +1,7 @@
-"""A run's checkpoint: one safetensors file, whose metadata hold everything that is no tensor, as JSON.
+"""A run's checkpoint: one safetensors file. Its metadata holds everything that is not a tensor, as JSON.
 
-One file is written under a temporary name and renamed: tensors and numbers are of the same moment, or the file is the
-one before. Nothing is unpickled.
+The file is written under a temporary name and renamed, so that tensors and numbers always come from the same moment.
+Nothing is unpickled.
 """
 
 import json
@@ -22,7 +22,7 @@ def write_state(path: Path, tree: dict[str, Any]) -> None:
     """Write dicts, lists, tuples, tensors, strings, numbers and None, nested at will.
 
     Raises:
-        AugmentError: the disk is full or refuses; the checkpoint before stays.
+        AugmentError: the file cannot be written; the previous checkpoint stays.
     """
     from safetensors.torch import save_file
 
@@ -32,10 +32,10 @@ def write_state(path: Path, tree: dict[str, Any]) -> None:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """What `write_state` wrote, its tensors on the CPU.
+    """Read what `write_state` wrote, tensors on the CPU.
 
     Raises:
-        AugmentError: no checkpoint, not whole, or of a newer version.
+        AugmentError: the file is not a checkpoint, is damaged, or has another schema.
     """
     from safetensors import safe_open
 
@@ -48,12 +48,12 @@ def read_state(path: Path) -> dict[str, Any]:
             raise AugmentError(f"{path} has schema {schema}, and this version reads {SCHEMA}")
         try:
             return dict(_unpack(tree, tensors))
-        except Exception as error:  # another shape than `_pack` gives
+        except Exception as error:  # not a structure that `_pack` makes
             raise ValueError("its contents are not whole") from error
 
 
 def _pack(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """JSON for a value, its tensors put aside under numbers."""
+    """Convert a value to JSON; its tensors go to `tensors`, under numbers."""
     if isinstance(value, Tensor):
         name = f"{len(tensors)}"
         tensors[name] = value.detach().cpu().contiguous().clone()

@@ -1,4 +1,4 @@
-"""What reports say of attention that was fitted."""
+"""Reports of models whose attention was fitted."""
 
 import csv
 import io

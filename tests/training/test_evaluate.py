@@ -61,6 +61,15 @@ def test_evaluation_leaves_the_mode_as_it_was(tables):
         assert model.training is mode
 
 
+def test_evaluation_leaves_the_modes_of_parts_as_they_were(tables):
+    model, other, labels = tables
+    model.norm, other.norm = torch.nn.BatchNorm2d(3), torch.nn.BatchNorm2d(3)
+    model.train().norm.eval()
+    other.eval().norm.train()
+    evaluate(model, loader(labels), Accelerator(cpu=True), other=other)
+    assert (model.training, model.norm.training, other.training, other.norm.training) == (True, False, False, True)
+
+
 def test_fewer_than_five_classes_have_a_top_5_too():
     scores = evaluate(Table(torch.randn(4, 2)), loader(torch.tensor([0, 1, 1, 0])), Accelerator(cpu=True))
     assert scores.top5 == 100

@@ -1,4 +1,4 @@
-"""What a run does and leaves, in the library."""
+"""Fine-tuning runs through the library: results, files and errors."""
 
 import csv
 import errno
