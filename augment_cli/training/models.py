@@ -185,9 +185,9 @@ def transfer(model: nn.Module, other: nn.Module) -> frozenset[str]:
 
 
 def set_label_names(model: nn.Module, classes: dict[str, int] | None) -> None:
-        ema: as in `source.load_checkpoint`.
-        base: `package.module:function` that makes the source of a converted model that timm does not know.
-        seed: for random weights.
+    """Write the classes' names into the configuration that timm saves with the model, where timm has one."""
+    if not pretrained_cfg(model):
+        return
     cfg = {k: v for k, v in pretrained_cfg(model).items() if k not in ("label_names", "label_descriptions")}
     cfg["num_classes"] = count_classes(model)
     if classes is not None and len(classes) == cfg["num_classes"]:

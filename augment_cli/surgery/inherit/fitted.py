@@ -1,7 +1,8 @@
 """Attention that starts near what the filters that it replaces compute, and stays free to learn; no labels are needed.
 
-Queries, keys and relative tables stay random, so that attention maps reach over the image and depend on its content: maps
-fitted to the filters' windows agree with the source, too, and learn nothing afterwards (docs/fitting.md). In three steps:
+Queries, keys and relative tables stay random, so that attention maps reach over the image and depend on its content:
+maps fitted to the filters' windows agree with the source, too, and learn nothing afterwards (docs/fitting.md). In three
+steps:
 
 1. Queries and keys are whitened and scaled by the input that they get, so that logits are spread alike in every model
    (spread.py).
