@@ -48,7 +48,7 @@ def check_target(path: Path, overwrite: bool, inputs: Iterable[Path | None] = ()
     if mode is None:
         return
     if not stat.S_ISDIR(mode):
-        raise AugmentError(f"{path} is not a folder: name a folder, or a file that ends in .safetensors")
+        raise AugmentError(f"{path} is a file: give a name that ends in .safetensors, or a folder")
     if Path.cwd().is_relative_to(path.resolve()):
         raise AugmentError(f"{path} is the current folder, and would be replaced as a whole: name another folder")
     if foreign := sorted(file.name for file in path.iterdir() if not _is_own(file)):
