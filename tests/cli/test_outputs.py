@@ -38,7 +38,7 @@ def test_other_formats_are_no_folders(in_tmp, name):
 def test_a_name_without_a_suffix_is_a_folder_and_with_safetensors_a_file(in_tmp):
     (in_tmp / "file").write_text("")
     (in_tmp / "d.safetensors").mkdir()
-    refused(*CONVERT, "-o", "file", "--overwrite", word="is no folder")
+    refused(*CONVERT, "-o", "file", "--overwrite", word="is a file")
     refused(*CONVERT, "-o", "d.safetensors", "--overwrite", word="is a folder")
 
 

@@ -370,7 +370,7 @@ def test_settings_of_another_version_are_read(tuned, tmp_path):
     del settings["patience"]
     (tmp_path / "settings.json").write_text(json.dumps(settings | {"novelty": 3}))
     assert read_settings(tmp_path / "settings.json") == read_settings(tuned / "settings.json")
-    for text, word in (("[1]", "no JSON object"), ('{"lr": 1}', "required"), ("{", "cannot be read")):
+    for text, word in (("[1]", "JSON object"), ('{"lr": 1}', "required"), ("{", "cannot be read")):
         (tmp_path / "settings.json").write_text(text)
         with pytest.raises(AugmentError, match=word):
             read_settings(tmp_path / "settings.json")
@@ -424,7 +424,7 @@ BAD = [
     ({"num_classes": 2}, "have 3 classes, more than `num_classes=2`"),
     ({"batch_size": 64}, "36 training images do not fill one batch of 64"),
     ({"opt": "adamx"}, "timm has no optimiser adamx; did you mean"),
-    ({"hold_out": 0.01}, "leaves none on one side"),
+    ({"hold_out": 0.01}, "leaves none"),
     ({"val_split": "test"}, "has a folder train, but none for the split test"),
     ({"model": "none.safetensors"}, "none.safetensors: no such file or folder"),
     ({"model": "resnet1"}, "timm has no model resnet1; did you mean"),
