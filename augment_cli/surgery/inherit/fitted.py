@@ -38,8 +38,8 @@ from augment_cli.surgery.records import Inheritance
 from augment_cli.surgery.replace import apply_plan, find_conv, keep_highest, replacement
 
 _LAST_SWEEPS = 16
-_MOST_BYTES = 2**30
-"""Sums of all sites that are fitted in one pass. More sites take more passes."""
+_MOST_BYTES = 3 * 2**29
+"""Sums of all sites that are fitted in one pass, as many as ResNet-50 has. More sites take more passes."""
 
 Progress = Callable[[str, int, int], None]
 """Told what is done now, how much of it is done, and how much there is."""
