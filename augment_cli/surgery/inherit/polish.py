@@ -15,7 +15,7 @@ from augment_cli.planning.plan import Plan
 from augment_cli.surgery.calibration import Calibration
 from augment_cli.surgery.replace import added_parameters
 
-RATE = 4e-3
+RATE = 1e-3
 _STEPS, _BATCH = 120, 64
 _FEWEST_STEPS, _SMALLEST_BATCH = 20, 16
 _MOST_MACS = 1.5e12
