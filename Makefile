@@ -5,8 +5,8 @@ READY := $(VENV)/.ready
 NATIVE := $(wildcard augment_cli/layers/native/*.cpp augment_cli/layers/native/*.h)
 
 LOWEST := out/lowest
-QUICK := tests/cli tests/reporting tests/training tests/test_files.py tests/test_signals.py tests/test_dataset.py \
-	tests/test_budget.py tests/test_checkpoint.py tests/test_recipe.py tests/layers/aa/test_conv.py tests/layers/aw/test_conv.py
+QUICK := tests/cli tests/reporting tests/training tests/planning tests/test_files.py tests/test_signals.py \
+	tests/test_dataset.py tests/checkpoint/test_files.py tests/layers/aa/test_conv.py tests/layers/aw/test_conv.py
 
 .PHONY: demo test test-fast coverage docs sanitize fuzz lowest lint format benchmark sweep story clean
 

@@ -13,6 +13,7 @@ TESTS = Path(__file__).parent
 
 # Tests that start processes, train, or go through many models: what `make test-fast` leaves out.
 SLOW = (
+    "checkpoint/test_rebuild.py",
     "cli/test_bad_input.py",
     "cli/test_escaping.py",
     "cli/test_fit.py",
@@ -24,10 +25,8 @@ SLOW = (
     "layers/native/test_library.py",
     "layers/test_in_torch.py",
     "operators",
-    "test_cost.py",
+    "surgery/inherit/test_fit.py",
     "test_dataset.py",
-    "test_inherit_fit.py",
-    "test_rebuild.py",
     "training/test_command_line.py",
     "training/test_distributed.py",
     "training/test_finetune.py",

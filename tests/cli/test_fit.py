@@ -7,7 +7,7 @@ import pytest
 
 from augment_cli.checkpoint.metadata import read_metadata
 from tests.cli.helpers import ok, run
-from tests.test_calibration import picture_folder
+from tests.surgery.test_calibration import picture_folder
 
 CONVERT = ("convert", "test_resnet", "-r", "aa", "--img-size", "32")
 

@@ -15,8 +15,8 @@ from augment_cli.planning.recipe import load_recipe
 from augment_cli.surgery.calibration import Calibration
 from augment_cli.surgery.sensitivity import measure_sensitivity
 from tests.conftest import graph_of, plan_of
-from tests.test_calibration import picture_folder
-from tests.test_surgery import randomized
+from tests.surgery.test_calibration import picture_folder
+from tests.surgery.test_replace import randomized
 
 
 def planned(overrides: tuple[str, ...], divergence: dict[str, float]):

@@ -4,7 +4,7 @@ from torch import nn
 
 from augment_cli.surgery.inherit import carry, importance
 from tests.conftest import graph_of, plan_of
-from tests.test_surgery import randomized
+from tests.surgery.test_replace import randomized
 
 
 def test_importance_is_the_norm_of_the_filter_with_the_normalisation_folded_in():
