@@ -1,4 +1,4 @@
-"""What a conversion costs beside creating and saving the same model, in whole processes, side by side in one run.
+"""Time of a conversion beside creating and saving the same model, in whole processes, side by side in one run.
 
     python benchmarks/convert.py [--rounds 5]
 

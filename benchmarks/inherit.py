@@ -1,4 +1,4 @@
-"""What a converted model keeps of its source before any fine-tuning: fitted, carried, or untrained throughout.
+"""Agreement of converted models with their source before any fine-tuning: fitted, carried, or untrained throughout.
 
     python benchmarks/inherit.py [--epochs 9] [--images 512]
 

@@ -1,4 +1,4 @@
-"""What reading and augmenting an image costs here beside timm's own loader of the same files, side by side in one run.
+"""Time to read and augment an image, here and by timm's own loader of the same files, side by side in one run.
 
     OMP_NUM_THREADS=1 python benchmarks/loader.py [--rounds 15]
 

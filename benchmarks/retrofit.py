@@ -1,4 +1,4 @@
-"""What a retrofit is worth: accuracy after fine-tuning, by the command line and its defaults, on three tasks.
+"""Accuracy of retrofits after fine-tuning, by the command line and its defaults, on three tasks.
 
     python benchmarks/retrofit.py [--tasks recall odd digits] [--rows ...] [--seeds 0 1 2] [--epochs 6] [--jobs 2]
 
@@ -69,7 +69,7 @@ MAIN = [name for name, row in ROWS.items() if not row.tuning]
 
 @dataclass(frozen=True)
 class Setup:
-    """What all chains of a table have in common."""
+    """Settings that all chains of a table share."""
 
     model: str
     epochs: int
@@ -85,7 +85,7 @@ def common(task: str) -> tuple[str, ...]:
 
 
 def run(*arguments: str) -> str:
-    """What a command of augment-cli prints on stdout, on one thread; ends the benchmark where the command fails."""
+    """Run a command of augment-cli on one thread and return its stdout; ends the benchmark where the command fails."""
     command = [sys.executable, "-m", "augment_cli", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""What a budget knows by `plan --sensitivity`: plans of equal budgets made with and without it, both fitted.
+"""Plans of equal budgets made with and without `plan --sensitivity`, both fitted.
 
     python benchmarks/sensitivity.py [--epochs 9] [--images 512]
 

@@ -1,4 +1,4 @@
-"""What a command takes to start, and what a large model takes to be analysed, in processor time of fresh processes.
+"""Time to start a command, and to analyse a large model, in processor time of fresh processes.
 
     OMP_NUM_THREADS=1 python benchmarks/start.py [--rounds 7]
 

@@ -156,7 +156,7 @@ def continued(arguments: tuple[str, ...], begun: bool) -> tuple[str, ...]:
 
 
 def run(name: str, *arguments: str) -> str:
-    """What a command prints on stdout; its messages go to a log. Ends the story where the command fails."""
+    """Run a command and return its stdout; its messages go to a log. Ends the story where the command fails."""
     command = [sys.executable, "-m", "augment_cli", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""What is to be light imports nothing heavy, and only operators and layers name an operator."""
+"""Light modules import nothing heavy, and only operators and layers name an operator."""
 
 import ast
 import subprocess

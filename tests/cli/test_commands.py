@@ -1,4 +1,4 @@
-"""What a user sees when all is well."""
+"""Every command as a user sees it when all is well."""
 
 import csv
 import io

@@ -23,7 +23,7 @@ finally:
 
 
 def completed(line: str) -> list[str]:
-    """What fish is offered for the last word of a line: values, each with an explanation that may go over lines."""
+    """Completions in fish for the last word of a line: values, each with an explanation that may go over lines."""
     environment = os.environ | {
         "_AUGMENT_COMPLETE": "complete_fish",
         "_TYPER_COMPLETE_ARGS": line,

@@ -1,4 +1,4 @@
-"""What is printed is shown and never obeyed: control characters, terminal sequences, markup, spreadsheet formulas."""
+"""Printed text is shown and never obeyed: control characters, terminal sequences, markup, spreadsheet formulas."""
 
 import csv
 import io

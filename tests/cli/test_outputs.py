@@ -1,4 +1,4 @@
-"""Where outputs go, what they may replace, and how commands end that are broken off."""
+"""Places of outputs, what they may replace, and how interrupted commands end."""
 
 import os
 import resource

@@ -1,4 +1,4 @@
-"""What the documentation shows is what happens: its commands are run, its numbers and keys are counted again."""
+"""The documentation is true: its commands are run, its numbers and keys are counted again."""
 
 import re
 from pathlib import Path

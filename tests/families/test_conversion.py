@@ -154,7 +154,7 @@ def awake(model: nn.Module) -> nn.Module:
 
 
 def run(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
-    """What every module gives, by its name; "" is the model. The last of several calls."""
+    """Outputs of every module by its name, of the last call; "" is the model."""
     outputs: dict[str, Tensor] = {}
 
     def record(name: str):

@@ -1,4 +1,4 @@
-"""What is fuzzed: how a case of each target is made, and how it is read."""
+"""Fuzz targets: how a case of each is made, and how it is read."""
 
 import argparse
 import functools

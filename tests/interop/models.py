@@ -44,7 +44,7 @@ def assert_near(actual: torch.Tensor, expected: torch.Tensor, share: float = 1e-
 
 
 def gradients(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Of the mean square of the logits, in training."""
+    """Gradients of the mean square of the logits, in training."""
     model.zero_grad()
     model.train()(x).square().mean().backward()
     return {name: p.grad.clone() for name, p in model.named_parameters()}

@@ -1,4 +1,4 @@
-"""What timm does to a model besides running it: features, heads, other images, other strides."""
+"""Converted models under timm: features, heads, other images, other strides."""
 
 import pytest
 import timm

@@ -1,4 +1,4 @@
-"""What folds branches and normalisations into plain convolutions loses no attention: replaced ones stay, and say so."""
+"""Folding branches and normalisations into plain convolutions loses no attention: replaced ones stay, and say so."""
 
 import copy
 import pickle

@@ -1,4 +1,4 @@
-"""What torch does to whole models: compilation, tracing, copies, other types, other memory formats."""
+"""Converted models under torch: compilation, tracing, copies, other types, other memory formats."""
 
 import copy
 import io

@@ -1,4 +1,4 @@
-"""What training does to a converted model: initialisers, parameter groups, checkpointing, averages, processes."""
+"""Converted models in training: initialisers, parameter groups, checkpointing, averages, processes."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""What replacing a site alone does, measured, and what a budget makes of it."""
+"""The loss of replacing each site alone, measured, and a budget that minimises the sum."""
 
 import json
 
