@@ -27,7 +27,7 @@ def measure_sensitivity(
         raise InputError(f"{plan.model} has no classifier: there are no predictions to compare")
     training, found = model.training, dict[str, Sensitivity]()
     with seeded("sensitivity"):
-        fits = fit_sites(model, plan, graph, calibration, progress or (lambda *_: None))
+        fits, _ = fit_sites(model, plan, graph, calibration, progress or (lambda *_: None))
     model.train(training)
     for i, site in enumerate(plan.sites):
         if progress:

@@ -31,7 +31,7 @@ from augment_cli.surgery.calibration import Calibration
 from augment_cli.surgery.inherit.carried import importance, record
 from augment_cli.surgery.inherit.fisher import fisher_roots
 from augment_cli.surgery.inherit.heads import Heads, choose_ridge, fit_heads
-from augment_cli.surgery.inherit.polish import outputs_on, polish
+from augment_cli.surgery.inherit.polish import polish
 from augment_cli.surgery.inherit.sampling import Seen, observe, outputs
 from augment_cli.surgery.inherit.spread import spread
 from augment_cli.surgery.records import Inheritance
@@ -61,12 +61,11 @@ def fit(
     """
     progress = progress or (lambda *_: None)
     training = model.training
-    fits = fit_sites(model, plan, graph, calibration, progress)
+    fits, targets = fit_sites(model, plan, graph, calibration, progress)
     given_up = {name: found.given_up for name, found in fits.items()}
     wanted = outputs(model, given_up, calibration.held_out())
-    targets = outputs_on(model, calibration.fitting())
     records = install(model, plan, graph, fits)
-    if fits and targets is not None:
+    if targets is not None:
         polish(model, plan, calibration, targets, progress)
     got = outputs(model, given_up, calibration.held_out())
     errors = {name: _error(got[name], wanted[name], found.shortfall) for name, found in fits.items()}
@@ -140,8 +139,11 @@ def _running_mean(norm: nn.Module | None) -> Tensor | None:
 
 def fit_sites(
     model: nn.Module, plan: Plan, graph: ModelGraph, calibration: Calibration, progress: Progress
-) -> dict[str, Fit]:
-    """A fit for each site that gives up filters, by its name; the model is put into evaluation mode and not changed.
+) -> tuple[dict[str, Fit], Tensor | None]:
+    """Fit each site that gives up filters; the model is put into evaluation mode and not changed.
+
+    Returns the fits by the sites' names, and the model's outputs on the fitting images, or None where they are not one
+    tensor or nothing is fitted.
 
     Raises:
         AugmentError: activations on the calibration images are not finite.
@@ -153,22 +155,22 @@ def fit_sites(
     probes = {name: layer for name, layer in built.items() if name in fittable and isinstance(layer, AAConv2d)}
     sites = [site for site in plan.sites if site.name in probes]
     if not sites:
-        return {}
+        return {}, None
     spread(model, probes, next(iter(calibration.fitting())))
     scales = fisher_roots(model, [site.name for site in sites], calibration.fitting())
     passes, fits = _passes(sites, probes), dict[str, Fit]()
-    count = len(calibration.images) - calibration.held
+    count, answers = len(calibration.images) - calibration.held, None
     for number, part in enumerate(passes):
         layers = {site.name: probes[site.name] for site in part}
         before, total = number * count, len(passes) * count
         advance = partial(_advance, progress, before, total)
-        seen = observe(model, layers, calibration.fitting(), count, advance)
+        seen, answers = observe(model, layers, calibration.fitting(), count, advance)
         for site in part:
             conv, norm = find_conv(model, site), _norm(model, norms[site.name])
             own = seen.pop(site.name), scales[site.name]
             fits[site.name] = _fit_site(site, conv, probes[site.name], _running_mean(norm) is not None, *own)
             progress("fitting", len(fits), len(sites))
-    return fits
+    return fits, answers
 
 
 def _advance(progress: Progress, before: int, total: int, done: int) -> None:

@@ -5,7 +5,7 @@ changes. The loss is KL(source || converted) of the predictions, or for a model 
 difference of its outputs, relative to their variance.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -20,13 +20,6 @@ _STEPS, _BATCH = 120, 64
 _FEWEST_STEPS, _SMALLEST_BATCH = 20, 16
 _MOST_MACS = 1.5e12
 """Most multiply-adds of all forward passes: a model of more takes fewer and smaller steps. Chosen, not measured."""
-
-
-@torch.no_grad()
-def outputs_on(model: nn.Module, batches: Iterable[Tensor]) -> Tensor | None:
-    """A model's outputs on images, (n, ...); None where they are not one tensor."""
-    outputs = [model(batch) for batch in batches]
-    return torch.cat(outputs) if all(isinstance(out, Tensor) for out in outputs) else None
 
 
 def polish(

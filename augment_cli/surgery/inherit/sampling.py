@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -44,8 +45,10 @@ def observe(
     batches: Iterable[Tensor],
     images: int,
     advance: Callable[[int], None] = lambda count: None,
-) -> dict[str, Seen]:
+) -> tuple[dict[str, Seen], Tensor | None]:
     """Run a model with weights on images and sum up, at each named convolution, what its replacement is fitted to.
+
+    Returns the sums, and the model's outputs (images, ...), or None where they are not one tensor.
 
     Args:
         layers: the replacements by the convolutions' names. Their queries, keys and tables say what the heads see.
@@ -55,12 +58,12 @@ def observe(
     Raises:
         AugmentError: activations are not finite.
     """
-    seen = {name: Seen() for name in layers}
+    seen, answers = {name: Seen() for name in layers}, list[Any]()
     generator = torch.Generator().manual_seed(0)
     done = 0
     for number, batch in enumerate(batches):
         with recorded(model, layers) as calls:
-            model(batch)
+            answers.append(model(batch))
         for name, layer in layers.items():
             for x, computed in calls.pop(name):
                 check_finite(name, x, computed)
@@ -68,7 +71,7 @@ def observe(
                 seen[name].half(number).add(features, targets)
         done += len(batch)
         advance(done)
-    return seen
+    return seen, torch.cat(answers) if all(isinstance(answer, Tensor) for answer in answers) else None
 
 
 def _drawn(

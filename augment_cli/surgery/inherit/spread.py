@@ -5,7 +5,9 @@ global pooling, which says little about the content. So, before the projections 
 
 1. Queries and keys read whitened content: every direction in which positions differ counts alike, so that rare contents
    stand out, and the mean, which all positions share, counts nothing.
-2. Queries and keys of each head are scaled alike, and the tables of a layer, until a query's logits have a standard
+2. Keys are made similar to queries, so that a position attends to positions whose content is like its own, as trained
+   transformers do (mimetic initialisation, arXiv 2305.09828), and still to others.
+3. Queries and keys of each head are scaled alike, and the tables of a layer, until a query's logits have a standard
    deviation over the keys of `content` and `position`, on average. Scaled alike, both turn at one rate in training.
 """
 
@@ -20,6 +22,7 @@ from augment_cli.surgery.inherit.calls import recorded
 from augment_cli.surgery.inherit.sampling import check_finite
 
 CONTENT, POSITION = 4.0, 0.3
+SIMILARITY = 0.7
 _SHRINKAGE = 0.05
 """Added to every variance, as a share of the mean variance: contents that hardly vary are not blown up."""
 _MOST = 1e3
@@ -33,12 +36,14 @@ def spread(
     images: Tensor,
     content: float = CONTENT,
     position: float = POSITION,
+    similarity: float = SIMILARITY,
 ) -> None:
     """Whiten and scale freshly initialised layers, in place, by the input that each gets from images (n, C, H, W).
 
     Args:
         content: standard deviation over the keys of a query's content logits.
         position: the same for its relative logits.
+        similarity: correlation of the weights of keys with those of queries, 0 to 1.
 
     Raises:
         AugmentError: activations are not finite.
@@ -51,6 +56,8 @@ def spread(
         seen = layer.pool_for_attention(layer.reduce_to_output(x))
         both = layer.qkv.weight[: 2 * layer.key_channels]
         both.copy_((both.flatten(1) @ whitening(seen)).view_as(both))
+        query, key = both.chunk(2)
+        key.copy_(similarity * query + (1 - similarity**2) ** 0.5 * key)
         own, relative = deviations(layer, seen)
         factor = (content / own.clamp_min(1e-6)).clamp_max(_MOST).sqrt()
         both *= factor.repeat_interleave(len(both) // 2 // layer.heads).repeat(2).view(-1, 1, 1, 1)

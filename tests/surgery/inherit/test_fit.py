@@ -15,7 +15,7 @@ from augment_cli.surgery.inherit.fisher import fisher_roots
 from augment_cli.surgery.inherit.fitted import fit_sites, install
 from augment_cli.surgery.inherit.heads import fit_heads
 from augment_cli.surgery.inherit.moments import Moments
-from augment_cli.surgery.inherit.polish import outputs_on, polish
+from augment_cli.surgery.inherit.polish import polish
 from augment_cli.surgery.inherit.sampling import head_maps, observe
 
 
@@ -116,7 +116,7 @@ def test_observed_sums_are_those_of_every_position():
     model, images = Net().eval(), calibration(24)
     layer = AAConv2d(16, 32, 3, padding=1, heads=4, key_channels=32, value_channels=8, resolution=16).eval()
     batches = list(images.fitting())
-    seen = observe(model, {"conv2": layer}, batches, sum(map(len, batches)))["conv2"].total()
+    seen = observe(model, {"conv2": layer}, batches, sum(map(len, batches)))[0]["conv2"].total()
     with torch.no_grad():
         x = torch.cat([model.bn1(model.conv1(batch)).relu() for batch in batches])
         features = head_maps(layer, x).permute(0, 3, 4, 1, 2).flatten(0, 2)
@@ -127,9 +127,14 @@ def test_observed_sums_are_those_of_every_position():
     torch.testing.assert_close(seen.covariance(centred=False).ty, whole.ty, atol=1e-4, rtol=1e-3)
 
 
+@torch.no_grad()
+def outputs_on(model: nn.Module, images: Calibration) -> torch.Tensor:
+    return torch.cat([model.eval()(batch) for batch in images.fitting()])
+
+
 def divergence(source: nn.Module, model: nn.Module, images: Calibration) -> float:
     """Mean KL(source || model) on the fitting images, nats."""
-    p, q = (outputs_on(m.eval(), images.fitting()).log_softmax(1) for m in (source, model))
+    p, q = (outputs_on(m, images).log_softmax(1) for m in (source, model))
     return float((p.exp() * (p - q)).sum(1).mean())
 
 
@@ -140,17 +145,19 @@ def test_each_step_of_a_fit_brings_the_model_nearer_to_its_source():
     models = [copy.deepcopy(source) for _ in range(2)]
     plan, graph = planned(source, *RATIOS)
     carry(models[0], plan, graph)
-    install(models[1], plan, graph, fit_sites(models[1], plan, graph, images, silent))
+    fits, targets = fit_sites(models[1], plan, graph, images, silent)
+    install(models[1], plan, graph, fits)
     carried, fitted = (divergence(source, model, images) for model in models)
-    polish(models[1], plan, images, outputs_on(source.eval(), images.fitting()), silent)
+    torch.testing.assert_close(targets, outputs_on(source, images))
+    polish(models[1], plan, images, targets, silent)
     assert divergence(source, models[1], images) < 0.7 * fitted < 0.7 * carried
 
 
 def test_polishing_changes_attention_alone_and_leaves_no_trace():
     model, images = Net(), calibration()
     plan, graph = planned(model, *RATIOS, recipe="aa-aw")
-    targets = outputs_on(model.eval(), images.fitting())
-    install(model, plan, graph, fit_sites(model, plan, graph, images, silent))
+    fits, targets = fit_sites(model, plan, graph, images, silent)
+    install(model, plan, graph, fits)
     model.bn1.weight.requires_grad_(False)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     polish(model, plan, images, targets, silent)
@@ -206,7 +213,7 @@ def test_the_mean_behind_the_normalisation_is_the_sources():
     source, images = Net(), calibration(60)
     model = copy.deepcopy(source)
     plan, graph = planned(model, *RATIOS)
-    install(model, plan, graph, fit_sites(model, plan, graph, images, silent))
+    install(model, plan, graph, fit_sites(model, plan, graph, images, silent)[0])
     for net in (model, source):
         net.eval().requires_grad_(False)
     x = torch.cat([source.bn1(source.conv1(batch)).relu() for batch in images.fitting()])

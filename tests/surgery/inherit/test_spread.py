@@ -39,7 +39,7 @@ def test_whitening_takes_out_the_mean_and_evens_out_variances():
     assert after[-1] / after[1] < 0.1 * before[-1] / before[1]
 
 
-def test_rare_contents_are_attended_to():
+def test_keys_that_are_not_like_queries_attend_to_rare_contents():
     """One position differs from all others: a query that is not average looks at it or away from it."""
     model, layer = layer_of(heads=1)
     images = 0.1 * torch.randn(32, 3, 12, 12) + 1
@@ -50,7 +50,7 @@ def test_rare_contents_are_attended_to():
         with torch.no_grad():
             layer.qkv.weight.copy_(own)
         if spreading:
-            spread(model, {"2": layer}, images)
+            spread(model, {"2": layer}, images, similarity=0)
         query, key, _ = layer.qkv(model[:2](images)).flatten(2).split([32, 32, 8], dim=1)
         logits = (query.transpose(1, 2) @ key).detach() * 32**-0.5
         distance = (logits - logits.mean(2, keepdim=True)).square().mean((0, 1))
@@ -65,3 +65,19 @@ def test_a_constant_input_leaves_finite_weights():
     nn.init.zeros_(model[0].weight)
     spread(model, {"2": layer}, torch.randn(2, 3, 12, 12))
     assert all(p.isfinite().all() for p in layer.parameters())
+
+
+def test_positions_attend_to_positions_of_their_own_content():
+    """Four contents at random positions: logits towards a query's own content are higher, other keys stay in reach."""
+    model, layer = layer_of()
+    contents = torch.randn(4, 3)
+    which = torch.randint(4, (16, 12, 12))
+    images = contents[which].movedim(-1, 1) + 0.05 * torch.randn(16, 3, 12, 12)
+    model[0] = nn.Conv2d(3, 16, 1)
+    spread(model, {"2": layer}, images)
+    query, key, _ = layer.qkv(model[:2](images)).detach().flatten(2).split([32, 32, 8], dim=1)
+    query, key = (part.unflatten(1, (4, 8)) for part in (query, key))
+    logits = torch.einsum("nhdq,nhdk->nhqk", query, key) * 8**-0.5
+    alike = (which.flatten(1).unsqueeze(2) == which.flatten(1).unsqueeze(1)).unsqueeze(1).expand_as(logits)
+    assert logits[alike].mean() - logits[~alike].mean() > 3
+    assert (logits.softmax(-1) * ~alike).sum(-1).mean() > 0.02
