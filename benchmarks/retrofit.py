@@ -61,7 +61,7 @@ ROWS = {
     "AA+AW, fitted": Row("aa-aw", fit=True),
     **{
         f"AA, fitted, {name} rate x {rate}": Row("aa", fit=True, tuning=(f"--lr-{name}", rate))
-        for name, rate in (("fitted", "1"), ("fitted", "5"), ("fitted", "30"), ("carried", "0.3"), ("carried", "2"))
+        for name, rate in (("fitted", "1"), ("fitted", "5"), ("fitted", "20"), ("carried", "0.3"), ("carried", "0.1"))
     },
 }
 MAIN = [name for name, row in ROWS.items() if not row.tuning]

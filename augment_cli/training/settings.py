@@ -84,7 +84,7 @@ class Settings:
 
     # Learning rates by provenance.
     lr_carried: float = 1.0
-    lr_fitted: float = 15.0
+    lr_fitted: float = 10.0
     lr_new: float = 1.0
     layer_decay: float = 1.0
     new_first: int = 0
