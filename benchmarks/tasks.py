@@ -10,6 +10,7 @@ digits: scikit-learn's digits, enlarged, turned, moved, partly covered, noisy: a
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -27,19 +28,34 @@ Box = tuple[int, int, int]
 """Top, left, side."""
 
 
+@dataclass(frozen=True)
+class Scene:
+    """A picture of `recall` (SIDE, SIDE, 3), 0 to 255; its class; its cue, and the shape that has the cue's colour."""
+
+    picture: np.ndarray
+    label: str
+    cue: Box
+    answer: Box
+
+
 def recall(drawn: np.random.Generator) -> tuple[np.ndarray, str]:
     """An image (SIDE, SIDE, 3) of 0 to 255, and its class."""
+    scene = recall_scene(drawn)
+    return scene.picture, scene.label
+
+
+def recall_scene(drawn: np.random.Generator) -> Scene:
     picture = np.full((SIDE, SIDE, 3), drawn.uniform(40, 90))
     colours, shapes = drawn.permutation(len(_COLOURS))[:3], drawn.integers(0, len(_SHAPES), 3)
-    (top, left, side), *boxes = _place([10, *drawn.integers(10, 14, 3)], drawn)
-    asked = drawn.integers(3)
+    cue, *boxes = _place([10, *drawn.integers(10, 14, 3)], drawn)
+    (top, left, side), asked = cue, drawn.integers(3)
     picture[top : top + side, left : left + side] = 255
     picture[top + 2 : top + side - 2, left + 2 : left + side - 2] = _COLOURS[colours[asked]]
     names = list(_SHAPES)
     for (top, left, side), shape, colour in zip(boxes, shapes, colours, strict=True):
         y, x = np.mgrid[0:side, 0:side]
         picture[top : top + side, left : left + side][_SHAPES[names[shape]](y, x, side)] = _COLOURS[colour]
-    return picture + drawn.normal(0, 15, picture.shape), names[shapes[asked]]
+    return Scene(picture + drawn.normal(0, 15, picture.shape), names[shapes[asked]], cue, boxes[asked])
 
 
 def _disc(y: np.ndarray, x: np.ndarray, side: int) -> np.ndarray:
@@ -122,9 +138,14 @@ def images(task: str, split: str) -> Iterator[tuple[np.ndarray, str]]:
     draw = {"recall": recall, "odd": odd}.get(task)
     draw_digit = digits() if draw is None else None
     for number in range(COUNTS[split]):
-        drawn = np.random.default_rng((TASKS.index(task), list(COUNTS).index(split), number))
+        drawn = generator(task, split, number)
         picture, label = draw(drawn) if draw else draw_digit(drawn, split)
         yield np.clip(picture, 0, 255).astype(np.uint8), label
+
+
+def generator(task: str, split: str, number: int) -> np.random.Generator:
+    """Draws the image of a number."""
+    return np.random.default_rng((TASKS.index(task), list(COUNTS).index(split), number))
 
 
 def write(task: str, folder: Path) -> None:
