@@ -3,8 +3,8 @@
 recall: a framed cue has one of six colours; the class is the shape elsewhere that has the same colour. Shapes may
     repeat, so that a model which does not bind shape to colour still learns the shapes: the most frequent shape is the
     answer in 63% of the images.
-odd: four framed patches of stripes; the class is the colour of the frame whose stripes run otherwise than the other
-    three's. The others' direction is horizontal in 55% of the images, so that directions are worth learning alone.
+odd: six patches of stripes in frames of six colours; the class is the colour of the frame whose stripes run otherwise
+    than the others'. Theirs are horizontal in 55% of the images, so that directions are worth learning alone.
 digits: scikit-learn's digits, enlarged, turned, moved, partly covered, noisy: a local task, on which there is nothing
     to be gained and nothing may be lost.
 """
@@ -22,7 +22,6 @@ COUNTS = {"train": 12_000, "validation": 2_000, "calibration": 512}
 _COLOURS = np.array(
     [(220, 50, 47), (38, 139, 210), (133, 153, 0), (211, 54, 130), (240, 200, 40), (40, 200, 190)], dtype=np.float64
 )
-_FRAMES = {"white": (230, 230, 230), "red": (220, 50, 47), "blue": (38, 139, 210), "green": (133, 190, 0)}
 
 Box = tuple[int, int, int]
 """Top, left, side."""
@@ -78,14 +77,14 @@ def odd(drawn: np.random.Generator) -> tuple[np.ndarray, str]:
     picture = np.full((SIDE, SIDE, 3), drawn.uniform(60, 110))
     common = 0 if drawn.random() < 0.55 else int(drawn.integers(1, 4))
     other = int(drawn.choice([turn for turn in range(4) if turn != common]))
-    label = list(_FRAMES)[drawn.integers(len(_FRAMES))]
-    y, x = np.mgrid[0:9, 0:9] - 4.0
-    for (top, left, side), (name, colour) in zip(_place([13] * 4, drawn), _FRAMES.items(), strict=True):
-        angle = np.pi / 4 * (other if name == label else common) + drawn.normal(0, 0.05)
+    label = int(drawn.integers(len(_COLOURS)))
+    y, x = np.mgrid[0:8, 0:8] - 3.5
+    for number, (top, left, side) in enumerate(_place([11] * len(_COLOURS), drawn)):
+        angle = np.pi / 4 * (other if number == label else common) + drawn.normal(0, 0.05)
         waves = np.sin(2 * np.pi / 4.5 * (x * np.cos(angle) + y * np.sin(angle)) + drawn.uniform(0, 2 * np.pi))
-        picture[top : top + side, left : left + side] = colour
-        picture[top + 2 : top + 11, left + 2 : left + 11] = (128 + 90 * np.sign(waves))[..., None]
-    return picture + drawn.normal(0, 12, picture.shape), label
+        picture[top : top + side, left : left + side] = _COLOURS[number]
+        picture[top + 2 : top + 10, left + 2 : left + 10] = (128 + 90 * np.sign(waves))[..., None]
+    return picture + drawn.normal(0, 12, picture.shape), str(label)
 
 
 def digits() -> Callable[[np.random.Generator, str], tuple[np.ndarray, str]]:
