@@ -47,8 +47,8 @@ def export(
     size = common.parse_image_size(img_size)
     if dynamic != "batch":
         raise InputError(
-            f"--dynamic {dynamic}: only the batch may vary. Attention's tables are laid out for one image size: write a "
-            f"file for each with --img-size"
+            f"--dynamic {dynamic}: only the batch may vary. Attention's tables are laid out for one image size: write "
+            f"a file for each with --img-size"
         )
     check_output(output, overwrite, inputs=(checkpoint,))
     with common.working("importing torch and timm"):

@@ -4,9 +4,9 @@ import json
 import shutil
 import tempfile
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -88,18 +88,31 @@ def export(
         file = Path(folder) / path.name
         with boundary(f"{kind.name} cannot express this model"), torch.no_grad():
             kind.write(made, images[:2], file, options)
-        found = _compare(_run_all(kind.run(file), images, kind), wanted.numpy())
-        exported = _describe(model, path, kind, precision, opset, input_size, len(images), *found)
+        difference, agreement = _compare(_run_all(kind.run(file), images, kind), wanted.numpy())
+        metadata = metadata_of(model)
+        exported = Exported(
+            path=path.name,
+            format=kind.name,
+            precision=precision,
+            opset=opset if kind.name == "ONNX" else None,
+            input_size=input_size,
+            images=len(images),
+            difference=difference,
+            agreement=agreement,
+            plan_sha256=metadata.plan.digest() if metadata else None,
+            source_sha256=metadata.source_sha256 if metadata else None,
+            versions={name: version(name) for name in ("augment-cli", "torch", "timm", *kind.packages)},
+        )
         bound = TOLERANCES[precision] if tolerance is None else tolerance
-        if not found[0] <= bound:  # also where it is no number
+        if not difference <= bound:  # also where it is no number
             raise InputError(
-                f"{path} would differ from the model by {found[0]:.2g} of its largest output, more than {bound:g}; "
+                f"{path} would differ from the model by {difference:.2g} of its largest output, more than {bound:g}; "
                 f"nothing is written. `tolerance` sets the bound"
             )
         kind.annotate(file, _entries(exported))
         (file.parent / sidecar(path).name).write_text(exported.to_json() + "\n", encoding="utf-8")
         for output in outputs:
-            write_file(output, lambda temporary, output=output: shutil.copyfile(file.parent / output.name, temporary))
+            write_file(output, partial(shutil.copyfile, file.parent / output.name))
     return exported
 
 
@@ -153,21 +166,6 @@ def _compare(got: np.ndarray, wanted: np.ndarray) -> tuple[float, float | None]:
     if wanted.ndim != 2:
         return difference, None
     return difference, round(100 * float((got.argmax(1) == wanted.argmax(1)).mean()), 3)
-
-
-def _describe(model: nn.Module, path: Path, kind: Format, precision: str, opset: int, *rest: Any) -> Exported:
-    metadata = metadata_of(model)
-    packages = ("augment-cli", "torch", "timm", *kind.packages)
-    return Exported(
-        path.name,
-        kind.name,
-        precision,
-        opset if kind.name == "ONNX" else None,
-        *rest,
-        plan_sha256=metadata and metadata.plan.digest(),
-        source_sha256=metadata and metadata.source_sha256,
-        versions={name: version(name) for name in packages},
-    )
 
 
 def _entries(exported: Exported) -> dict[str, str]:

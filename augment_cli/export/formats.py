@@ -1,5 +1,6 @@
 """File formats of exported models: how each is written, and how its own runtime runs it."""
 
+import json
 import logging
 import warnings
 from abc import ABC, abstractmethod
@@ -40,6 +41,7 @@ class Format(ABC):
     def run(self, path: Path) -> Run:
         """The written model in its runtime, on the CPU."""
 
+    @abstractmethod
     def annotate(self, path: Path, entries: dict[str, str]) -> None:
         """Put entries into the file's own metadata."""
 
@@ -106,6 +108,11 @@ class Program(Format):
             return outputs.numpy()
 
         return run
+
+    def annotate(self, path: Path, entries: dict[str, str]) -> None:
+        program = torch.export.load(path)
+        text = json.dumps(entries)
+        torch.export.save(program, path, extra_files={"augment.json": text})
 
 
 class OpenVino(Format):

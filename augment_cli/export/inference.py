@@ -8,6 +8,7 @@ reads them, where there is one.
 import copy
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -142,7 +143,7 @@ class InferenceAW(nn.Module):
         hidden, maps, taps = layer.expand.groups, layer.maps, math.prod(layer.kernel_size)
         self.pad = _same_padding(layer, size) if layer.same_pad else None
         kernel, inputs, outputs = layer.static_kernel().detach(), layer.in_channels, layer.out_channels
-        options = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}
+        options: dict[str, Any] = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}
         static = nn.Conv2d(inputs, outputs, layer.kernel_size, groups=layer.groups, **options)
         static.weight.data, static.bias = kernel, layer.bias
         self.static = affine.after(static)
@@ -158,7 +159,7 @@ class InferenceAW(nn.Module):
         self.reduce, self.mix = layer.reduce, nn.Conv2d(hidden, inputs, 1, bias=False)
         self.mix.weight.data = layer.mix.weight.detach().repeat_interleave(inputs // hidden, 0)
         rows, columns = (
-            F.adaptive_avg_pool1d(torch.eye(side), count).to(kernel)  # side, count
+            F.adaptive_avg_pool1d(torch.eye(side).to(kernel), count)  # side, count
             for side, count in zip(size, layer.kernel_size, strict=True)
         )
         self.register_buffer("rows", rows.T.contiguous())

@@ -13,7 +13,7 @@ from augment_cli.errors import AugmentError
 from augment_cli.export import export as module
 from augment_cli.export.export import export
 from augment_cli.surgery.calibration import load_images
-from tests.cli.helpers import fails, ok
+from tests.cli.helpers import ok, run
 
 SIZE = (3, 48, 48)
 
@@ -93,7 +93,7 @@ def test_the_command_writes_and_reports(in_tmp: Path):
     ],
 )
 def test_what_cannot_be_exported_is_refused(in_tmp: Path, arguments: tuple[str, ...], word: str):
-    assert word in fails("export", "test_resnet", "-o", *arguments).stderr
+    assert word in run("export", "test_resnet", "-o", *arguments).stderr
     assert not list(in_tmp.iterdir())
 
 

@@ -29,7 +29,7 @@ def assert_same(model: nn.Module, size: tuple[int, int, int]) -> nn.Module:
         images = torch.randn(batch, *size, dtype=torch.float64)
         with torch.no_grad():
             wanted = model(images)
-            torch.testing.assert_close(made(images), wanted, rtol=0, atol=1e-9 * float(wanted.abs().max()))
+            torch.testing.assert_close(made(images), wanted, rtol=0, atol=1e-11 * float(wanted.abs().max()))
     return made
 
 
