@@ -64,9 +64,9 @@ def load_detector(path: Path) -> nn.Module:
     settings, metadata = read_detector(file)
     limit = Limit.of(rebuild.shapes_in(file).values())
     with limited("the detector", limit), torch.device("meta"):
-        rebuild.check_tensors(_build(settings, metadata), file)
+        rebuild.check_tensors(build(settings, metadata), file)
     with boundary(f"{file} cannot be loaded"):
-        model = _build(settings, metadata)
+        model = build(settings, metadata)
         model.load_state_dict(load_file(file))
     return model
 
@@ -96,8 +96,8 @@ def read_detector(file: Path) -> tuple[DetectorSettings, Metadata | None]:
     return settings, metadata
 
 
-def _build(settings: DetectorSettings, metadata: Metadata | None) -> nn.Module:
-    """The detector of a file, its weights random."""
+def build(settings: DetectorSettings, metadata: Metadata | None) -> nn.Module:
+    """A detector by its settings and its backbone's metadata, with random weights."""
     args, sites = dict(settings.model_args), frozenset[str]()
     with seeded("load"):
         if metadata is None:
