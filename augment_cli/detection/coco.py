@@ -93,6 +93,15 @@ def read_annotations(folder: Path, split: str) -> Annotations:
     return Annotations(file, records, tuple(categories[id_] for id_ in ids), tuple(ids), left_out)
 
 
+def check_folder(folder: Path, split: str) -> None:
+    """Refuse a folder without annotations for a split, before they are read.
+
+    Raises:
+        AugmentError: says where annotations are looked for.
+    """
+    _find(folder, split)
+
+
 def _names(split: str) -> tuple[str, ...]:
     return next((names for names in _SPLITS.values() if split in names), (split,))
 

@@ -108,10 +108,9 @@ class Detection(Task[DetectionSettings]):
             records = self.val_data.annotations.records[:_EXAMPLES]
             write_file(folder / "examples.png", lambda path: draw_examples(path, records, self.found, self.detector))
 
-    def compile(self, model: nn.Module) -> None:
-        """Compile the backbone. What follows it loops over boxes, whose number varies."""
-        part: Any = model.backbone
-        part.compile()
+    def core(self, model: nn.Module) -> nn.Module:
+        """The backbone: what follows it loops over boxes, whose number varies."""
+        return model.get_submodule("backbone")
 
     def corrupt_names(self) -> list[str]:
         return [*self.data.corrupt_names(), *self.val_data.corrupt_names()]

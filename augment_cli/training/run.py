@@ -69,7 +69,7 @@ def prepare(kind: type[Task], settings: RunSettings, accelerator: Accelerator, s
     """
     task = kind(settings, accelerator, resumed=saved is not None)
     kinds = _kinds(task, settings, saved)
-    task.model = model = _configured(task.model, settings, accelerator)
+    task.model = model = _configured(task, settings, accelerator)
     if len(task.train) == 0:
         together = settings.batch_size * accelerator.num_processes
         raise AugmentError(f"{task.images} training images do not fill one batch of {together}")
@@ -82,7 +82,7 @@ def prepare(kind: type[Task], settings: RunSettings, accelerator: Accelerator, s
     ema = ModelEmaV3(model, decay=settings.ema_decay, use_warmup=True) if settings.ema_decay else None
     freeze_carried(model, kinds, frozen=(saved["position"][0] if saved else 0) < settings.new_first)
     if settings.compile:
-        task.compile(model)
+        task.core(model).compile()
     model, optimizer = accelerator.prepare(model, optimizer)
     meter = Meter(accelerator, [0.0] * task.sums)
     run = Run(settings, accelerator, task, kinds, model, optimizer, scheduler, ema, meter)
@@ -106,13 +106,13 @@ def _kinds(task: Task, settings: RunSettings, saved: dict[str, Any] | None) -> d
     return kinds
 
 
-def _configured(model: nn.Module, settings: RunSettings, accelerator: Accelerator) -> nn.Module:
+def _configured(task: Task, settings: RunSettings, accelerator: Accelerator) -> nn.Module:
     """Move the model to its device and memory format; switch on gradient checkpointing and SyncBatchNorm if asked."""
-    model = model.to(accelerator.device)
+    model = task.model.to(accelerator.device)
     if settings.channels_last:
         model = model.to(memory_format=torch.channels_last)
     if settings.grad_checkpointing:
-        switch: Callable[[bool], None] | None = getattr(model, "set_grad_checkpointing", None)
+        switch: Callable[[bool], None] | None = getattr(task.core(model), "set_grad_checkpointing", None)
         if switch is None:
             raise AugmentError(f"{type(model).__name__} has no gradient checkpointing: leave out `grad_checkpointing`")
         switch(True)

@@ -10,12 +10,13 @@ from augment_cli.files import read_text
 from augment_cli.specs import OnCorrupt
 
 TRACKERS = ("tensorboard", "wandb", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab", "trackio")
+Precision = Literal["no", "bf16", "fp16"]
 Schedule = Literal["cosine", "tanh", "poly", "step", "wsd", "rsqrt", "constant"]
 _CHOICES = {
     "on_corrupt": get_args(OnCorrupt),
     "loss": ("ce", "bce"),
     "schedule": get_args(Schedule),
-    "precision": ("no", "bf16", "fp16"),
+    "precision": get_args(Precision),
 }
 
 

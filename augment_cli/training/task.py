@@ -120,9 +120,9 @@ class Task(ABC, Generic[SettingsT]):
             AugmentError: it cannot be written.
         """
 
-    def compile(self, model: nn.Module) -> None:
-        """Compile the model, or the part of it that can be."""
-        model.compile()
+    def core(self, model: nn.Module) -> nn.Module:
+        """The part of a model that is compiled, and recomputed with gradient checkpointing."""
+        return model
 
     def corrupt_names(self) -> list[str]:
         """Images that this process could not read so far."""
