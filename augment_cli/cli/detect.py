@@ -72,6 +72,7 @@ def finetune(
             help="The backbone's batch statistics: kept, or those of each batch. [frozen; batch for random weights]"
         ),
     ] = None,
+    channels: Annotated[int, _model(help="Width of the pyramid and of what follows it.")] = _Default.channels,
     anchor_base: Annotated[
         int | None, _model(min=1, metavar="PIXELS", help="Side of the smallest anchor on the first level. [32]")
     ] = None,

@@ -23,6 +23,7 @@ class DetectionSettings(RunSettings):
     detector: Kind | None = None
     levels: tuple[int, ...] | None = None
     norm: Norm | None = None
+    channels: int = 256
     anchor_base: int | None = None
     anchor_scales: int | None = None
     anchor_ratios: tuple[float, ...] | None = None
@@ -41,7 +42,17 @@ class DetectionSettings(RunSettings):
 
     fixed: ClassVar[tuple[str, ...]] = (
         *RunSettings.fixed,
-        *("detector", "levels", "norm", "anchor_base", "anchor_scales", "anchor_ratios", "img_size", "scales"),
+        *(
+            "detector",
+            "levels",
+            "norm",
+            "channels",
+            "anchor_base",
+            "anchor_scales",
+            "anchor_ratios",
+            "img_size",
+            "scales",
+        ),
     )
 
     def __post_init__(self) -> None:
@@ -49,6 +60,8 @@ class DetectionSettings(RunSettings):
         low, high = self.scales
         if not 0.1 <= low <= high <= 4:
             raise InputError(f"`scales={self.scales}`: two numbers from 0.1 to 4, the smaller first")
+        if not 1 <= self.channels <= 2**12:
+            raise InputError(f"`channels={self.channels}` is not from 1 to {2**12}")
         if self.img_size[0] > self.img_size[1]:
             raise InputError(f"`img_size={self.img_size}`: the most of the longer side is less than the shorter side")
 

@@ -149,6 +149,7 @@ def open_detector(
         category_ids=ids,
         norm=settings.norm or ("batch" if random else "frozen"),
         anchors=_anchors(settings, kind),
+        channels=settings.channels,
         min_size=settings.min_sizes(),
         max_size=settings.img_size[1],
     )
