@@ -4,8 +4,8 @@
     python benchmarks/detection.py cost [--rounds 5] [--size 800 1344] [--training]
 
 `precision` draws a data set in COCO's format: discs, squares and triangles, which can be told where they are, and
-diamonds, which are of class "north" or "south" by the colour of a legend in the image's corner; few of them are near it.
-It trains a RetinaNet from scratch with every row's backbone under the same settings, and writes AP by pycocotools.
+diamonds, which are of class "north" or "south" by the colour of a legend in the image's corner; few are near it. It
+trains a RetinaNet from scratch with every row's backbone under the same settings, and writes AP by pycocotools.
 `cost` measures time and memory of a ResNet-50 backbone at a detector's size. Results are kept in benchmarks/results/;
 runs that are there already are not run again. Data and runs are in out/detection/.
 """
@@ -38,6 +38,14 @@ BACKBONE = "resnet10t"
 
 # AA within the plain backbone's parameters; AW adds to them, and has no split that adds none.
 ROWS = {"plain": None, "AA": ("aa", "budget.params=keep"), "AW": ("aw",)}
+
+BACKBONES = {
+    "plain": lambda size: timm.create_model("resnet50"),
+    "AA": lambda size: augment.convert("resnet50", "aa-retinanet", input_size=size),
+    "AW": lambda size: augment.convert("resnet50", "aw-faster-rcnn", input_size=size),
+    "BottleneckAttn": lambda size: timm.create_model("botnet50ts_256", img_size=size),
+}
+"""Of `cost`, by the size of the image. BottleneckAttn takes 13 GiB for one image of 800x1344 without gradients."""
 
 SETTINGS = (
     *("--detector", "retinanet", "--norm", "batch", "--channels", "64", "--anchor-base", "24", "--img-size", str(SIDE)),
@@ -172,15 +180,13 @@ def _spread(values: list[float]) -> str:
     return f"{statistics.mean(values):.1f}{deviation}"
 
 
-def cost(rounds: int, size: tuple[int, int], training: bool, threads: int) -> None:
-    """Time and peak memory of a ResNet-50 backbone: plain, AA, AW, and with timm's BottleneckAttn."""
+def cost(rounds: int, size: tuple[int, int], training: bool, threads: int, names: list[str]) -> None:
+    """Time and peak memory of a ResNet-50 backbone: plain, AA, AW, and timm's botnet50ts with exact attention.
+
+    Forward in eval mode without gradients, or forward and backward in train mode, of one image.
+    """
     torch.set_num_threads(threads)
-    models = {
-        "plain": timm.create_model("resnet50"),
-        "AA": augment.convert("resnet50", "aa-retinanet", input_size=size),
-        "AW": augment.convert("resnet50", "aw-faster-rcnn", input_size=size),
-        "BottleneckAttn": timm.create_model("botnet50ts_256", img_size=size),
-    }
+    models = {name: BACKBONES[name](size) for name in names}
     images = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0))
     calls = {name: _call(model.train(training), images, training) for name, model in models.items()}
     seconds = interleaved(calls, rounds, lambda: None)
@@ -228,11 +234,12 @@ def main() -> None:
     second.add_argument("--size", type=int, nargs=2, default=(800, 1344))
     second.add_argument("--training", action="store_true")
     second.add_argument("--threads", type=int, default=1)
+    second.add_argument("--models", nargs="+", default=list(BACKBONES), choices=list(BACKBONES))
     asked = parser.parse_args()
     if asked.command == "precision":
         precision(tuple(asked.images), asked.epochs, asked.seeds, asked.rows, asked.jobs)
     else:
-        cost(asked.rounds, tuple(asked.size), asked.training, asked.threads)
+        cost(asked.rounds, tuple(asked.size), asked.training, asked.threads, asked.models)
 
 
 if __name__ == "__main__":
