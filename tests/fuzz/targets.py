@@ -200,6 +200,7 @@ def _state_file() -> bytes:
     optimizer.step()
     row = dict.fromkeys(("epoch", "train_loss", "train_top1", "val_loss", "val_top1", "val_top5", "lr", "seconds"), 1.0)
     tree = {
+        "task": "classification",
         "settings": asdict(Settings("m", "d", "o")),
         "processes": 1,
         "images": 10,
