@@ -20,8 +20,8 @@ from wrapt import register_post_import_hook
 from augment_cli.errors import AugmentError, BudgetError, FileError, InputError
 
 if TYPE_CHECKING:
-    from augment_cli.api import check, convert, plan, report, save
-    from augment_cli.checkpoint.files import load
+    from augment_cli import detection
+    from augment_cli.api import check, convert, load, plan, report, save
     from augment_cli.layers import AAConv2d, AWConv2d
     from augment_cli.planning.plan import Plan
     from augment_cli.planning.recipe import load_recipe
@@ -35,7 +35,7 @@ _HOMES = {
     "Plan": "planning.plan",
     "check": "api",
     "convert": "api",
-    "load": "checkpoint.files",
+    "load": "api",
     "load_recipe": "planning.recipe",
     "param_groups": "training.groups",
     "plan": "api",
@@ -53,6 +53,7 @@ __all__ = [
     "Plan",
     "check",
     "convert",
+    "detection",
     "load",
     "load_recipe",
     "param_groups",
@@ -63,6 +64,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "detection":
+        return importlib.import_module(f"{__name__}.detection")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -14,9 +14,14 @@ from torch import Tensor, nn
 from augment_cli.analysis import source
 from augment_cli.analysis.graph import ModelGraph, analyze
 from augment_cli.checkpoint.check import Finding, verify_file, verify_model
-from augment_cli.checkpoint.metadata import Metadata, metadata_of, read_metadata
+from augment_cli.checkpoint.files import load as load_model
+from augment_cli.checkpoint.metadata import Metadata, metadata_of, read_metadata, weights_file
 from augment_cli.conversion import check_fittable, operate
+from augment_cli.detection.build import settings_of
+from augment_cli.detection.files import load_detector, save_detector
 from augment_cli.errors import InputError
+from augment_cli.files import check_output
+from augment_cli.formats import DETECTOR_KEY, read_tensor_metadata
 from augment_cli.planning.plan import Plan, check_budget, fit_plan, make_plan, read_plan
 from augment_cli.planning.recipe import Recipe, load_recipe
 from augment_cli.reporting.output import check_target, write_model
@@ -122,20 +127,46 @@ def convert(
 
 
 def save(model: nn.Module, path: str | Path, overwrite: bool = False) -> None:
-    """Write a converted model with its weights as they are now, trained or not.
+    """Write a converted model or a detector with its weights as they are now, trained or not.
 
     Args:
-        model: from `convert` or `load`.
-        path: a name that ends in .safetensors for one file; any other for a folder, with reports and a model card,
-            and for a timm model what timm loads as "local-dir:PATH".
+        model: from `convert`, `load` or `detection`.
+        path: a name that ends in .safetensors for one file, as detectors take it; any other for a folder, with reports
+            and a model card, and for a timm model what timm loads as "local-dir:PATH".
         overwrite: replace what is there.
 
     Raises:
         AugmentError: not a converted model, or a path that cannot be written.
     """
-    metadata, target = _metadata_of(model), Path(path)
+    target = Path(path)
+    if settings_of(model) is not None:
+        check_output(target, overwrite)
+        save_detector(model, target)
+        return
+    metadata = _metadata_of(model)
     check_target(target, overwrite)
     write_model(model, metadata, target)
+
+
+def load(path: str | Path, base: "Base | None" = None) -> nn.Module:
+    """The converted model of a file, or of a folder with `model.safetensors` in it, or a detector; in train mode.
+
+    A converted timm model comes back as a timm model, and a detector as torchvision's. Of any other model the file
+    holds no code: `base` makes it.
+
+    Args:
+        base: the source's architecture, for a model that timm does not know: a module, which is left as it is, or a
+            function that makes one, called with the plan's `model_args`. Its weights do not matter.
+
+    Raises:
+        AugmentError: not a converted model's file, cut short, of a newer schema, or a plan or weights that do not fit.
+    """
+    file = weights_file(Path(path))
+    if DETECTOR_KEY not in read_tensor_metadata(file):
+        return load_model(path, base)
+    if base is not None:
+        raise InputError(f"{file} holds a detector, which is made again by its own settings: leave out `base`")
+    return load_detector(file)
 
 
 def check(model: "nn.Module | str | Path", base: "Base | None" = None) -> list[Finding]:

@@ -30,6 +30,7 @@ class ConvSite:
     block_index: int  # its place in its block, among the convolutions of the same kernel size
     reads_image: bool
     stem: bool
+    pyramid: bool  # in a feature pyramid, behind the backbone
     norm: str | None
     obstacle: str | None = None  # why nothing can replace it
 

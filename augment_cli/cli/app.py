@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from augment_cli import signals
-from augment_cli.cli import check, convert, evaluate, export, finetune, models, plan, recipes, report, timm
+from augment_cli.cli import check, convert, detect, evaluate, export, finetune, models, plan, recipes, report, timm
 from augment_cli.errors import AugmentError
 from augment_cli.terminal import echo, respell, say
 
@@ -61,6 +61,7 @@ app.command("check")(check.check)
 app.command("export")(export.export)
 app.command("finetune")(finetune.finetune)
 app.command("evaluate")(evaluate.evaluate)
+app.add_typer(detect.app, name="detect")
 app.command("timm")(timm.timm)
 app.add_typer(recipes.app, name="recipes")
 app.command("models")(models.models)
