@@ -21,7 +21,7 @@ from augment_cli.errors import AugmentError, BudgetError, FileError, InputError
 
 if TYPE_CHECKING:
     from augment_cli import detection
-    from augment_cli.api import check, convert, load, plan, report, save
+    from augment_cli.api import check, convert, export, load, plan, report, save
     from augment_cli.layers import AAConv2d, AWConv2d
     from augment_cli.planning.plan import Plan
     from augment_cli.planning.recipe import load_recipe
@@ -35,6 +35,7 @@ _HOMES = {
     "Plan": "planning.plan",
     "check": "api",
     "convert": "api",
+    "export": "api",
     "load": "api",
     "load_recipe": "planning.recipe",
     "param_groups": "training.groups",
@@ -54,6 +55,7 @@ __all__ = [
     "check",
     "convert",
     "detection",
+    "export",
     "load",
     "load_recipe",
     "param_groups",

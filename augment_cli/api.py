@@ -20,6 +20,8 @@ from augment_cli.conversion import check_fittable, operate
 from augment_cli.detection.build import settings_of
 from augment_cli.detection.files import load_detector, save_detector
 from augment_cli.errors import InputError
+from augment_cli.exporting.export import Exported
+from augment_cli.exporting.export import export as write_exported
 from augment_cli.files import check_output
 from augment_cli.formats import DETECTOR_KEY, read_tensor_metadata
 from augment_cli.planning.plan import Plan, check_budget, fit_plan, make_plan, read_plan
@@ -182,6 +184,50 @@ def check(model: "nn.Module | str | Path", base: "Base | None" = None) -> list[F
     if isinstance(model, nn.Module):
         return verify_model(model, _metadata_of(model).plan)
     return verify_file(Path(model), base)
+
+
+def export(
+    model: "nn.Module | str | Path",
+    path: str | Path,
+    *,
+    input_size: Size | None = None,
+    precision: str = "fp32",
+    opset: int = 20,
+    calibrate: "str | Path | Tensor | Iterable[Any] | None" = None,
+    calibrate_images: int = 128,
+    tolerance: float | None = None,
+    overwrite: bool = False,
+) -> Exported:
+    """Write a model for another runtime, run the file there, and compare it with the model in torch.
+
+    Args:
+        model: with weights, converted or not, or a converted model's file or folder.
+        path: ends in .onnx, .pt2 (torch.export) or .xml (OpenVINO).
+        input_size: of an image, as for `convert`; a converted model has its plan's. The batch may have any size.
+        precision: fp32, fp16, or for ONNX int8.
+        opset: of ONNX.
+        calibrate: images to compare on, and for int8 to measure ranges on, as for `convert`; None takes random ones.
+        calibrate_images: how many of them at most.
+        tolerance: largest difference allowed, as a share of the largest output. None takes 1e-4, 2e-2 or 0.5.
+        overwrite: replace what is there.
+
+    Raises:
+        AugmentError: no such format, a model that it cannot express, or outputs that differ too much. Nothing is
+            written then.
+    """
+    if not isinstance(model, nn.Module):
+        model = load(model)
+    metadata = metadata_of(model)
+    if input_size is None and metadata is None:
+        raise InputError("`input_size` is missing: a model that is not converted does not say its images' size")
+    size = metadata.plan.input_size if metadata else (3, 0, 0)
+    if input_size is not None:
+        sides = (input_size, input_size) if isinstance(input_size, int) else input_size
+        size = (sides[0] if len(sides) == 3 else size[0], sides[-2], sides[-1])
+    images = None if calibrate is None else gather_images(calibrate, model, size, calibrate_images)
+    options: dict[str, Any] = {"precision": precision, "opset": opset, "tolerance": tolerance, "overwrite": overwrite}
+    with preserved():
+        return write_exported(model, path, size, calibration=images, **options)
 
 
 def report(model: "nn.Module | Plan | str | Path") -> PrintedReport:

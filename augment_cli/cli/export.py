@@ -10,7 +10,7 @@ from augment_cli.cli import common
 from augment_cli.errors import InputError
 
 if TYPE_CHECKING:
-    from augment_cli.export.export import Exported
+    from augment_cli.exporting.export import Exported
 
 
 def export(
@@ -52,7 +52,7 @@ def export(
         )
     check_output(output, overwrite, inputs=(checkpoint,))
     with common.working("importing torch and timm"):
-        from augment_cli.export.formats import format_of
+        from augment_cli.exporting.formats import format_of
         from augment_cli.surgery.calibration import load_images
         from augment_cli.training.models import open_model
     format_of(output)
@@ -60,7 +60,7 @@ def export(
     opened = open_model(model, pretrained=pretrained, weights=checkpoint, ema=ema, base=base, args=args)
     input_size = (opened.input_size[0], *size) if size else opened.input_size
     calibration = load_images(calibrate, opened.model, input_size, calibrate_images) if calibrate else None
-    from augment_cli.export.export import export as write
+    from augment_cli.exporting.export import export as write
 
     with common.working(f"exporting to {output}"):
         exported = write(

@@ -10,8 +10,8 @@ from PIL import Image
 
 import augment_cli
 from augment_cli.errors import AugmentError
-from augment_cli.export import export as module
-from augment_cli.export.export import export
+from augment_cli.exporting import export as module
+from augment_cli.exporting.export import export
 from augment_cli.surgery.calibration import load_images
 from tests.cli.helpers import ok, run
 
@@ -98,6 +98,6 @@ def test_what_cannot_be_exported_is_refused(in_tmp: Path, arguments: tuple[str, 
 
 
 def test_a_format_whose_packages_are_missing_names_the_extra(in_tmp: Path, monkeypatch):
-    monkeypatch.setattr("augment_cli.export.formats.find_spec", lambda name: None)
+    monkeypatch.setattr("augment_cli.exporting.formats.find_spec", lambda name: None)
     with pytest.raises(AugmentError, match=r"augment-cli\[export\]"):
         export(torch.nn.Identity(), in_tmp / "m.onnx", SIZE)

@@ -6,7 +6,7 @@ from timm.layers import BatchNormAct2d
 from torch import nn
 
 import augment_cli
-from augment_cli.export.inference import InferenceAA, InferenceAW, for_inference
+from augment_cli.exporting.inference import InferenceAA, InferenceAW, for_inference
 from augment_cli.layers import AAConv2d, AWConv2d
 
 

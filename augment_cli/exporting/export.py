@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from augment_cli.checkpoint.metadata import metadata_of
 from augment_cli.errors import InputError, boundary
-from augment_cli.export.formats import Format, Run, format_of
-from augment_cli.export.inference import for_inference
+from augment_cli.exporting.formats import Format, Run, format_of
+from augment_cli.exporting.inference import for_inference
 from augment_cli.files import check_output, write_file
 from augment_cli.surgery.calibration import Calibration
 

@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from augment_cli.analysis.graph import analyze
 from augment_cli.analysis.site import Size
 from augment_cli.layers import AAConv2d, AWConv2d
+from augment_cli.layers.aa.pooling import average_pool
 from augment_cli.layers.aa.relative import by_position
 
 _ALIKE = (
@@ -96,14 +97,12 @@ class InferenceAA(nn.Module):
         self.qkv, self.proj = _by_head(layer), affine[count:].after(layer.proj)
         for name, table, side in (("rows", layer.rel_height, height), ("columns", layer.rel_width, width)):
             self.register_buffer(name, by_position(table.detach(), side).transpose(1, 2).contiguous())
-        self.pooling = copy.copy(layer)  # for its methods that pool the input
-        self.pooling._modules, self.pooling._parameters, self.pooling._buffers = {}, {}, {}
+        self.border, self.stride = layer.border, layer.stride
 
     def forward(self, x: Tensor) -> Tensor:
         """Shapes: x (N, in_channels, H, W) to (N, out_channels, H', W')."""
         height, width = self.map
-        seen = self.pooling.pool_for_attention(self.pooling.reduce_to_output(x))
-        parts = self.qkv(seen).view(-1, self.heads, sum(self.split), height * width)
+        parts = self.qkv(self.reduced(x)).view(-1, self.heads, sum(self.split), height * width)
         q, k, v = parts.split(self.split, dim=2)  # N, heads, d, HW
         q, v = q.transpose(2, 3), v.transpose(2, 3)
         places = q.view(-1, self.heads, height, width, self.split[0])
@@ -117,6 +116,14 @@ class InferenceAA(nn.Module):
         elif self.size != self.map:
             out = F.interpolate(out, size=self.size, mode="bilinear", align_corners=False)
         return out if self.conv is None else torch.cat([self.conv(x), out], dim=1)
+
+    def reduced(self, x: Tensor) -> Tensor:
+        """The attention's input, as the layer pools it. Shapes: (N, in_channels, H, W) to (N, in_channels, h, w)."""
+        top, left = self.border
+        x = x[..., top : x.shape[-2] - top, left : x.shape[-1] - left] if top or left else x
+        for step in (self.stride, (self.pool, self.pool)):
+            x = x if step == (1, 1) else average_pool(x, step)
+        return x
 
 
 class InferenceAW(nn.Module):
