@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -71,6 +72,9 @@ Base = Annotated[
 Advance = Callable[[str, int, int], None]
 """Told what is done now, how much of it is done, and how much there is."""
 
+_SECONDS = 20
+"""From one line of progress to the next, where there is no terminal."""
+
 __all__ = ["echo", "say"]
 
 
@@ -87,17 +91,28 @@ def working(what: str) -> Iterator["Advance | None"]:
 
 @contextmanager
 def bar(what: str) -> Iterator["Advance | None"]:
-    """A bar over things done one after the other, on a terminal; yields what moves it: name, how many done, of all."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    """Progress of things done one after the other; yields what moves it: name, how many done, of all.
+
+    A bar with the time that is left on a terminal, elsewhere a line every _SECONDS.
+    """
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from augment_cli.console import Terminal
 
-    console = Terminal(stderr=True)
+    console, said = Terminal(stderr=True), time.monotonic()
     name = TextColumn("{task.description}", markup=False)
-    columns = (TextColumn(what, markup=False), BarColumn(), MofNCompleteColumn(), name)
-    with Progress(*columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal) as progress:
+    columns = (TextColumn(what, markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), name)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=None)
-        yield lambda name, done, total: progress.update(task, description=name, completed=done, total=total)
+
+        def advance(name: str, done: int, total: int) -> None:
+            nonlocal said
+            progress.update(task, description=name, completed=done, total=total)
+            if not console.is_terminal and time.monotonic() - said >= _SECONDS:
+                said = time.monotonic()
+                say(f"{what}: {name}, {done} of {total}")
+
+        yield advance
 
 
 def show(renderable: Any) -> None:
