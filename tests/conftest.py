@@ -1,4 +1,5 @@
 import functools
+import os
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,8 @@ SLOW = (
     "training/test_timm_script.py",
 )
 NATIVE = ("layers/native",)
+
+os.environ["AUGMENT_CACHE"] = "off"  # a test that keeps analyses names a folder of its own
 
 # The workers of a parallel run share the cores: one thread each.
 torch.set_num_threads(1)

@@ -2,7 +2,7 @@
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -10,10 +10,6 @@ from augment_cli.cli import common
 from augment_cli.errors import InputError
 
 if TYPE_CHECKING:
-    from torch import nn
-
-    from augment_cli.analysis.graph import ModelGraph
-    from augment_cli.analysis.source import Source
     from augment_cli.planning.plan import Plan, Sensitivity
     from augment_cli.planning.recipe import Recipe
 
@@ -29,6 +25,7 @@ def plan(
     model_args: common.ModelArguments = None,
     as_json: Annotated[bool, typer.Option("--json", help="The plan as JSON, to edit and give to convert.")] = False,
     full: Annotated[bool, typer.Option("--full", help="A line for every site, equal ones too.")] = False,
+    cached: common.Cached = True,
     sensitivity: Annotated[
         bool,
         _measured("--sensitivity", help="Measure what replacing each site alone does, and plan for the least of it."),
@@ -59,7 +56,7 @@ def plan(
         if sensitivity:
             raise InputError("--sensitivity plans anew, by a recipe: leave out --plan, or --sensitivity")
         given = common.read_given_plan(plan_file, model, recipe, overrides, image_size, model_args)
-        _show(_fitted(given, model or given.model, plan_file), as_json, full)
+        _show(_fitted(given, model or given.model, plan_file, cached), as_json, full)
         return
     if not model:
         raise InputError("which model? Give a timm model's name, or a plan with --plan")
@@ -69,38 +66,35 @@ def plan(
     specs.check_file("checkpoint", checkpoint)
     if calibrate:
         specs.check_data(calibrate)
-    with common.working("importing torch and timm"):
-        from augment_cli.analysis import source
-        from augment_cli.analysis.graph import analyze
+    with common.working(f"looking into {model}"):
+        from augment_cli.analysis.cache import look
         from augment_cli.planning.plan import make_plan
 
-    described, meta_model = source.describe(model, arguments, size)
-    graph = analyze(meta_model, described.input_size)
-    made, solution = make_plan(described.name, graph, settings, described.args, base=described.base)
+        described, analysis = look(model, arguments, size, cached)
+        found = None
     if sensitivity and calibrate:
         origin = model if pretrained else None
-        images = calibrate, calibrate_images, seed
-        found = _measure(described, meta_model, graph, settings, images, origin, checkpoint, ema)
-        made, solution = make_plan(described.name, graph, settings, described.args, found, described.base)
-        if plot:
-            from augment_cli.reporting.sensitivity import draw
+        found = _measure(
+            (model, arguments, size), settings, (calibrate, calibrate_images, seed), origin, checkpoint, ema
+        )
+    made, solution = make_plan(described.name, analysis, settings, described.args, found, described.base)
+    if plot:
+        from augment_cli.reporting.sensitivity import draw
 
-            draw(made, plot)
-            common.say(f"wrote {plot}")
-    common.announce(graph, made, solution, settings)
+        draw(made, plot)
+        common.say(f"wrote {plot}")
+    common.announce(analysis, made, solution, settings)
     _show(made, as_json, full)
 
 
-def _fitted(given: "Plan", model: str, file: Path) -> "Plan":
+def _fitted(given: "Plan", model: str, file: Path, cached: bool) -> "Plan":
     """A plan that was read, held against its model and its budget."""
-    with common.working("importing torch and timm"):
-        from augment_cli.analysis import source
-        from augment_cli.analysis.graph import analyze
+    with common.working(f"looking into {model}"):
+        from augment_cli.analysis.cache import look
 
-    described, meta_model = source.describe(model, dict(given.model_args), given.input_size[1:])
-    graph = analyze(meta_model, described.input_size)
-    plan = common.fit_given_plan(given, graph, file)
-    common.announce(graph, plan, None)
+        _, analysis = look(model, dict(given.model_args), given.input_size[1:], cached)
+    plan = common.fit_given_plan(given, analysis, file)
+    common.announce(analysis, plan, None)
     return plan
 
 
@@ -137,23 +131,24 @@ def _check_measured(
 
 
 def _measure(
-    described: "Source",
-    meta_model: "nn.Module",
-    graph: "ModelGraph",
+    model: tuple[str, dict[str, Any], tuple[int, int] | None],
     settings: "Recipe",
     images: tuple[str, int, int],
     origin: str | None,
     checkpoint: Path | None,
     ema: bool | None,
 ) -> dict[str, "Sensitivity"]:
-    """Sensitivities under the splits that the recipe writes."""
+    """Sensitivities under the splits that the recipe writes; `model` is a name, arguments and an image size."""
     from augment_cli.analysis import source
+    from augment_cli.analysis.graph import analyze
     from augment_cli.conversion import check_fittable
     from augment_cli.planning.plan import make_plan
     from augment_cli.planning.recipe import Budget
     from augment_cli.surgery.calibration import load_images
     from augment_cli.surgery.sensitivity import measure_sensitivity
 
+    described, meta_model = source.describe(*model)
+    graph = analyze(meta_model, described.input_size)
     free = settings.model_copy(update={"budget": Budget()})
     written, _ = make_plan(described.name, graph, free, described.args, base=described.base)
     check_fittable(written)

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -22,6 +22,7 @@ from pydantic import (
 )
 
 from augment_cli.analysis.arguments import Arguments, freeze_arguments
+from augment_cli.analysis.facts import Analysis
 from augment_cli.analysis.site import ConvSite, filter_macs
 from augment_cli.bounds import (
     MOST_CONVOLUTIONS,
@@ -38,9 +39,6 @@ from augment_cli.operators import Split, get_operator
 from augment_cli.planning.budget import Counts, Solution, solve
 from augment_cli.planning.recipe import UNITS, Budget, Recipe, describe_errors, resolve_amount
 from augment_cli.planning.selection import obstacle, select
-
-if TYPE_CHECKING:
-    from augment_cli.analysis.graph import ModelGraph
 
 SCHEMA = 1
 
@@ -245,7 +243,7 @@ def _validating(origin: str) -> Iterator[None]:
 @_validating("the plan of this model")
 def make_plan(
     model: str,
-    graph: "ModelGraph",
+    graph: Analysis,
     recipe: Recipe,
     model_args: dict[str, Any] | None = None,
     sensitivity: dict[str, Sensitivity] | None = None,
@@ -335,7 +333,7 @@ def check_schema(data: Any, origin: str) -> None:
 
 
 @_validating("the plan")
-def fit_plan(plan: Plan, graph: "ModelGraph", origin: str) -> Plan:
+def fit_plan(plan: Plan, graph: Analysis, origin: str) -> Plan:
     """A plan that was edited or read, held against the model: its counts made anew, what it leaves out skipped.
 
     Raises:
