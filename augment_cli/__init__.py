@@ -22,6 +22,7 @@ from augment_cli.errors import AugmentError, BudgetError, FileError, InputError
 if TYPE_CHECKING:
     from augment_cli.api import check, convert, plan, report, save
     from augment_cli.checkpoint.files import load
+    from augment_cli.comparison import compare
     from augment_cli.layers import AAConv2d, AWConv2d
     from augment_cli.planning.plan import Plan
     from augment_cli.planning.recipe import load_recipe
@@ -34,6 +35,7 @@ _HOMES = {
     "AWConv2d": "layers",
     "Plan": "planning.plan",
     "check": "api",
+    "compare": "comparison",
     "convert": "api",
     "load": "checkpoint.files",
     "load_recipe": "planning.recipe",
@@ -52,6 +54,7 @@ __all__ = [
     "InputError",
     "Plan",
     "check",
+    "compare",
     "convert",
     "load",
     "load_recipe",

@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from augment_cli import signals
-from augment_cli.cli import check, convert, evaluate, finetune, models, plan, recipes, report, timm
+from augment_cli.cli import check, compare, convert, evaluate, finetune, models, plan, recipes, report, timm
 from augment_cli.errors import AugmentError
 from augment_cli.terminal import echo, respell, say
 
@@ -57,6 +57,7 @@ def program(
 app.command("plan")(plan.plan)
 app.command("convert")(convert.convert)
 app.command("report")(report.report)
+app.command("compare")(compare.compare)
 app.command("check")(check.check)
 app.command("finetune")(finetune.finetune)
 app.command("evaluate")(evaluate.evaluate)

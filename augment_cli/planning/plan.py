@@ -27,6 +27,7 @@ from augment_cli.analysis.site import ConvSite, filter_macs
 from augment_cli.bounds import (
     MOST_CONVOLUTIONS,
     Channels,
+    CountOfChannels,
     KernelSide,
     Name,
     Sha256,
@@ -60,11 +61,17 @@ class _Frozen(BaseModel):
 class Sensitivity(_Frozen):
     """Change of the model's output when one site alone is replaced, on images that its fit has not seen.
 
-    agreement: share of images with the source's top-1; divergence: mean KL(source, converted) of the predictions, nats.
+    agreement: share of images with the source's top-1; divergence: mean KL(source, converted) of the predictions, nats;
+    given_up: output channels that the source's filters no longer computed when that was measured.
     """
 
     agreement: Annotated[float, Field(ge=0, le=1)]
     divergence: Annotated[float, Field(ge=0)]
+    given_up: CountOfChannels
+
+    def predict(self, given_up: int) -> float:
+        """The divergence under another split: it grows with the square of the given-up channels (budget.py)."""
+        return self.divergence * (given_up / self.given_up) ** 2 if self.given_up else self.divergence
 
 
 class SitePlan(_Frozen):
@@ -221,6 +228,12 @@ class Plan(_Frozen):
                 raise ValueError(f"{count}_before={before:,} is less than the {replaced:,} of its sites")
             object.__setattr__(self, f"{count}_after", before - replaced + added)
         return self
+
+    @property
+    def predicted_divergence(self) -> float | None:
+        """The sum of the sites' predicted divergences, nats; None unless every site was measured alone."""
+        measured = [site.sensitivity.predict(site.given_up) for site in self.sites if site.sensitivity]
+        return sum(measured) if len(measured) == len(self.sites) else None
 
     def to_json(self, indent: int | None = 2) -> str:
         return json.dumps(self.model_dump(mode="json", by_alias=True), indent=indent)

@@ -17,20 +17,24 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-
 
 def to_html(report: Report) -> str:
     """The report as a page, light or dark as the reader's system, for screens of any width and for paper."""
+    main = tag(
+        "main", _cards(report), _notice(report), _charts(report), _totals(report), _sites(report), _skipped(report)
+    )
+    return page(f"{report.model} with {report.recipe.name}", _header(report), main, _footer(report))
+
+
+def page(title: str, *body: Markup | None) -> str:
+    """A page of its own around a header, a main part and a footer, with augment's style sheet."""
     style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
     head = tag(
         "head",
         tag("meta", charset="utf-8"),
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
         tag("meta", http_equiv="Content-Security-Policy", content=_POLICY),
-        tag("title", f"{report.model} with {report.recipe.name}"),
+        tag("title", title),
         tag("style", Markup(style)),
     )
-    main = tag(
-        "main", _cards(report), _notice(report), _charts(report), _totals(report), _sites(report), _skipped(report)
-    )
-    body = tag("body", _header(report), main, _footer(report))
-    return f"<!doctype html>\n{tag('html', head, body, lang='en')}\n"
+    return f"<!doctype html>\n{tag('html', head, tag('body', *body), lang='en')}\n"
 
 
 def _header(report: Report) -> Markup:
