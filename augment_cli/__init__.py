@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from augment_cli.api import check, convert, plan, report, save
     from augment_cli.checkpoint.files import load
     from augment_cli.comparison import compare
+    from augment_cli.difference import diff
     from augment_cli.layers import AAConv2d, AWConv2d
     from augment_cli.planning.plan import Plan
     from augment_cli.planning.recipe import load_recipe
@@ -37,6 +38,7 @@ _HOMES = {
     "check": "api",
     "compare": "comparison",
     "convert": "api",
+    "diff": "difference",
     "load": "checkpoint.files",
     "load_recipe": "planning.recipe",
     "param_groups": "training.groups",
@@ -56,6 +58,7 @@ __all__ = [
     "check",
     "compare",
     "convert",
+    "diff",
     "load",
     "load_recipe",
     "param_groups",

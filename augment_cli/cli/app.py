@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from augment_cli import signals
-from augment_cli.cli import check, compare, convert, evaluate, finetune, models, plan, recipes, report, timm
+from augment_cli.cli import check, compare, convert, diff, evaluate, finetune, models, plan, recipes, report, timm
 from augment_cli.errors import AugmentError
 from augment_cli.terminal import echo, respell, say
 
@@ -58,6 +58,7 @@ app.command("plan")(plan.plan)
 app.command("convert")(convert.convert)
 app.command("report")(report.report)
 app.command("compare")(compare.compare)
+app.command("diff")(diff.diff)
 app.command("check")(check.check)
 app.command("finetune")(finetune.finetune)
 app.command("evaluate")(evaluate.evaluate)

@@ -1,27 +1,17 @@
 """Several models or plans side by side: their counts, their splits by map size, and what differs site by site."""
 
-import csv
-import io
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
-from rich.console import Group, RenderableType
-from rich.text import Text
-
 from augment_cli.analysis.site import Size
-from augment_cli.errors import InputError, nearest
 from augment_cli.operators import get_operator
 from augment_cli.planning.plan import Plan, SitePlan, natural
 from augment_cli.reporting.folding import fold_names
-from augment_cli.reporting.html import page
-from augment_cli.reporting.markup import tag
 from augment_cli.reporting.numbers import Change
-from augment_cli.reporting.sheet import Column, Sheet
-from augment_cli.reporting.table import to_text
+from augment_cli.reporting.sheet import Column, Sheet, Sheets
 from augment_cli.reporting.text import cell
 from augment_cli.reporting.units import UNITS, amount, counted, divergence, percent, share, size, span
 from augment_cli.surgery.records import Fidelity
@@ -64,7 +54,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Sheets):
     """What is compared, in the order in which it was named, and what could not be planned, with the reasons.
 
     `str` gives the tables that `augment compare` shows.
@@ -73,28 +63,9 @@ class Comparison:
     candidates: tuple[Candidate, ...]
     impossible: tuple[tuple[str, str], ...] = ()
 
-    def __str__(self) -> str:
-        return to_text(self.table())
-
-    def _repr_markdown_(self) -> str:
-        return self.to("markdown")
-
-    def to(self, form: str) -> str:
-        """The comparison as "json", "csv", "markdown" or "html"; the last is a page of its own.
-
-        Raises:
-            AugmentError: no such form.
-        """
-        forms = {"json": self._json, "csv": self._csv, "markdown": self._markdown, "html": self._html}
-        if form not in forms:
-            raise InputError(f"no comparison as {form}{nearest(form, forms)}")
-        return forms[form]()
-
-    def table(self, full: bool = False) -> RenderableType:
-        """Tables for the terminal; what differs site by site is shown of a few candidates, or where `full`."""
-        few = full or len(self.candidates) <= _MOST_BESIDE
-        note = [] if few or not self.differing else [Text("--full shows what differs site by site.", style="dim")]
-        return Group(*(sheet.to_rich() for sheet in self._sheets(few)), *note)
+    @property
+    def heading(self) -> str:
+        return ", ".join(dict.fromkeys(candidate.model for candidate in self.candidates))
 
     @cached_property
     def differing(self) -> dict[str, dict[str, tuple[str, ...]]]:
@@ -119,11 +90,12 @@ class Comparison:
                 members[candidate.model.partition(".")[0]].append(i)
         return {model: tuple(places) for model, places in members.items() if len(places) > 1}
 
-    def _sheets(self, with_sites: bool = True) -> Iterator[Sheet]:
+    def sheets(self, full: bool = False) -> Iterator[Sheet]:
+        """What differs site by site is shown of a few candidates, or where `full`."""
         yield self._totals()
         if any(candidate.plan for candidate in self.candidates):
             yield self._maps()
-        if with_sites:
+        if full or len(self.candidates) <= _MOST_BESIDE:
             for model, rows in self.differing.items():
                 yield self._sites(model, rows)
         if self.impossible:
@@ -184,8 +156,8 @@ class Comparison:
         title = f"{model}: {len(rows)} of {counted(len(all_sites), 'site')} differ"
         return Sheet(title, columns, cells, _legend(site for i in members for site in self.candidates[i].sites))
 
-    def _json(self) -> str:
-        data = {
+    def data(self) -> dict[str, Any]:
+        return {
             "schema": SCHEMA,
             "units": UNITS | {"divergence": "nats", "given_up": "share of the sites' output channels"},
             "candidates": [_candidate(candidate) for candidate in self.candidates],
@@ -198,26 +170,9 @@ class Comparison:
             },
             "impossible": [{"label": label, "reason": reason} for label, reason in self.impossible],
         }
-        return json.dumps(data, indent=2) + "\n"
 
-    def _csv(self) -> str:
-        stream = io.StringIO()
-        rows = [_flat(candidate) for candidate in self.candidates]
-        writer = csv.DictWriter(stream, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        return stream.getvalue()
-
-    def _markdown(self) -> str:
-        return "\n\n".join(("# Comparison", *(sheet.to_markdown() for sheet in self._sheets()))) + "\n"
-
-    def _html(self) -> str:
-        names = ", ".join(dict.fromkeys(candidate.model for candidate in self.candidates))
-        eyebrow = tag("p", "augment-cli comparison", class_="eyebrow")
-        return page("Comparison", tag("header", eyebrow, tag("h1", names)), tag("main", self._sections()))
-
-    def _sections(self) -> list[Any]:
-        return [sheet.to_html() for sheet in self._sheets()]
+    def rows(self) -> list[dict[str, Any]]:
+        return [_flat(candidate) for candidate in self.candidates]
 
 
 def short(site: SitePlan) -> str:

@@ -1,14 +1,20 @@
-"""A table of texts with a title: the same for the terminal, Markdown and HTML."""
+"""Tables of texts with titles: the same for the terminal, Markdown and HTML, with JSON and CSV beside them."""
 
+import csv
+import io
+import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from rich.console import Group, JustifyMethod, RenderableType
 from rich.text import Text
 
-from augment_cli.reporting.html import scroll
+from augment_cli.errors import InputError, nearest
+from augment_cli.reporting.html import page, scroll
 from augment_cli.reporting.markup import Markup, minus, tag
-from augment_cli.reporting.table import bare_table
+from augment_cli.reporting.table import bare_table, to_text
 from augment_cli.reporting.text import escape
 from augment_cli.terminal import plain
 
@@ -62,3 +68,62 @@ class Sheet:
         )
         note = tag("p", self.note, class_="quiet") if self.note else None
         return tag("section", tag("h2", self.title), note, scroll(table, self.title))
+
+
+class Sheets(ABC):
+    """Findings that show themselves: `str` gives the tables of the terminal, a notebook shows Markdown."""
+
+    @property
+    @abstractmethod
+    def heading(self) -> str:
+        """What they are about, in a few words."""
+
+    @abstractmethod
+    def sheets(self, full: bool = False) -> Iterable[Sheet]:
+        """The tables; all rows and all tables where `full`."""
+
+    @abstractmethod
+    def data(self) -> dict[str, Any]:
+        """Everything, as a JSON object. A value that is unknown or does not apply is None."""
+
+    @abstractmethod
+    def rows(self) -> list[dict[str, Any]]:
+        """One row or more for a CSV file, all with the same keys."""
+
+    def table(self, full: bool = False) -> RenderableType:
+        """The tables for the terminal."""
+        return Group(*(sheet.to_rich() for sheet in self.sheets(full)))
+
+    def to(self, form: str) -> str:
+        """The findings as "json", "csv", "markdown" or "html"; the last is a page of its own.
+
+        Raises:
+            AugmentError: no such form.
+        """
+        forms = {"json": self._json, "csv": self._csv, "markdown": self._markdown, "html": self._html}
+        if form not in forms:
+            raise InputError(f"nothing is written as {form}{nearest(form, forms)}")
+        return forms[form]()
+
+    def __str__(self) -> str:
+        return to_text(self.table())
+
+    def _repr_markdown_(self) -> str:
+        return self._markdown()
+
+    def _json(self) -> str:
+        return json.dumps(self.data(), indent=2) + "\n"
+
+    def _csv(self) -> str:
+        stream, rows = io.StringIO(), self.rows()
+        writer = csv.DictWriter(stream, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        return stream.getvalue()
+
+    def _markdown(self) -> str:
+        return "\n\n".join((f"# {escape(self.heading)}", *(sheet.to_markdown() for sheet in self.sheets(True)))) + "\n"
+
+    def _html(self) -> str:
+        header = tag("header", tag("p", "augment-cli", class_="eyebrow"), tag("h1", self.heading))
+        return page(self.heading, header, tag("main", (sheet.to_html() for sheet in self.sheets(True))))

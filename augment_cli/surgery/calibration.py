@@ -39,6 +39,10 @@ class Calibration:
         """Batches of images to measure on."""
         return self._batches(self.images[len(self.images) - self.held :])
 
+    def all(self) -> Iterator[Tensor]:
+        """Batches of every image, for models that no fit on them has changed."""
+        return self._batches(self.images)
+
     def _batches(self, images: Tensor) -> Iterator[Tensor]:
         if images.is_floating_point():
             yield from images.split(_BATCH)
@@ -133,13 +137,14 @@ def _for_channels(values: tuple[float, ...], channels: int) -> tuple[float, ...]
 
 
 @torch.no_grad()
-def predictions(model: nn.Module, calibration: Calibration) -> Tensor | None:
-    """A model's log-probabilities on the held-out images, (n, classes); None where it has no classes."""
+def predictions(model: nn.Module, calibration: Calibration, of_all: bool = False) -> Tensor | None:
+    """A model's log-probabilities on the held-out images, or on all, (n, classes); None where it has no classes."""
     if not count_classes(model):
         return None
     training = model.training
     model.eval()
-    logits = torch.cat([model(batch) for batch in calibration.held_out()])
+    batches = calibration.all() if of_all else calibration.held_out()
+    logits = torch.cat([model(batch) for batch in batches])
     model.train(training)
     return logits.double().log_softmax(1) if logits.ndim == 2 else None
 
