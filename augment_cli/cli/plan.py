@@ -38,7 +38,12 @@ def plan(
     checkpoint: Annotated[Path | None, _measured(metavar="FILE", help="Weights from a file.")] = None,
     ema: common.Ema = None,
     seed: Annotated[int, _measured(min=0, max=2**63 - 1, help="Of the images drawn.")] = 0,
-    plot: Annotated[Path | None, _measured(metavar="FILE.png|.svg|.pdf", help="Draw what was measured.")] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.svg", help="Draw the network; with --sensitivity what was measured, as .svg, .png or .pdf."
+        ),
+    ] = None,
 ) -> None:
     """Show what each convolution of MODEL would become, and what it costs; or what a plan makes of its model.
 
@@ -51,12 +56,15 @@ def plan(
     from augment_cli import specs
 
     common.check_ema(ema, checkpoint)
-    _check_measured(sensitivity, calibrate, pretrained, checkpoint, plot)
+    _check_measured(sensitivity, calibrate, pretrained, checkpoint, plot, plan_file)
     if plan_file:
         if sensitivity:
             raise InputError("--sensitivity plans anew, by a recipe: leave out --plan, or --sensitivity")
         given = common.read_given_plan(plan_file, model, recipe, overrides, image_size, model_args)
-        _show(_fitted(given, model or given.model, plan_file, cached), as_json, full)
+        made = _fitted(given, model or given.model, plan_file, cached)
+        if plot:
+            _draw(made, plot, sensitivity=False)
+        _show(made, as_json, full)
         return
     if not model:
         raise InputError("which model? Give a timm model's name, or a plan with --plan")
@@ -78,13 +86,23 @@ def plan(
             (model, arguments, size), settings, (calibrate, calibrate_images, seed), origin, checkpoint, ema
         )
     made, solution = make_plan(described.name, analysis, settings, described.args, found, described.base)
-    if plot:
-        from augment_cli.reporting.sensitivity import draw
-
-        draw(made, plot)
-        common.say(f"wrote {plot}")
     common.announce(analysis, made, solution, settings)
+    if plot:
+        _draw(made, plot, sensitivity)
     _show(made, as_json, full)
+
+
+def _draw(plan: "Plan", path: Path, sensitivity: bool) -> None:
+    """Draw the network or, where it was measured, what replacing each site alone does."""
+    from augment_cli.files import write_file
+    from augment_cli.reporting.network import network_picture
+    from augment_cli.reporting.sensitivity import draw
+
+    if sensitivity:
+        draw(plan, path)
+    else:
+        write_file(path, lambda temporary: temporary.write_text(network_picture(plan), encoding="utf-8"))
+    common.say(f"wrote {path}")
 
 
 def _fitted(given: "Plan", model: str, file: Path, cached: bool) -> "Plan":
@@ -109,12 +127,22 @@ def _show(plan: "Plan", as_json: bool, full: bool) -> None:
 
 
 def _check_measured(
-    sensitivity: bool, calibrate: str | None, pretrained: bool, checkpoint: Path | None, plot: Path | None
+    sensitivity: bool,
+    calibrate: str | None,
+    pretrained: bool,
+    checkpoint: Path | None,
+    plot: Path | None,
+    plan_file: Path | None,
 ) -> None:
     """Refuse options that do not go together, before anything is read."""
-    given = (("--calibrate", calibrate), ("--pretrained", pretrained), ("--checkpoint", checkpoint), ("--plot", plot))
+    if plot:
+        from augment_cli.files import check_output
+
+        if plot.suffix != ".svg" and not (sensitivity and plot.suffix in (".png", ".pdf")):
+            raise InputError(f"--plot {plot}: the name ends in .svg, or with --sensitivity in .svg, .png or .pdf")
+        check_output(plot, overwrite=True, inputs=(plan_file, checkpoint))
     if not sensitivity:
-        for option, value in given:
+        for option, value in (("--calibrate", calibrate), ("--pretrained", pretrained), ("--checkpoint", checkpoint)):
             if value:
                 raise InputError(f"{option} is for --sensitivity: add it, or leave {option} out")
         return
@@ -122,12 +150,6 @@ def _check_measured(
         raise InputError("--sensitivity needs images to measure on: give a folder of some hundred with --calibrate")
     if bool(pretrained) == bool(checkpoint):
         raise InputError("--sensitivity measures a trained model: give either --pretrained or --checkpoint FILE")
-    if plot:
-        from augment_cli.files import check_output
-
-        if plot.suffix not in (".png", ".svg", ".pdf"):
-            raise InputError(f"--plot {plot}: the name ends in .png, .svg or .pdf")
-        check_output(plot, overwrite=True)
 
 
 def _measure(

@@ -168,10 +168,27 @@ class SitePlan(_Frozen):
 
 
 class Skipped(_Frozen):
-    """A convolution that stays as it is, and why."""
+    """A convolution that stays as it is, and why. Its shape is for pictures: None where it is not known.
+
+    resolution: (height, width) of the output map; None too where the convolution is never called.
+    """
 
     name: Name
     reason: Name
+    out_channels: Channels | None = None
+    kernel_size: tuple[KernelSide, KernelSide] | None = None
+    resolution: tuple[Side, Side] | None = None
+
+    @classmethod
+    def of(cls, site: ConvSite, reason: str) -> "Skipped":
+        called = site.resolution if site.calls else None
+        return cls(
+            name=site.name,
+            reason=reason,
+            out_channels=site.out_channels,
+            kernel_size=site.kernel_size,
+            resolution=called,
+        )
 
 
 class Plan(_Frozen):
@@ -275,6 +292,7 @@ def make_plan(
         AugmentError: no site, or a budget that cannot be met.
     """
     selection, found = select(graph.sites, recipe), sensitivity or {}
+    by_name = {site.name: site for site in graph.sites}
     losses = {name: measured.divergence for name, measured in found.items()}
     solution = solve(selection.chosen, recipe, Counts(graph.params, graph.macs), losses)
     sites = tuple(_site_plan(site, split, recipe.operator, found.get(site.name)) for site, split in solution.splits)
@@ -289,7 +307,7 @@ def make_plan(
         params_before=graph.params,
         macs_before=graph.macs,
         sites=sites,
-        skipped=tuple(Skipped(name=name, reason=reason) for name, reason in selection.skipped),
+        skipped=tuple(Skipped.of(by_name[name], reason) for name, reason in selection.skipped),
     )
     return plan, solution
 
@@ -357,7 +375,7 @@ def fit_plan(plan: Plan, graph: Analysis, origin: str) -> Plan:
     taken = {entry.name for entry in fitted}
     reasons = {entry.name: entry.reason for entry in plan.skipped}
     skipped = tuple(
-        Skipped(name=name, reason=reasons.get(name, "not in the plan")) for name in sites_of if name not in taken
+        Skipped.of(site, reasons.get(name, "not in the plan")) for name, site in sites_of.items() if name not in taken
     )
     found = {"input_size": graph.input_size, "params_before": graph.params, "macs_before": graph.macs}
     return Plan(**dict(plan) | found | {"sites": fitted, "skipped": skipped})

@@ -107,7 +107,7 @@ def test_the_command_shows_a_column_draws_a_plot_and_keeps_the_numbers_in_the_pl
         (["--calibrate", "x"], "--calibrate is for --sensitivity"),
         (["--sensitivity"], "--sensitivity needs images"),
         (["--sensitivity", "--calibrate", "x"], "either --pretrained or --checkpoint"),
-        (["--sensitivity", "--calibrate", "x", "--pretrained", "--plot", "a.gif"], "ends in .png, .svg or .pdf"),
+        (["--sensitivity", "--calibrate", "x", "--pretrained", "--plot", "a.gif"], ".svg, .png or .pdf"),
         (["--sensitivity", "--calibrate", "nowhere", "--pretrained"], "nowhere"),
         (["--sensitivity", "--calibrate", "x", "--pretrained", "-r", "aw"], "nothing to fit"),
     ],
