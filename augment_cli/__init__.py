@@ -21,6 +21,7 @@ from augment_cli.errors import AugmentError, BudgetError, FileError, InputError
 
 if TYPE_CHECKING:
     from augment_cli.api import check, convert, plan, report, save
+    from augment_cli.attention.looking import attention_maps
     from augment_cli.checkpoint.files import load
     from augment_cli.comparison import compare
     from augment_cli.difference import diff
@@ -35,6 +36,7 @@ _HOMES = {
     "AAConv2d": "layers",
     "AWConv2d": "layers",
     "Plan": "planning.plan",
+    "attention_maps": "attention.looking",
     "check": "api",
     "compare": "comparison",
     "convert": "api",
@@ -55,6 +57,7 @@ __all__ = [
     "FileError",
     "InputError",
     "Plan",
+    "attention_maps",
     "check",
     "compare",
     "convert",

@@ -8,7 +8,20 @@ import typer
 from typer.core import TyperGroup
 
 from augment_cli import signals
-from augment_cli.cli import check, compare, convert, diff, evaluate, finetune, models, plan, recipes, report, timm
+from augment_cli.cli import (
+    attention,
+    check,
+    compare,
+    convert,
+    diff,
+    evaluate,
+    finetune,
+    models,
+    plan,
+    recipes,
+    report,
+    timm,
+)
 from augment_cli.errors import AugmentError
 from augment_cli.terminal import echo, respell, say
 
@@ -59,6 +72,7 @@ app.command("convert")(convert.convert)
 app.command("report")(report.report)
 app.command("compare")(compare.compare)
 app.command("diff")(diff.diff)
+app.command("attention")(attention.attention)
 app.command("check")(check.check)
 app.command("finetune")(finetune.finetune)
 app.command("evaluate")(evaluate.evaluate)

@@ -21,14 +21,14 @@ def to_html(report: Report) -> str:
     return page(f"{report.model} with {report.recipe.name}", _header(report), main, _footer(report))
 
 
-def page(title: str, *body: Markup | None) -> str:
-    """A page of its own around a header, a main part and a footer, with augment's style sheet."""
-    style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
+def page(title: str, *body: Markup | None, policy: str = _POLICY, style: str = "") -> str:
+    """A page of its own around a header, a main part and a footer: augment's style sheet, with `style` after it."""
+    style = Path(__file__).with_name("page.css").read_text(encoding="utf-8") + style
     head = tag(
         "head",
         tag("meta", charset="utf-8"),
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("meta", http_equiv="Content-Security-Policy", content=_POLICY),
+        tag("meta", http_equiv="Content-Security-Policy", content=policy),
         tag("title", title),
         tag("style", Markup(style)),
     )

@@ -68,7 +68,7 @@ def load_images(
     if count < FEWEST:
         raise InputError(f"`calibrate_images={count}`: a fit needs {FEWEST} images at least, a few hundred to be good")
     data = open_dataset(spec, labels=False, on_corrupt="skip", channels=input_size[0], seed=seed)
-    data.transform, mean, std = _transform(model, input_size)
+    data.transform, mean, std = eval_transform(model, input_size)
     images = list(_drawn(data, count, seed))
     _check_enough(len(images), spec)
     return Calibration(torch.stack(images), mean, std, spec)
@@ -89,7 +89,7 @@ def gather_images(
     """
     if isinstance(images, (str, Path)):
         return load_images(str(images), model, input_size, count, seed)
-    transform, mean, std = _transform(model, input_size)
+    transform, mean, std = eval_transform(model, input_size)
     if isinstance(images, Tensor):
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:count]
         stacked = images[order]
@@ -106,7 +106,9 @@ def gather_images(
     return Calibration(stacked, mean, std, "given")
 
 
-def _transform(model: nn.Module, input_size: tuple[int, int, int]) -> tuple[Any, tuple[float, ...], tuple[float, ...]]:
+def eval_transform(
+    model: nn.Module, input_size: tuple[int, int, int]
+) -> tuple[Any, tuple[float, ...], tuple[float, ...]]:
     """timm's evaluation transform to bytes for a model, and its mean and standard deviation."""
     from timm.data import create_transform, resolve_data_config
 
