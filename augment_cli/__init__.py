@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from augment_cli.api import check, convert, plan, report, save
     from augment_cli.attention.looking import attention_maps
     from augment_cli.checkpoint.files import load
-    from augment_cli.comparison import compare
+    from augment_cli.comparison import compare, frontier
     from augment_cli.difference import diff
     from augment_cli.layers import AAConv2d, AWConv2d
     from augment_cli.planning.plan import Plan
@@ -41,6 +41,7 @@ _HOMES = {
     "compare": "comparison",
     "convert": "api",
     "diff": "difference",
+    "frontier": "comparison",
     "load": "checkpoint.files",
     "load_recipe": "planning.recipe",
     "param_groups": "training.groups",
@@ -62,6 +63,7 @@ __all__ = [
     "compare",
     "convert",
     "diff",
+    "frontier",
     "load",
     "load_recipe",
     "param_groups",

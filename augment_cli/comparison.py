@@ -10,9 +10,12 @@ from augment_cli.analysis.cache import look
 from augment_cli.analysis.facts import Analysis, Source
 from augment_cli.checkpoint.metadata import metadata_of, read_metadata
 from augment_cli.errors import AugmentError, InputError
+from augment_cli.planning.frontier import Unit
+from augment_cli.planning.frontier import frontier as plans_along
 from augment_cli.planning.plan import Plan, make_plan, read_plan
-from augment_cli.planning.recipe import Recipe, load_recipe
+from augment_cli.planning.recipe import UNITS, Recipe, load_recipe
 from augment_cli.reporting.comparison import Candidate, Comparison
+from augment_cli.reporting.frontier import Frontier
 from augment_cli.reporting.numbers import Change
 
 if TYPE_CHECKING:
@@ -76,6 +79,39 @@ def compare(
     if recipes and len(impossible) == len(recipes) * len(named):
         raise InputError(f"{impossible[0][0]}: {impossible[0][1]}")
     return Comparison(tuple(candidates), tuple(impossible))
+
+
+def frontier(
+    model: "str | nn.Module",
+    recipe: str | Recipe = "aa",
+    *overrides: str,
+    unit: Unit = "params",
+    points: int = 9,
+    input_size: tuple[int, int] | None = None,
+    cached: bool = True,
+    **args: Any,
+) -> Frontier:
+    """Plans for a range of budgets: the Pareto front of a count against the distance from the recipe.
+
+    Args:
+        model, recipe, overrides: as for `plan`.
+        unit: "params" or "macs".
+        points: how many budgets, 2 or more; equal plans are one point.
+        input_size, cached, args: as for `compare`.
+
+    Raises:
+        AugmentError: bad input, or nothing to replace.
+
+    Example:
+        >>> front = frontier("test_resnet", points=3)
+        >>> [point.plan.params_after < front.points[-1].plan.params_after for point in front.points]
+        [True, True, False]
+    """
+    if unit not in UNITS or points < 2:
+        raise InputError(f"`unit` is one of {', '.join(UNITS)}, and `points` at least 2")
+    source, analysis = _look(model, args, input_size, cached)
+    settings = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
+    return Frontier(tuple(plans_along(source, analysis, settings, unit, points)), unit)
 
 
 def check_models(models: Iterable[str]) -> None:

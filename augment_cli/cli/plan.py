@@ -1,5 +1,6 @@
 """augment plan: what each convolution would become. No weights, no arithmetic."""
 
+from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,10 +11,18 @@ from augment_cli.cli import common
 from augment_cli.errors import InputError
 
 if TYPE_CHECKING:
+    from augment_cli.analysis.facts import Analysis, Source
     from augment_cli.planning.plan import Plan, Sensitivity
     from augment_cli.planning.recipe import Recipe
+    from augment_cli.reporting.frontier import Frontier
 
 _measured = partial(typer.Option, rich_help_panel="Sensitivity")
+_along = partial(typer.Option, rich_help_panel="Frontier")
+
+
+class Count(StrEnum):
+    params = "params"
+    macs = "macs"
 
 
 def plan(
@@ -41,9 +50,16 @@ def plan(
     plot: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE.svg", help="Draw the network; with --sensitivity what was measured, as .svg, .png or .pdf."
+            metavar="FILE.svg",
+            help="Draw the network; with --sensitivity what was measured, with --frontier that, as .svg, .png or .pdf.",
         ),
     ] = None,
+    frontier: Annotated[
+        Count | None,
+        _along(help="Plans for a range of this budget: the front of it against the distance from the recipe."),
+    ] = None,
+    points: Annotated[int, _along(min=2, max=100, metavar="N", help="How many budgets.")] = 9,
+    point: Annotated[int | None, _along(min=1, metavar="N", help="Show this one of its plans, from 1.")] = None,
 ) -> None:
     """Show what each convolution of MODEL would become, and what it costs; or what a plan makes of its model.
 
@@ -52,14 +68,20 @@ def plan(
     augment plan --plan edited.json --set budget.params=+1%
 
     augment plan resnet50 --sensitivity --pretrained --calibrate photos --json > plan.json
+
+    augment plan resnet50 --frontier params --plot front.png
     """
     from augment_cli import specs
 
     common.check_ema(ema, checkpoint)
-    _check_measured(sensitivity, calibrate, pretrained, checkpoint, plot, plan_file)
+    _check_plot(plot, sensitivity or frontier is not None, (plan_file, checkpoint))
+    _check_measured(sensitivity, calibrate, pretrained, checkpoint)
+    if point and not frontier:
+        raise InputError("--point is for --frontier: add it, or leave --point out")
     if plan_file:
-        if sensitivity:
-            raise InputError("--sensitivity plans anew, by a recipe: leave out --plan, or --sensitivity")
+        if sensitivity or frontier:
+            option = "--sensitivity" if sensitivity else "--frontier"
+            raise InputError(f"{option} plans anew, by a recipe: leave out --plan, or {option}")
         given = common.read_given_plan(plan_file, model, recipe, overrides, image_size, model_args)
         made = _fitted(given, model or given.model, plan_file, cached)
         if plot:
@@ -85,11 +107,44 @@ def plan(
         found = _measure(
             (model, arguments, size), settings, (calibrate, calibrate_images, seed), origin, checkpoint, ema
         )
+    if frontier:
+        front = _frontier(described, analysis, settings, frontier, points, found)
+        if plot:
+            front.draw(plot)
+            common.say(f"wrote {plot}")
+        if point:
+            _show(_point(front, point), as_json, full)
+        elif as_json:
+            common.echo(front.to("json"))
+        else:
+            common.show(front.table())
+        return
     made, solution = make_plan(described.name, analysis, settings, described.args, found, described.base)
     common.announce(analysis, made, solution, settings)
     if plot:
         _draw(made, plot, sensitivity)
     _show(made, as_json, full)
+
+
+def _frontier(
+    source: "Source",
+    analysis: "Analysis",
+    settings: "Recipe",
+    unit: Count,
+    points: int,
+    found: "dict[str, Sensitivity] | None",
+) -> "Frontier":
+    from augment_cli.planning.frontier import frontier
+    from augment_cli.reporting.frontier import Frontier
+
+    with common.working("planning"):
+        return Frontier(tuple(frontier(source, analysis, settings, unit.value, points, found)), unit.value)
+
+
+def _point(front: "Frontier", number: int) -> "Plan":
+    if number > len(front.points):
+        raise InputError(f"--point {number}: the frontier has {len(front.points)} points; more --points make more")
+    return front.points[number - 1].plan
 
 
 def _draw(plan: "Plan", path: Path, sensitivity: bool) -> None:
@@ -126,21 +181,21 @@ def _show(plan: "Plan", as_json: bool, full: bool) -> None:
         common.show(table(Report.of(plan), full=full))
 
 
-def _check_measured(
-    sensitivity: bool,
-    calibrate: str | None,
-    pretrained: bool,
-    checkpoint: Path | None,
-    plot: Path | None,
-    plan_file: Path | None,
-) -> None:
-    """Refuse options that do not go together, before anything is read."""
-    if plot:
-        from augment_cli.files import check_output
+def _check_plot(plot: Path | None, any_format: bool, inputs: tuple[Path | None, ...]) -> None:
+    """Refuse a picture that cannot be written, before anything is read."""
+    if plot is None:
+        return
+    from augment_cli.files import check_output
 
-        if plot.suffix != ".svg" and not (sensitivity and plot.suffix in (".png", ".pdf")):
-            raise InputError(f"--plot {plot}: the name ends in .svg, or with --sensitivity in .svg, .png or .pdf")
-        check_output(plot, overwrite=True, inputs=(plan_file, checkpoint))
+    if plot.suffix != ".svg" and not (any_format and plot.suffix in (".png", ".pdf")):
+        raise InputError(
+            f"--plot {plot}: the name ends in .svg, or with --sensitivity or --frontier in .svg, .png or .pdf"
+        )
+    check_output(plot, overwrite=True, inputs=inputs)
+
+
+def _check_measured(sensitivity: bool, calibrate: str | None, pretrained: bool, checkpoint: Path | None) -> None:
+    """Refuse options that do not go together, before anything is read."""
     if not sensitivity:
         for option, value in (("--calibrate", calibrate), ("--pretrained", pretrained), ("--checkpoint", checkpoint)):
             if value:

@@ -172,7 +172,7 @@ class Comparison(Sheets):
         }
 
     def rows(self) -> list[dict[str, Any]]:
-        return [_flat(candidate) for candidate in self.candidates]
+        return [flat(candidate) for candidate in self.candidates]
 
 
 def short(site: SitePlan) -> str:
@@ -240,7 +240,7 @@ def _candidate(candidate: Candidate) -> dict[str, Any]:
     }
 
 
-def _flat(candidate: Candidate) -> dict[str, Any]:
+def flat(candidate: Candidate) -> dict[str, Any]:
     """A candidate as a row of a CSV file. A value that is unknown or does not apply is empty."""
     data = _candidate(candidate)
     counts = {f"{name}_{side}": data[name][side] for name in ("params", "macs") for side in ("before", "after")}
