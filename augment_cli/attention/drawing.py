@@ -16,6 +16,7 @@ from augment_cli.reporting.markup import Markup, tag
 from augment_cli.reporting.units import counted, share, size
 
 _TEXTS = {"weights": "all logits", "content": "content alone", "position": "position alone"}
+_CANVAS = 130  # pixels, as in _STYLE
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; base-uri 'none'"
 
 
@@ -89,7 +90,9 @@ def _layer(one: Seen, layer: Observed, several: bool) -> Markup:
     heads = (
         tag(
             "figure",
-            tag("canvas", width=150, height=round(150 * one.pixels.shape[0] / one.pixels.shape[1]), data_head=i),
+            tag(
+                "canvas", width=_CANVAS, height=round(_CANVAS * one.pixels.shape[0] / one.pixels.shape[1]), data_head=i
+            ),
             tag(
                 "figcaption",
                 f"head {number}: {share(outside, 0)} outside, {entropy:.2f} nats, {share(position, 0)} position",
@@ -97,9 +100,9 @@ def _layer(one: Seen, layer: Observed, several: bool) -> Markup:
         )
         for i, (number, outside, entropy, position) in enumerate(zip(*rows_of, strict=True))
     )
-    rows, columns = layer.grid
+    ys, xs = (" ".join(f"{middle:.4f}" for middle in middles) for middles in layer.centres)
     height, width = layer.maps["weights"].shape[-2:]
-    grid = {"data_rows": rows, "data_columns": columns, "data_height": height, "data_width": width}
+    grid = {"data_ys": ys, "data_xs": xs, "data_height": height, "data_width": width}
     return tag("div", tag("h3", about), *sprites, tag("div", *heads, class_="heads"), class_="layer", **grid)
 
 
@@ -186,9 +189,9 @@ def write_png(seen: list[Seen], path: Path, at: tuple[float, float], kind: str =
             axes[1].imshow(Image.open(io.BytesIO(_kernel_picture(layer))))
             axes[1].set_title(f"A, at most {layer.largest:.2g}", fontsize=7)
             continue
-        query, (rows, columns) = layer.nearest(*at), layer.grid
-        x = (query % columns + 0.5) / columns * one.pixels.shape[1]
-        y = (query // columns + 0.5) / rows * one.pixels.shape[0]
+        query, (ys, xs) = layer.nearest(*at), layer.centres
+        x = xs[query % len(xs)] * one.pixels.shape[1]
+        y = ys[query // len(xs)] * one.pixels.shape[0]
         axes[0].plot(x, y, "o", mfc="none", mec="white", mew=2)
         tiles = _scaled(layer.maps[kind][:, query])
         for i, (ax, tile) in enumerate(zip(axes[1:], tiles, strict=False)):
@@ -209,7 +212,7 @@ _STYLE = """
 .layer { margin-top: 1.2rem; }
 .layer h3 { font-size: 0.92rem; margin: 0 0 0.5rem; overflow-wrap: anywhere; }
 .heads { display: flex; flex-wrap: wrap; gap: 0.7rem; }
-.heads figure { margin: 0; overflow: visible; width: 150px; }
+.heads figure { margin: 0; overflow: visible; width: 130px; }
 .heads canvas { border-radius: 4px; background: #000; }
 .heads figcaption { font-size: 0.72rem; color: var(--quiet); font-weight: 400; line-height: 1.3; }
 .kernel img { image-rendering: pixelated; max-width: 100%; margin-top: 0.4rem; }
@@ -226,10 +229,10 @@ for (const part of document.querySelectorAll(".looked")) {
     if (at) { mark.style.left = 100 * at.x + "%"; mark.style.top = 100 * at.y + "%"; }
     for (const layer of part.querySelectorAll(".layer:not(.kernel)")) {
       const sprite = layer.querySelector(`img[data-kind=${kind}]`);
-      const [rows, columns, h, w] = ["rows", "columns", "height", "width"].map(key => +layer.dataset[key]);
-      const row = at && Math.min(rows - 1, Math.floor(at.y * rows));
-      const column = at && Math.min(columns - 1, Math.floor(at.x * columns));
-      const query = at ? row * columns + column : rows * columns;
+      const [h, w] = [+layer.dataset.height, +layer.dataset.width];
+      const [ys, xs] = [layer.dataset.ys.split(" "), layer.dataset.xs.split(" ")];
+      const row = at && Math.floor(at.y * ys.length), column = at && Math.floor(at.x * xs.length);
+      const query = at ? row * xs.length + column : ys.length * xs.length;
       for (const canvas of layer.querySelectorAll("canvas")) {
         const pen = canvas.getContext("2d");
         pen.globalAlpha = 1;
@@ -237,7 +240,7 @@ for (const part of document.querySelectorAll(".looked")) {
         pen.drawImage(sprite, query * w, canvas.dataset.head * h, w, h, 0, 0, canvas.width, canvas.height);
         if (at) {
           pen.beginPath();
-          pen.arc((column + 0.5) / columns * canvas.width, (row + 0.5) / rows * canvas.height, 4, 0, 7);
+          pen.arc(xs[column] * canvas.width, ys[row] * canvas.height, 4, 0, 7);
           pen.lineWidth = 2; pen.strokeStyle = "#fff"; pen.stroke();
         }
       }

@@ -25,7 +25,7 @@ KINDS = ("weights", "content", "position")
 # Logits at a time, queries that numbers are means of, and the sides of the shown grid and its maps.
 _MOST_LOGITS = 2**22
 _MOST_QUERIES = 4096
-_MOST_GRID, _MOST_SHOWN = 10, 24
+_MOST_GRID, _MOST_SHOWN = 14, 24
 
 Size = tuple[int, int]
 
@@ -61,6 +61,15 @@ class HeadMaps:
         values = {key: getattr(self, key)[places] for key in ("outside", "entropy", "position")}
         maps = {kind: found[places] for kind, found in self.maps.items()}
         return replace(self, numbers=tuple(self.numbers[i] for i in places), maps=maps, **values)
+
+    @property
+    def centres(self) -> tuple[list[float], list[float]]:
+        """The middles of the grid's rows and columns of queries, as shares of the image's height and width."""
+        rows, columns = (
+            ((_spread(size, count).double() + 0.5) / size).tolist()
+            for size, count in zip(self.map_size, self.grid, strict=True)
+        )
+        return rows, columns
 
     def nearest(self, x: float, y: float) -> int:
         """The grid's query at a place of the image; x and y from 0 to 1."""

@@ -109,9 +109,13 @@ def test_no_more_logits_are_made_at_a_time_than_allowed(monkeypatch):
 def test_a_large_map_is_looked_at_in_a_grid_and_strides_and_pools_are_followed():
     layer = AAConv2d(5, 12, 3, padding=1, stride=2, heads=2, key_channels=8, value_channels=4, resolution=(35, 20))
     found = seen(layer, torch.randn(1, 5, 70, 40))
-    assert (found.map_size, found.grid) == ((35, 20), (10, 10))
-    assert found.maps["weights"].shape == (2, 101, 24, 20)
-    torch.testing.assert_close(found.maps["weights"].sum((-2, -1)), torch.ones(2, 101))
+    assert (found.map_size, found.grid) == ((35, 20), (14, 14))
+    assert found.maps["weights"].shape == (2, 197, 24, 20)
+    ys, xs = found.centres
+    assert ys[0] == 1.5 / 35
+    assert found.nearest(xs[3], ys[5]) == 5 * 14 + 3
+    assert found.nearest(1, 1) == 195
+    torch.testing.assert_close(found.maps["weights"].sum((-2, -1)), torch.ones(2, 197))
     assert seen(*layer_and_input((9, 5), attention_pool=2)).map_size == (5, 3)
 
 
