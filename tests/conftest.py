@@ -14,6 +14,8 @@ TESTS = Path(__file__).parent
 
 # Tests that start processes, train, or go through many models: what `make test-fast` leaves out.
 SLOW = (
+    "analysis/test_cache.py",
+    "attention",
     "checkpoint/test_rebuild.py",
     "cli/test_bad_input.py",
     "cli/test_escaping.py",
@@ -27,6 +29,7 @@ SLOW = (
     "layers/test_in_torch.py",
     "operators",
     "surgery/inherit/test_fit.py",
+    "test_comparison.py",
     "test_dataset.py",
     "training/test_command_line.py",
     "training/test_distributed.py",

@@ -135,22 +135,17 @@ def choose(model: nn.Module, globs: tuple[str, ...] = ()) -> list[str]:
 def observe(model: nn.Module, image: Tensor, names: list[str]) -> list[Observed]:
     """Run a model on one image (1, C, H, W) and look into the named layers, in the order in which they are called.
 
+    A layer that is called several times is looked at in its last call.
+
     Raises:
         AugmentError: the model does not run on an image of this size.
     """
-    found: list[Observed] = []
+    layers, inputs = layers_of(model), dict[str, Tensor]()
 
-    def hook(name: str, layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-        if isinstance(layer, AAConv2d):
-            found.append(_heads(name, layer, args[0]))
-        elif isinstance(layer, AWConv2d):
-            found.append(_kernel(name, layer, args[0]))
+    def keep(name: str, layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+        inputs[name] = args[0]
 
-    handles = [
-        layer.register_forward_pre_hook(partial(hook, name))
-        for name, layer in layers_of(model).items()
-        if name in names
-    ]
+    handles = [layers[name].register_forward_pre_hook(partial(keep, name)) for name in names]
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -161,7 +156,11 @@ def observe(model: nn.Module, image: Tensor, names: list[str]) -> list[Observed]
             handle.remove()
         for module, mode in modes:
             module.training = mode
-    return found
+    return [_look(name, layers[name], x) for name, x in inputs.items()]
+
+
+def _look(name: str, layer: AAConv2d | AWConv2d, x: Tensor) -> Observed:
+    return _heads(name, layer, x) if isinstance(layer, AAConv2d) else _kernel(name, layer, x)
 
 
 def _heads(name: str, layer: AAConv2d, x: Tensor) -> HeadMaps:
@@ -175,7 +174,8 @@ def _heads(name: str, layer: AAConv2d, x: Tensor) -> HeadMaps:
 
     grid = min(height, _MOST_GRID), min(width, _MOST_GRID)
     shown = (_spread(height, grid[0])[:, None] * width + _spread(width, grid[1])).flatten()
-    maps = {kind: torch.cat([part[kind] for part in _softmaxes(q, k, tables, shown)], 1) for kind in KINDS}
+    size = height, width
+    parts = [{kind: _smaller(part[kind], size) for kind in KINDS} for part in _softmaxes(q, k, tables, shown)]
 
     counted = _spread(height * width, min(height * width, _MOST_QUERIES))
     sums, means = torch.zeros(3, layer.heads, dtype=torch.float64), dict.fromkeys(KINDS, torch.zeros(()))
@@ -183,10 +183,8 @@ def _heads(name: str, layer: AAConv2d, x: Tensor) -> HeadMaps:
         means = {kind: means[kind] + part[kind].sum(1, keepdim=True) / len(counted) for kind in KINDS}
         sums += torch.stack([part[key].double().sum(1) for key in ("outside", "entropy", "share")])
     outside, entropy, position = sums / len(counted)
-    small = {kind: _smaller(torch.cat([maps[kind], means[kind]], 1).unflatten(-1, (height, width))) for kind in KINDS}
-    return HeadMaps(
-        name, tuple(range(layer.heads)), (height, width), grid, small, outside, entropy, position, len(counted)
-    )
+    maps = {kind: torch.cat([*(p[kind] for p in parts), _smaller(means[kind], size)], 1) for kind in KINDS}
+    return HeadMaps(name, tuple(range(layer.heads)), size, grid, maps, outside, entropy, position, len(counted))
 
 
 def _spread(size: int, count: int) -> Tensor:
@@ -221,10 +219,10 @@ def _softmaxes(q: Tensor, k: Tensor, tables: tuple[Tensor, Tensor], queries: Ten
         }
 
 
-def _smaller(maps: Tensor) -> Tensor:
-    """Maps (heads, n, h, w) averaged to sides that are shown, each with the sum 1."""
-    height, width = (min(side, _MOST_SHOWN) for side in maps.shape[-2:])
-    pooled = F.adaptive_avg_pool2d(maps, (height, width))
+def _smaller(maps: Tensor, size: Size) -> Tensor:
+    """Maps (heads, n, HW) of a size averaged to sides that are shown, (heads, n, h, w), each with the sum 1."""
+    height, width = (min(side, _MOST_SHOWN) for side in size)
+    pooled = F.adaptive_avg_pool2d(maps.unflatten(-1, size), (height, width))
     return pooled / pooled.sum((-2, -1), keepdim=True)
 
 

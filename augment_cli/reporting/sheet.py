@@ -90,6 +90,10 @@ class Sheets(ABC):
     def rows(self) -> list[dict[str, Any]]:
         """One row or more for a CSV file, all with the same keys."""
 
+    def pictures(self) -> Iterable[Markup]:
+        """Sections with pictures, after the tables of the page."""
+        return ()
+
     def table(self, full: bool = False) -> RenderableType:
         """The tables for the terminal."""
         return Group(*(sheet.to_rich() for sheet in self.sheets(full)))
@@ -126,4 +130,5 @@ class Sheets(ABC):
 
     def _html(self) -> str:
         header = tag("header", tag("p", "augment-cli", class_="eyebrow"), tag("h1", self.heading))
-        return page(self.heading, header, tag("main", (sheet.to_html() for sheet in self.sheets(True))))
+        main = tag("main", (sheet.to_html() for sheet in self.sheets(True)), self.pictures())
+        return page(self.heading, header, main)
