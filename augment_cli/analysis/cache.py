@@ -42,17 +42,18 @@ def look(
     """A model's source and analysis: out of the cache, or found anew and kept there.
 
     Args:
-        name, args, image_size: as for `source.describe`. Only names in timm's own registry are cached.
+        name, args, image_size: as for `source.describe`. Only timm's own models are cached, not those that others have
+            registered.
         cached: False neither reads nor writes the cache.
 
     Raises:
         AugmentError: as `source.describe` and `graph.analyze`.
     """
     file = _file(name, args or {}, image_size) if cached and ":" not in name else None
-    found = _read(file) if file else None
+    found = _read(file) if file and _is_timms(name) else None
     if found is None:
         found = _find(name, args, image_size)
-        if file:
+        if file and _is_timms(name):
             _write(file, found)
     with boundary(f"the arguments of {name}"):
         frozen = dict(freeze_arguments(found.source.args))  # lists as tuples, from a file or not
@@ -69,6 +70,16 @@ def folder() -> Path | None:
     if sys.platform == "win32":
         return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "augment-cli" / "Cache"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "augment-cli"
+
+
+def _is_timms(name: str) -> bool:
+    """Whether a name is of timm's own code. As long as timm is not imported, nobody can have registered another."""
+    if "timm" not in sys.modules:
+        return True
+    from timm.models import is_model, model_entrypoint
+
+    architecture = name.partition(".")[0]
+    return is_model(architecture) and model_entrypoint(architecture).__module__.startswith("timm.")
 
 
 def _find(name: str, args: dict[str, Any] | None, image_size: tuple[int, int] | None) -> _Found:

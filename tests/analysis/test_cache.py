@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 
 from augment_cli.analysis import cache
 from augment_cli.analysis.cache import look
@@ -109,6 +110,21 @@ def test_a_folder_that_refuses_is_no_error(tmp_path, monkeypatch, analysed):
         monkeypatch.setenv(cache.VARIABLE, str(place))
         look("test_resnet")
     assert len(analysed) == 2
+
+
+def test_a_model_that_others_have_registered_is_looked_at_each_time(kept, analysed, monkeypatch):
+    look("test_resnet")
+
+    def test_resnet(pretrained=False, **kwargs):
+        return timm.models.resnet.resnet10t(pretrained, **kwargs)
+
+    monkeypatch.setitem(timm.models._registry._model_entrypoints, "test_resnet", test_resnet)
+    for _ in range(2):
+        assert look("test_resnet")[1].params > 5e6
+    assert len(analysed) == 3
+    monkeypatch.undo()
+    monkeypatch.setenv(cache.VARIABLE, str(kept.parent))
+    assert look("test_resnet")[1].params < 5e5
 
 
 def test_only_the_newest_answers_are_kept(kept, monkeypatch):
