@@ -85,6 +85,7 @@ sweep: $(READY)
 	$(VENV)/bin/python docs/sweep.py
 
 story: $(READY)
+	$(VENV)/bin/python benchmarks/retrofit.py --tasks recall odd digits --rows source "AA, carried" "AA, fitted"
 	$(VENV)/bin/python docs/story.py
 
 # The environment is made when it is missing, broken or older than what it is made from: with what the program needs, and

@@ -20,9 +20,9 @@ from wrapt import register_post_import_hook
 from augment_cli.errors import AugmentError, BudgetError, FileError, InputError
 
 if TYPE_CHECKING:
-    from augment_cli.api import check, convert, plan, report, save
+    from augment_cli import detection
+    from augment_cli.api import check, convert, export, load, plan, report, save
     from augment_cli.attention.looking import attention_maps
-    from augment_cli.checkpoint.files import load
     from augment_cli.comparison import compare, frontier
     from augment_cli.difference import diff
     from augment_cli.layers import AAConv2d, AWConv2d
@@ -41,8 +41,9 @@ _HOMES = {
     "compare": "comparison",
     "convert": "api",
     "diff": "difference",
+    "export": "api",
     "frontier": "comparison",
-    "load": "checkpoint.files",
+    "load": "api",
     "load_recipe": "planning.recipe",
     "param_groups": "training.groups",
     "plan": "api",
@@ -62,7 +63,9 @@ __all__ = [
     "check",
     "compare",
     "convert",
+    "detection",
     "diff",
+    "export",
     "frontier",
     "load",
     "load_recipe",
@@ -74,6 +77,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "detection":
+        return importlib.import_module(f"{__name__}.detection")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -14,9 +14,16 @@ from torch import Tensor, nn
 from augment_cli.analysis import source
 from augment_cli.analysis.graph import ModelGraph, analyze
 from augment_cli.checkpoint.check import Finding, verify_file, verify_model
-from augment_cli.checkpoint.metadata import Metadata, metadata_of, read_metadata
+from augment_cli.checkpoint.files import load as load_model
+from augment_cli.checkpoint.metadata import Metadata, metadata_of, read_metadata, weights_file
 from augment_cli.conversion import check_fittable, operate
+from augment_cli.detection.build import settings_of
+from augment_cli.detection.files import load_detector, save_detector
 from augment_cli.errors import InputError
+from augment_cli.exporting.export import Exported
+from augment_cli.exporting.export import export as write_exported
+from augment_cli.files import check_output
+from augment_cli.formats import DETECTOR_KEY, read_tensor_metadata
 from augment_cli.planning.plan import Plan, check_budget, fit_plan, make_plan, read_plan
 from augment_cli.planning.recipe import Recipe, load_recipe
 from augment_cli.reporting.output import check_target, write_model
@@ -122,20 +129,46 @@ def convert(
 
 
 def save(model: nn.Module, path: str | Path, overwrite: bool = False) -> None:
-    """Write a converted model with its weights as they are now, trained or not.
+    """Write a converted model or a detector with its weights as they are now, trained or not.
 
     Args:
-        model: from `convert` or `load`.
-        path: a name that ends in .safetensors for one file; any other for a folder, with reports and a model card,
-            and for a timm model what timm loads as "local-dir:PATH".
+        model: from `convert`, `load` or `detection`.
+        path: a name that ends in .safetensors for one file, as detectors take it; any other for a folder, with reports
+            and a model card, and for a timm model what timm loads as "local-dir:PATH".
         overwrite: replace what is there.
 
     Raises:
         AugmentError: not a converted model, or a path that cannot be written.
     """
-    metadata, target = _metadata_of(model), Path(path)
+    target = Path(path)
+    if settings_of(model) is not None:
+        check_output(target, overwrite)
+        save_detector(model, target)
+        return
+    metadata = _metadata_of(model)
     check_target(target, overwrite)
     write_model(model, metadata, target)
+
+
+def load(path: str | Path, base: "Base | None" = None) -> nn.Module:
+    """The converted model of a file, or of a folder with `model.safetensors` in it, or a detector; in train mode.
+
+    A converted timm model comes back as a timm model, and a detector as torchvision's. Of any other model the file
+    holds no code: `base` makes it.
+
+    Args:
+        base: the source's architecture, for a model that timm does not know: a module, which is left as it is, or a
+            function that makes one, called with the plan's `model_args`. Its weights do not matter.
+
+    Raises:
+        AugmentError: not a converted model's file, cut short, of a newer schema, or a plan or weights that do not fit.
+    """
+    file = weights_file(Path(path))
+    if DETECTOR_KEY not in read_tensor_metadata(file):
+        return load_model(path, base)
+    if base is not None:
+        raise InputError(f"{file} holds a detector, which is made again by its own settings: leave out `base`")
+    return load_detector(file)
 
 
 def check(model: "nn.Module | str | Path", base: "Base | None" = None) -> list[Finding]:
@@ -151,6 +184,50 @@ def check(model: "nn.Module | str | Path", base: "Base | None" = None) -> list[F
     if isinstance(model, nn.Module):
         return verify_model(model, _metadata_of(model).plan)
     return verify_file(Path(model), base)
+
+
+def export(
+    model: "nn.Module | str | Path",
+    path: str | Path,
+    *,
+    input_size: Size | None = None,
+    precision: str = "fp32",
+    opset: int = 20,
+    calibrate: "str | Path | Tensor | Iterable[Any] | None" = None,
+    calibrate_images: int = 128,
+    tolerance: float | None = None,
+    overwrite: bool = False,
+) -> Exported:
+    """Write a model for another runtime, run the file there, and compare it with the model in torch.
+
+    Args:
+        model: with weights, converted or not, or a converted model's file or folder.
+        path: ends in .onnx, .pt2 (torch.export) or .xml (OpenVINO).
+        input_size: of an image, as for `convert`; a converted model has its plan's. The batch may have any size.
+        precision: fp32, fp16, or for ONNX int8.
+        opset: of ONNX.
+        calibrate: images to compare on, and for int8 to measure ranges on, as for `convert`; None takes random ones.
+        calibrate_images: how many of them at most.
+        tolerance: largest difference allowed, as a share of the largest output. None takes 1e-4, 2e-2 or 0.5.
+        overwrite: replace what is there.
+
+    Raises:
+        AugmentError: no such format, a model that it cannot express, or outputs that differ too much. Nothing is
+            written then.
+    """
+    if not isinstance(model, nn.Module):
+        model = load(model)
+    metadata = metadata_of(model)
+    if input_size is None and metadata is None:
+        raise InputError("`input_size` is missing: a model that is not converted does not say its images' size")
+    size = metadata.plan.input_size if metadata else (3, 0, 0)
+    if input_size is not None:
+        sides = (input_size, input_size) if isinstance(input_size, int) else input_size
+        size = (sides[0] if len(sides) == 3 else size[0], sides[-2], sides[-1])
+    images = None if calibrate is None else gather_images(calibrate, model, size, calibrate_images)
+    options: dict[str, Any] = {"precision": precision, "opset": opset, "tolerance": tolerance, "overwrite": overwrite}
+    with preserved():
+        return write_exported(model, path, size, calibration=images, **options)
 
 
 def report(model: "nn.Module | Plan | str | Path") -> PrintedReport:

@@ -11,6 +11,9 @@ ARCHITECTURE = "augmented"
 METADATA_KEY = "augment"
 """The entry of a safetensors file's metadata that makes it a converted model."""
 
+DETECTOR_KEY = "augment_detector"
+"""The entry of a safetensors file's metadata that makes it a detector."""
+
 # The plan of the largest timm model, its tensors' names and shapes beside it, takes a few megabytes.
 _LARGEST_HEADER = 32 * 2**20
 

@@ -3,13 +3,14 @@
 recall: a framed cue has one of six colours; the class is the shape elsewhere that has the same colour. Shapes may
     repeat, so that a model which does not bind shape to colour still learns the shapes: the most frequent shape is the
     answer in 63% of the images.
-odd: four framed patches of stripes; the class is the colour of the frame whose stripes run otherwise than the other
-    three's. The others' direction is horizontal in 55% of the images, so that directions are worth learning alone.
+odd: six patches of stripes in frames of six colours; the class is the colour of the frame whose stripes run otherwise
+    than the others'. Theirs are horizontal in 55% of the images, so that directions are worth learning alone.
 digits: scikit-learn's digits, enlarged, turned, moved, partly covered, noisy: a local task, on which there is nothing
     to be gained and nothing may be lost.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,25 +22,39 @@ COUNTS = {"train": 12_000, "validation": 2_000, "calibration": 512}
 _COLOURS = np.array(
     [(220, 50, 47), (38, 139, 210), (133, 153, 0), (211, 54, 130), (240, 200, 40), (40, 200, 190)], dtype=np.float64
 )
-_FRAMES = {"white": (230, 230, 230), "red": (220, 50, 47), "blue": (38, 139, 210), "green": (133, 190, 0)}
 
 Box = tuple[int, int, int]
 """Top, left, side."""
 
 
+@dataclass(frozen=True)
+class Scene:
+    """A picture of `recall` (SIDE, SIDE, 3), 0 to 255; its class; its cue, and the shape that has the cue's colour."""
+
+    picture: np.ndarray
+    label: str
+    cue: Box
+    answer: Box
+
+
 def recall(drawn: np.random.Generator) -> tuple[np.ndarray, str]:
     """An image (SIDE, SIDE, 3) of 0 to 255, and its class."""
+    scene = recall_scene(drawn)
+    return scene.picture, scene.label
+
+
+def recall_scene(drawn: np.random.Generator) -> Scene:
     picture = np.full((SIDE, SIDE, 3), drawn.uniform(40, 90))
     colours, shapes = drawn.permutation(len(_COLOURS))[:3], drawn.integers(0, len(_SHAPES), 3)
-    (top, left, side), *boxes = _place([10, *drawn.integers(10, 14, 3)], drawn)
-    asked = drawn.integers(3)
+    cue, *boxes = _place([10, *drawn.integers(10, 14, 3)], drawn)
+    (top, left, side), asked = cue, drawn.integers(3)
     picture[top : top + side, left : left + side] = 255
     picture[top + 2 : top + side - 2, left + 2 : left + side - 2] = _COLOURS[colours[asked]]
     names = list(_SHAPES)
     for (top, left, side), shape, colour in zip(boxes, shapes, colours, strict=True):
         y, x = np.mgrid[0:side, 0:side]
         picture[top : top + side, left : left + side][_SHAPES[names[shape]](y, x, side)] = _COLOURS[colour]
-    return picture + drawn.normal(0, 15, picture.shape), names[shapes[asked]]
+    return Scene(picture + drawn.normal(0, 15, picture.shape), names[shapes[asked]], cue, boxes[asked])
 
 
 def _disc(y: np.ndarray, x: np.ndarray, side: int) -> np.ndarray:
@@ -62,14 +77,14 @@ def odd(drawn: np.random.Generator) -> tuple[np.ndarray, str]:
     picture = np.full((SIDE, SIDE, 3), drawn.uniform(60, 110))
     common = 0 if drawn.random() < 0.55 else int(drawn.integers(1, 4))
     other = int(drawn.choice([turn for turn in range(4) if turn != common]))
-    label = list(_FRAMES)[drawn.integers(len(_FRAMES))]
-    y, x = np.mgrid[0:9, 0:9] - 4.0
-    for (top, left, side), (name, colour) in zip(_place([13] * 4, drawn), _FRAMES.items(), strict=True):
-        angle = np.pi / 4 * (other if name == label else common) + drawn.normal(0, 0.05)
+    label = int(drawn.integers(len(_COLOURS)))
+    y, x = np.mgrid[0:8, 0:8] - 3.5
+    for number, (top, left, side) in enumerate(_place([11] * len(_COLOURS), drawn)):
+        angle = np.pi / 4 * (other if number == label else common) + drawn.normal(0, 0.05)
         waves = np.sin(2 * np.pi / 4.5 * (x * np.cos(angle) + y * np.sin(angle)) + drawn.uniform(0, 2 * np.pi))
-        picture[top : top + side, left : left + side] = colour
-        picture[top + 2 : top + 11, left + 2 : left + 11] = (128 + 90 * np.sign(waves))[..., None]
-    return picture + drawn.normal(0, 12, picture.shape), label
+        picture[top : top + side, left : left + side] = _COLOURS[number]
+        picture[top + 2 : top + 10, left + 2 : left + 10] = (128 + 90 * np.sign(waves))[..., None]
+    return picture + drawn.normal(0, 12, picture.shape), str(label)
 
 
 def digits() -> Callable[[np.random.Generator, str], tuple[np.ndarray, str]]:
@@ -122,9 +137,14 @@ def images(task: str, split: str) -> Iterator[tuple[np.ndarray, str]]:
     draw = {"recall": recall, "odd": odd}.get(task)
     draw_digit = digits() if draw is None else None
     for number in range(COUNTS[split]):
-        drawn = np.random.default_rng((TASKS.index(task), list(COUNTS).index(split), number))
+        drawn = generator(task, split, number)
         picture, label = draw(drawn) if draw else draw_digit(drawn, split)
         yield np.clip(picture, 0, 255).astype(np.uint8), label
+
+
+def generator(task: str, split: str, number: int) -> np.random.Generator:
+    """Draws the image of a number."""
+    return np.random.default_rng((TASKS.index(task), list(COUNTS).index(split), number))
 
 
 def write(task: str, folder: Path) -> None:

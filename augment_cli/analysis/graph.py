@@ -195,6 +195,7 @@ def _sites(model: nn.Module, graph: fx.Graph, calls: CallRecorder) -> Iterator[C
             block_index=seen[place],
             reads_image=name in image_readers,
             stem=name in image_readers or in_stem(name),
+            pyramid=_in_pyramid(model, name),
             norm=norms.get(name),
             obstacle=_obstacle(sizes),
         )
@@ -231,6 +232,12 @@ def _block(model: nn.Module, name: str) -> str:
         if sum(isinstance(m, nn.Conv2d) for m in model.get_submodule(name).modules()) > 1:
             break
     return name
+
+
+def _in_pyramid(model: nn.Module, name: str) -> bool:
+    """Whether a convolution belongs to a feature pyramid of torchvision, or to one made like it."""
+    around = (type(model.get_submodule(module)).__mro__ for module in _ancestors(name))
+    return any(kind.__name__ == "FeaturePyramidNetwork" for kinds in around for kind in kinds)
 
 
 def _stages(model: nn.Module, graph: fx.Graph, calls: CallRecorder) -> Callable[[str], int]:

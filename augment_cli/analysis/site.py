@@ -39,6 +39,7 @@ class ConvSite:
     block_index: _Place  # its place in its block, among the convolutions of the same kernel size
     reads_image: bool
     stem: bool
+    pyramid: bool  # in a feature pyramid, behind the backbone
     norm: Name | None
     obstacle: Name | None = None  # why nothing can replace it
 

@@ -14,7 +14,8 @@ from torch import nn
 
 from augment_cli.checkpoint import rebuild
 from augment_cli.checkpoint.metadata import Metadata, attach, read_metadata, weights_file
-from augment_cli.errors import boundary
+from augment_cli.errors import FileError, boundary
+from augment_cli.formats import DETECTOR_KEY, read_tensor_metadata
 from augment_cli.seeds import seeded
 
 
@@ -29,10 +30,10 @@ def save_weights(model: nn.Module, metadata: Metadata, path: Path) -> None:
 
     tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
     save_file(tensors, path, metadata=metadata.to_metadata())
-    _sort_metadata(path)
+    sort_metadata(path)
 
 
-def _sort_metadata(path: Path) -> None:
+def sort_metadata(path: Path) -> None:
     """safetensors writes metadata in the random order of a hash map: put them in order, in place."""
     with path.open("r+b") as file:
         (size,) = struct.unpack("<Q", file.read(8))
@@ -59,7 +60,10 @@ def load(path: str | Path, base: rebuild.Base | None = None) -> nn.Module:
     """
     from safetensors.torch import load_file
 
-    metadata, file = read_metadata(Path(path)), weights_file(Path(path))
+    file = weights_file(Path(path))
+    metadata = read_metadata(file)
+    if DETECTOR_KEY in read_tensor_metadata(file):
+        raise FileError(f"{file} holds a detector, and a model is asked for here: augment_cli.load gives the detector")
     if metadata.plan.base == "timm":
         rebuild.check_weights(metadata.plan, file)
     with boundary(f"{file} cannot be loaded"), seeded("load"):

@@ -71,7 +71,7 @@ def check_fit(file: Path, arguments: dict[str, Any]) -> None:
     Raises:
         AugmentError: the model cannot be built, or has other tensors than the file.
     """
-    found = _shapes_in(file)
+    found = shapes_in(file)
     try:
         with limited("the model", Limit.of(found.values())), seeded("shapes"), torch.device("meta"):
             state = timm.create_model(ARCHITECTURE, **arguments).state_dict()
@@ -86,10 +86,11 @@ def check_tensors(model: nn.Module, file: Path) -> None:
     Raises:
         AugmentError: it has others than the file.
     """
-    _compare(file, _shapes_in(file), model.state_dict())
+    _compare(file, shapes_in(file), model.state_dict())
 
 
-def _shapes_in(file: Path) -> dict[str, tuple[int, ...]]:
+def shapes_in(file: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of a safetensors file's tensors, by name."""
     from safetensors import safe_open
 
     with boundary(f"{file} cannot be read"), safe_open(file, "numpy") as opened:
@@ -190,14 +191,14 @@ def transplant(model: nn.Module, extractor: nn.Module, sites: set[str]) -> None:
     first levels joined by underscores.
     """
     modules = dict(model.named_modules())
-    own_name = {name: _first_in(modules, name) for name, _ in extractor.named_modules()}
-    moved = {name: own for name, own in own_name.items() if own is not None and own in sites}
+    owned = {name: own_name(modules, name) for name, _ in extractor.named_modules()}
+    moved = {name: own for name, own in owned.items() if own is not None and own in sites}
     _check_called(extractor, moved)
     for name, own in moved.items():
         extractor.set_submodule(name, modules[own])
         keep_unfolded(extractor, name)
     state = model.state_dict()
-    extractor.load_state_dict({key: state[_first_in(state, key) or key] for key in extractor.state_dict()})
+    extractor.load_state_dict({key: state[own_name(state, key) or key] for key in extractor.state_dict()})
 
 
 def _check_called(extractor: nn.Module, names: dict[str, str]) -> None:
@@ -212,7 +213,8 @@ def _check_called(extractor: nn.Module, names: dict[str, str]) -> None:
         )
 
 
-def _first_in(known: dict[str, Any], name: str) -> str | None:
+def own_name(known: dict[str, Any], name: str) -> str | None:
+    """The name in a model, among the known ones, of a part of its feature extractor; None where it has no such part."""
     return next((candidate for candidate in _candidates(name) if candidate in known), None)
 
 

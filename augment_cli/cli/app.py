@@ -13,8 +13,10 @@ from augment_cli.cli import (
     check,
     compare,
     convert,
+    detect,
     diff,
     evaluate,
+    export,
     finetune,
     models,
     plan,
@@ -74,8 +76,10 @@ app.command("compare")(compare.compare)
 app.command("diff")(diff.diff)
 app.command("attention")(attention.attention)
 app.command("check")(check.check)
+app.command("export")(export.export)
 app.command("finetune")(finetune.finetune)
 app.command("evaluate")(evaluate.evaluate)
+app.add_typer(detect.app, name="detect")
 app.command("timm")(timm.timm)
 app.add_typer(recipes.app, name="recipes")
 app.command("models")(models.models)

@@ -11,7 +11,7 @@ import typer
 from augment_cli import signals
 from augment_cli.cli import common
 from augment_cli.errors import InputError
-from augment_cli.training.settings import FIXED, TRACKERS, Schedule, Settings, option, read_settings
+from augment_cli.training.settings import TRACKERS, Schedule, Settings, option, read_settings
 
 _run, _model, _data, _augmentation, _loss, _optimisation, _rates, _machine = (
     partial(typer.Option, rich_help_panel=panel)
@@ -206,7 +206,7 @@ def _resumed(folder: Path, values: dict[str, Any], given: set[str]) -> Settings:
     """The settings of the run in a folder, with those changed that the user gave."""
     from augment_cli.training.folder import SETTINGS
 
-    if fixed := sorted(given & {*FIXED, "output", "overwrite"}):
+    if fixed := sorted(given & {*Settings.fixed, "output", "overwrite"}):
         raise InputError(
             f"{_name(fixed[0])} cannot be another for a run that has begun: leave it out, or start a new run from "
             f"{folder / 'last'}"
@@ -214,7 +214,7 @@ def _resumed(folder: Path, values: dict[str, Any], given: set[str]) -> Settings:
     if not (folder / SETTINGS).is_file():
         raise InputError(f"--resume {folder}: no run here that could be resumed")
     changed = {name: _plain(values)[name] for name in given}
-    return replace(read_settings(folder / SETTINGS), **changed, output=str(folder))
+    return replace(read_settings(folder / SETTINGS, Settings), **changed, output=str(folder))
 
 
 def _check(settings: Settings, resume: bool, overwrite: bool) -> None:

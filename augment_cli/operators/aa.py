@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, field_validator
 
 from augment_cli.analysis.site import Convolution, ConvSite, Size, filter_macs, filter_params
-from augment_cli.bounds import MOST_CHANNELS, MOST_HEADS, MOST_KEYS, MOST_SIDE, Channels, Side
+from augment_cli.bounds import MOST_CHANNELS, MOST_HEADS, MOST_KEYS, MOST_LISTED, MOST_SIDE, Channels, Side
 from augment_cli.operators.operator import Operator, Settings, Split, Table
 from augment_cli.operators.registry import register
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 LEGEND = "Keys and Values are attention's channels, Pool is how many times smaller its map is."
 PAPER = "Attention Augmented Convolutional Networks, arXiv 1904.09925"
+
+Stage = Annotated[int, Field(ge=0, le=MOST_LISTED)]
 
 # How far from the written split a budget may look, in heads' worth of channels to either side. Close ones matter most:
 # equal sites mix them; far ones are for budgets that ask for a lot.
@@ -43,7 +45,8 @@ class AATable(Table):
         Literal["more-keys", "fewer-heads"], Field(description="what gives where key_ratio is under the least")
     ] = "fewer-heads"
     attention_pool: Annotated[
-        int | Literal["auto"], Field(description="attend on a map this many times smaller; auto: by map size")
+        int | Literal["auto"] | Annotated[dict[Stage, Side], Field(max_length=MOST_LISTED)],
+        Field(description="attend on a map this many times smaller; auto: by map size; {2 = 4}: by stage, else 1"),
     ] = "auto"
     largest_attention_map: Annotated[
         int, Field(ge=1, le=MOST_SIDE**2, description="auto: pool maps of more positions (height x width) than this")
@@ -54,7 +57,7 @@ class AATable(Table):
 
     @field_validator("attention_pool")
     @classmethod
-    def _pool_is_in_range(cls, value: int | str) -> int | str:
+    def _pool_is_in_range(cls, value: Any) -> Any:
         if isinstance(value, int) and not 1 <= value <= MOST_SIDE:
             raise ValueError(f"not from 1 to {MOST_SIDE}")
         return value
@@ -159,8 +162,10 @@ def written_attention(site: ConvSite, table: AATable) -> AASplit | None:
     return AASplit(heads, keys, values, attention_pool(site, table)) if values else None
 
 
-def attention_pool(site: Convolution, table: AATable) -> int:
-    """The smallest of 1, 2, 4, ... that brings the map within the recipe's number of positions, or the largest."""
+def attention_pool(site: ConvSite, table: AATable) -> int:
+    """The recipe's pool; for auto the smallest of 1, 2, 4, ... that brings the map within its number of positions."""
+    if isinstance(table.attention_pool, dict):
+        return table.attention_pool.get(site.stage, 1)
     if table.attention_pool != "auto":
         return table.attention_pool
     pools = [2**octave for octave in range(table.max_attention_pool.bit_length())]

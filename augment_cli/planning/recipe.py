@@ -75,6 +75,8 @@ class Select(Table):
     ] = ()
     exclude: Annotated[Several, Field(description="name globs that are left alone")] = ()
     include_stem: Annotated[bool, Field(description="also the stem, except what reads the image itself")] = False
+    include_pyramid: Annotated[bool, Field(description="also a detector's feature pyramid")] = False
+    include_strided: Annotated[bool, Field(description="also convolutions with a stride of 2 or more")] = True
     largest_map: Annotated[
         int | None, Field(ge=1, le=MOST_SIDE**2, description="most output positions (height x width)")
     ] = None

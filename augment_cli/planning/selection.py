@@ -117,6 +117,10 @@ def _not_selected(site: ConvSite, sites: tuple[ConvSite, ...], settings: Select)
         return "stem: reads the image"
     if site.stem and not settings.include_stem:
         return "stem (select.include_stem=true takes it)"
+    if site.pyramid and not settings.include_pyramid:
+        return "feature pyramid (select.include_pyramid=true takes it)"
+    if max(site.stride) > 1 and not settings.include_strided:
+        return "strided (select.include_strided=true takes it)"
     if site.kind not in settings.kinds:
         return f"{site.kind} (select.kinds={site.kind} takes it)"
     if settings.names and not any(fnmatchcase(site.name, pattern) for pattern in settings.names):

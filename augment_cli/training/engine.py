@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterable
 from contextlib import ExitStack, nullcontext
+from typing import Any
 
 import torch
 from accelerate.data_loader import skip_first_batches
@@ -15,15 +16,13 @@ from augment_cli.files import write_file
 from augment_cli.seeds import seed_all
 from augment_cli.signals import Stopped, held, pending, stop
 from augment_cli.training import state
-from augment_cli.training.evaluate import Scores, evaluate
 from augment_cli.training.folder import STATE
 from augment_cli.training.history import best_row, write_history
-from augment_cli.training.loss import Distillation
 from augment_cli.training.meter import Diverged
-from augment_cli.training.models import logits_of, write_trained
 from augment_cli.training.progress import Reporter
 from augment_cli.training.run import Run, contents, freeze_carried
 from augment_cli.training.settings import parse_interval
+from augment_cli.training.task import Row
 
 # Batches after which losses are read from the device. Reading waits for the device, so it is not done for each.
 _LOOK = 10
@@ -60,11 +59,13 @@ def train(run: Run, reporter: Reporter) -> None:
             with held():
                 finish_epoch(run, scores, reporter)
     if run.epoch < run.settings.epochs:
-        reporter.say(f"stopped after epoch {run.epoch}: no better top-1 for {run.settings.patience} epochs")
+        reporter.say(
+            f"stopped after epoch {run.epoch}: no better {run.task.best.name} for {run.settings.patience} epochs"
+        )
 
 
 def _out_of_patience(run: Run) -> bool:
-    best, patience = best_row(run.history), run.settings.patience
+    best, patience = best_row(run.history, run.task.best), run.settings.patience
     return best is not None and 0 < patience <= run.epoch - best["epoch"]
 
 
@@ -82,22 +83,22 @@ def train_epoch(run: Run, reporter: Reporter) -> None:
     checkpoints = _Clock(run)
     seen = run.batch
     with ExitStack() as group:  # a signal waits until a group of accumulated batches is whole
-        for images, labels in _batches_left(run):
+        for images, targets in _batches_left(run):
             group.enter_context(held())
-            _train_batch(run, images, labels)
+            _train_batch(run, images, targets)
             run.batch += 1
             run.seconds = time.monotonic() - begun
             whole, last = run.accelerator.sync_gradients, run.batch == len(run.train)
             due = whole and not last and checkpoints.due()
             if last or due or run.batch % _LOOK == 0:
-                seen = _look(run, reporter, seen, len(labels))
+                seen = _look(run, reporter, seen, len(targets))
             if due:
                 save_state(run)
             if whole:
                 group.close()
 
 
-def _batches_left(run: Run) -> Iterable[tuple[Tensor, Tensor]]:
+def _batches_left(run: Run) -> Iterable[tuple[Any, Any]]:
     if run.batch == len(run.train):
         return ()
     return skip_first_batches(run.train, run.batch) if run.batch else run.train
@@ -106,7 +107,7 @@ def _batches_left(run: Run) -> Iterable[tuple[Tensor, Tensor]]:
 def _look(run: Run, reporter: Reporter, seen: int, size: int) -> int:
     run.meter.look(run.batch, f"at epoch {run.epoch + 1}")
     images = (run.batch - seen) * size * run.accelerator.num_processes
-    reporter.advance(run.epoch, run.batch, images, run.meter)
+    reporter.advance(run.epoch, run.batch, images, run.task.running(run.meter))
     _stop_together(run)
     return run.batch
 
@@ -138,26 +139,22 @@ def _set_trained(run: Run) -> None:
 
 def _set_epoch(run: Run) -> None:
     seed_all(run.settings.seed, "epoch", run.epoch)  # loaders seed their workers from torch's generator
-    run.splits.train.set_epoch(run.epoch)
+    run.task.set_epoch(run.epoch)
     run.train.set_epoch(run.epoch)
 
 
-def _train_batch(run: Run, images: Tensor, labels: Tensor) -> None:
+def _train_batch(run: Run, images: Any, targets: Any) -> None:
     """Forward and backward; after the last batch of an accumulated group, update the weights."""
     accelerator, settings = run.accelerator, run.settings
     seed_all(settings.seed, "batch", run.epoch, run.batch, accelerator.process_index)
-    if settings.channels_last:
-        images = images.contiguous(memory_format=torch.channels_last)
-    mixed, targets = run.mixup(images.clone(), labels) if run.mixup else (images, labels)
     with accelerator.accumulate(run.model):
-        logits = logits_of(run.model, mixed)
-        loss = _loss(run, mixed, logits, targets)
+        loss, sums = _loss(run, images, targets)
         accelerator.backward(loss)
         if accelerator.sync_gradients and settings.clip_grad:
             accelerator.clip_grad_norm_(run.model.parameters(), settings.clip_grad)
         run.optimizer.step()
         run.optimizer.zero_grad()
-    run.meter.add(loss, logits, labels)
+    run.meter.add(sums)
     if accelerator.sync_gradients:
         run.updates += 1
         run.scheduler.step_update(run.updates)
@@ -171,41 +168,36 @@ def _highest_rate(run: Run) -> float:
     return max(group["lr"] for group in run.optimizer.param_groups)
 
 
-def _loss(run: Run, images: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
-    if isinstance(run.criterion, Distillation):
-        with run.accelerator.autocast():
-            return run.criterion(images, logits, targets)
-    return run.criterion(logits, targets)
+def _loss(run: Run, images: Any, targets: Any) -> tuple[Tensor, Tensor]:
+    return run.task.loss(run.model, images, targets)
 
 
-def _validate(run: Run) -> Scores:
+def _validate(run: Run) -> Row:
     _share_statistics(run)
-    return evaluate(run.trained, run.val, run.accelerator)
+    return run.task.validate(run.trained)
 
 
-def finish_epoch(run: Run, scores: Scores, reporter: Reporter) -> None:
+def finish_epoch(run: Run, scores: Row, reporter: Reporter) -> None:
     """Write an epoch's results, then the checkpoint. A crash before that repeats the epoch."""
     row = {
         "epoch": run.epoch + 1,
-        "train_loss": run.meter.loss,
-        "train_top1": run.meter.top1,
-        "val_loss": scores.loss,
-        "val_top1": scores.top1,
-        "val_top5": scores.top5,
+        **run.task.train_scores(run.meter),
+        **scores,
         "lr": _highest_rate(run),
         "seconds": run.seconds,
     }
     run.history.append(row)
-    is_best = best_row(run.history) is row
-    reporter.end_epoch(row, is_best)
+    is_best = best_row(run.history, run.task.best) is row
+    reporter.end_epoch(row, run.task.summary(row), is_best)
     run.accelerator.log(row, step=run.updates)
     _report_corrupt(run, reporter)
-    run.epoch, run.batch, run.seconds, run.meter.sums = run.epoch + 1, 0, 0.0, [0.0, 0.0, 0.0]
+    run.epoch, run.batch, run.seconds = run.epoch + 1, 0, 0.0
+    run.meter.reset()
     if run.accelerator.is_main_process:
-        write_trained(run.trained, run.opened, run.folder / "last")
+        run.task.write(run.trained, run.folder, "last")
         if is_best:
-            write_trained(run.trained, run.opened, run.folder / "best")
-        write_history(run.folder, run.history)
+            run.task.write(run.trained, run.folder, "best")
+        write_history(run.folder, run.history, type(run.task))
     save_state(run)
 
 
@@ -225,7 +217,7 @@ def save_state(run: Run) -> None:
 
 
 def _report_corrupt(run: Run, reporter: Reporter) -> None:
-    names = sorted(set(gather_object([*run.splits.train.corrupt_names(), *run.splits.val.corrupt_names()])))
+    names = sorted(set(gather_object(run.task.corrupt_names())))
     if names:
         reporter.corrupt(names)
         if run.accelerator.is_main_process:

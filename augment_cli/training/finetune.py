@@ -12,16 +12,19 @@ from augment_cli.files import write_file
 from augment_cli.seeds import preserved
 from augment_cli.signals import held
 from augment_cli.training.accelerators import one_accelerator
+from augment_cli.training.classification import Classification
 from augment_cli.training.engine import describe_saved, save_state, train
 from augment_cli.training.folder import SETTINGS, STATE, TRACKED, check_free, clear
 from augment_cli.training.history import best_row
-from augment_cli.training.models import write_trained
 from augment_cli.training.progress import Reporter
 from augment_cli.training.run import Run, prepare, read_saved
-from augment_cli.training.settings import Settings
+from augment_cli.training.settings import RunSettings
+from augment_cli.training.task import Task
 
 
-def finetune(settings: Settings, *, resume: bool = False, overwrite: bool = False) -> None:
+def finetune(
+    settings: RunSettings, *, resume: bool = False, overwrite: bool = False, task: type[Task] = Classification
+) -> None:
     """Fine-tune a model as the settings say; results go to their output folder.
 
     The folder gets `best` and `last`, models as `augment_cli.load` and timm read them; `summary.csv` and `curves.png`;
@@ -29,24 +32,25 @@ def finetune(settings: Settings, *, resume: bool = False, overwrite: bool = Fals
     resumed from the first moment on: a run may be killed at any time.
 
     Args:
-        resume: go on from the checkpoint in the folder. Settings outside `settings.FIXED` may differ from before.
+        resume: go on from the checkpoint in the folder. Settings outside `settings.fixed` may differ from before.
         overwrite: replace a run that is in the folder.
+        task: what the model learns.
 
     Raises:
         AugmentError: bad settings, model, data or checkpoint. Files written before stay.
     """
     folder = Path(settings.output)
-    saved = read_saved(folder / STATE) if resume else None
+    saved = read_saved(folder / STATE, task) if resume else None
     if not resume:
         check_free(folder, overwrite, settings.inputs())
     for name in settings.log_with:
         if not find_spec(name):
             raise AugmentError(f"`log_with={name!r}`: the package is not installed; pip install {name}")
     with preserved(), one_accelerator(**_options(settings)) as made:
-        _finetune(settings, made, saved)
+        _finetune(task, settings, made, saved)
 
 
-def _options(settings: Settings) -> dict[str, Any]:
+def _options(settings: RunSettings) -> dict[str, Any]:
     """accelerate's options: device, precision, accumulation and trackers. It finds other processes by itself."""
     return {
         "cpu": settings.cpu,
@@ -58,10 +62,10 @@ def _options(settings: Settings) -> dict[str, Any]:
     }
 
 
-def _finetune(settings: Settings, made: Accelerator, saved: dict[str, Any] | None) -> None:
+def _finetune(task: type[Task], settings: RunSettings, made: Accelerator, saved: dict[str, Any] | None) -> None:
     folder = Path(settings.output)
     with Reporter(silent=not made.is_main_process) as reporter:
-        run = prepare(settings, made, saved)
+        run = prepare(task, settings, made, saved)
         _describe(run, reporter, resume=saved is not None)
         made.wait_for_everyone()
         with held():
@@ -72,11 +76,11 @@ def _finetune(settings: Settings, made: Accelerator, saved: dict[str, Any] | Non
             train(run, reporter)
         finally:
             made.end_training()
-        if best := best_row(run.history):
-            reporter.say(f"best: epoch {best['epoch']}, top-1 {best['val_top1']:.2f}%; wrote {folder}")
+        if best := best_row(run.history, task.best):
+            reporter.say(f"best: epoch {best['epoch']}, {task.best.name} {best[task.best.column]:.2f}%; wrote {folder}")
 
 
-def _scalars(settings: Settings) -> dict[str, Any]:
+def _scalars(settings: RunSettings) -> dict[str, Any]:
     return {key: value for key, value in asdict(settings).items() if isinstance(value, (bool, int, float, str))}
 
 
@@ -88,22 +92,22 @@ def _begin(run: Run, new: bool) -> None:
         text = run.settings.to_json() + "\n"
         write_file(run.folder / SETTINGS, lambda path: path.write_text(text, encoding="utf-8"))
         if new:
-            write_trained(run.trained, run.opened, run.folder / "last")
+            run.task.write(run.trained, run.folder, "last")
     if new:
         save_state(run)
 
 
 def _describe(run: Run, reporter: Reporter, resume: bool) -> None:
     """Print model, data, device and learning rates."""
-    settings, splits, processes = run.settings, run.splits, run.accelerator.num_processes
+    settings, task, processes = run.settings, run.task, run.accelerator.num_processes
     images = settings.batch_size * settings.accumulate * processes
+    model, *more = task.describe()
     reporter.say(
-        f"{run.opened.name}, {run.opened.num_classes} classes: {len(splits.train):,} images to train on, "
-        f"{len(splits.val):,} to validate; {images} an update, {run.accelerator.device.type}"
-        f"{f', {processes} processes' if processes > 1 else ''}"
+        f"{model}: {task.images:,} images to train on, {task.val_images:,} to validate; {images} an update, "
+        f"{run.accelerator.device.type}{f', {processes} processes' if processes > 1 else ''}"
     )
-    if run.opened.weights:
-        reporter.say(f"source weights: {run.opened.weights}")
+    for line in more:
+        reporter.say(line)
     reporter.say("learning rates: " + "; ".join(_rates(run)))
     if resume:
         done = run.epoch >= settings.epochs
@@ -113,7 +117,7 @@ def _describe(run: Run, reporter: Reporter, resume: bool) -> None:
 def _rates(run: Run) -> list[str]:
     """Learning rate and number of parameters of each provenance in the model."""
     counts: dict[str, int] = {}
-    for name, parameter in run.opened.model.named_parameters():
+    for name, parameter in run.task.model.named_parameters():
         counts[run.kinds[name]] = counts.get(run.kinds[name], 0) + parameter.numel()
     rate_of: dict[str, Any] = {kind: run.settings.lr * getattr(run.settings, f"lr_{kind}") for kind in counts}
     return [f"{rate_of[kind]:g} for {counts[kind]:,} {kind} parameters" for kind in sorted(counts)]

@@ -10,7 +10,10 @@ from augment_cli.files import check_place, remove_leftovers
 STATE = "state.safetensors"
 SETTINGS = "settings.json"
 TRACKED = "augment"  # the project's name for trackers, and TensorBoard's folder
-_WRITTEN = (STATE, SETTINGS, "summary.csv", "curves.png", "corrupt.txt", "best", "last", TRACKED)
+_WRITTEN = (
+    *(STATE, SETTINGS, "summary.csv", "curves.png", "corrupt.txt", "best", "last", TRACKED),
+    *("best.safetensors", "last.safetensors", "examples.png"),
+)
 
 
 def check_free(folder: Path, overwrite: bool, inputs: Iterable[Path | None] = ()) -> None:

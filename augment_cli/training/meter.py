@@ -1,4 +1,4 @@
-"""Running sums of loss and accuracy over all processes, with a check that every loss is finite."""
+"""Running sums over all processes, with a check that every loss is finite."""
 
 import math
 
@@ -14,22 +14,23 @@ class Diverged(AugmentError):
 
 
 class Meter:
-    """Loss and top-1 of an epoch so far.
+    """Sums over the images of an epoch so far.
 
     `add` keeps a batch's results on the device, and `look` reads several batches at once: waiting for the device after
-    every batch would slow training down. `sums` are (loss times images, correct, images).
+    every batch would slow training down. `sums` are loss times images first, images last, and a task's between them.
     """
 
-    def __init__(self, accelerator: Accelerator, sums: list[float] | None = None) -> None:
+    def __init__(self, accelerator: Accelerator, sums: list[float]) -> None:
         self.accelerator = accelerator
-        self.sums = list(sums or (0.0, 0.0, 0.0))
+        self.sums = list(sums)
         self.pending: list[Tensor] = []
 
-    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Add a batch. Shapes: loss a scalar, logits (N, classes), labels (N,)."""
-        correct = (logits.detach().argmax(-1) == labels).sum()
-        count = torch.tensor(float(len(labels)), device=loss.device)
-        self.pending.append(torch.stack([loss.detach().float() * count, correct.float(), count]))
+    def add(self, row: Tensor) -> None:
+        """Add a batch's sums. Shapes: row (len(sums),)."""
+        self.pending.append(row)
+
+    def reset(self) -> None:
+        self.sums = [0.0] * len(self.sums)
 
     def look(self, last: int, where: str) -> None:
         """Read the batches added since the last call, up to batch `last`, from 1. Every process must call it.
@@ -48,9 +49,9 @@ class Meter:
 
     @property
     def loss(self) -> float:
-        return self.sums[0] / max(self.sums[2], 1)
+        """Mean over the images."""
+        return self.sums[0] / max(self.sums[-1], 1)
 
-    @property
-    def top1(self) -> float:
-        """Percent."""
-        return 100 * self.sums[1] / max(self.sums[2], 1)
+    def percent(self, index: int) -> float:
+        """A sum as percent of the images."""
+        return 100 * self.sums[index] / max(self.sums[-1], 1)

@@ -16,7 +16,7 @@ from augment_cli.checkpoint.metadata import Metadata
 from augment_cli.errors import AugmentError, nearest
 from augment_cli.surgery.replace import added_parameters
 from augment_cli.training.models import Opened
-from augment_cli.training.settings import Settings
+from augment_cli.training.settings import RunSettings
 
 Provenance = Literal["carried", "fitted", "new"]
 
@@ -44,7 +44,7 @@ def provenance_of_sites(model: nn.Module, metadata: Metadata) -> dict[str, Prove
     return kinds
 
 
-def parameter_groups(model: nn.Module, kinds: dict[str, Provenance], settings: Settings) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, kinds: dict[str, Provenance], settings: RunSettings) -> list[dict[str, Any]]:
     """timm's groups by weight decay and by layer, each split by provenance; `lr_scale` is the product of both."""
     multiplier = {"carried": settings.lr_carried, "fitted": settings.lr_fitted, "new": settings.lr_new}
     kind_of = {id(parameter): kinds[name] for name, parameter in model.named_parameters()}
@@ -59,7 +59,7 @@ def parameter_groups(model: nn.Module, kinds: dict[str, Provenance], settings: S
     return groups
 
 
-def _timm_groups(model: nn.Module, settings: Settings) -> list[dict[str, Any]]:
+def _timm_groups(model: nn.Module, settings: RunSettings) -> list[dict[str, Any]]:
     from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 
     own: Callable[[], Collection[str]] = getattr(model, "no_weight_decay", tuple)
@@ -71,7 +71,7 @@ def _timm_groups(model: nn.Module, settings: Settings) -> list[dict[str, Any]]:
     )
 
 
-def make_optimizer(model: nn.Module, kinds: dict[str, Provenance], settings: Settings) -> Optimizer:
+def make_optimizer(model: nn.Module, kinds: dict[str, Provenance], settings: RunSettings) -> Optimizer:
     """The optimiser that timm calls `settings.opt`, over the groups.
 
     Raises:
@@ -96,7 +96,7 @@ def make_optimizer(model: nn.Module, kinds: dict[str, Provenance], settings: Set
         raise AugmentError(f"the optimiser {settings.opt} cannot be made: {error}") from error
 
 
-def make_scheduler(optimizer: Optimizer, settings: Settings, updates_per_epoch: int) -> Scheduler:
+def make_scheduler(optimizer: Optimizer, settings: RunSettings, updates_per_epoch: int) -> Scheduler:
     """timm's scheduler, stepped by updates; the learning rate is a function of their number alone."""
     from timm.scheduler import create_scheduler_v2
 

@@ -6,8 +6,7 @@ from types import TracebackType
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from augment_cli.console import Terminal
-from augment_cli.training.history import Row
-from augment_cli.training.meter import Meter
+from augment_cli.training.task import Row
 
 _SECONDS_BETWEEN_LINES = 30.0
 _NAMES = 5
@@ -43,22 +42,19 @@ class Reporter:
         self.bar.reset(self.task, total=epochs * batches, completed=epoch * batches + batch)
         self.began = time.monotonic()
 
-    def advance(self, epoch: int, batch: int, images: int, meter: Meter) -> None:
+    def advance(self, epoch: int, batch: int, images: int, scores: str) -> None:
         """Show that `batch` batches of the epoch are done. `images` were trained on since the last call."""
         self.images += images
         rate = self.images / max(time.monotonic() - self.began, 1e-9)
-        text = f"epoch {epoch + 1}/{self.epochs}  loss {meter.loss:.4f}  top-1 {meter.top1:.2f}%  {rate:,.0f} images/s"
+        text = f"epoch {epoch + 1}/{self.epochs}  {scores}  {rate:,.0f} images/s"
         self.bar.update(self.task, description=text, completed=epoch * self.batches + batch)
         if self.bar.disable and time.monotonic() - self.line_at > _SECONDS_BETWEEN_LINES:
             self.line_at = time.monotonic()
             self.say(f"{text}, batch {batch}/{self.batches}")
 
-    def end_epoch(self, row: Row, best: bool) -> None:
-        self.say(
-            f"epoch {row['epoch']}/{self.epochs}: train loss {row['train_loss']:.4f}, top-1 {row['train_top1']:.2f}%; "
-            f"validation loss {row['val_loss']:.4f}, top-1 {row['val_top1']:.2f}%, top-5 {row['val_top5']:.2f}%; "
-            f"{row['seconds']:.0f} s{', the best so far' if best else ''}"
-        )
+    def end_epoch(self, row: Row, scores: str, best: bool) -> None:
+        so_far = ", the best so far" if best else ""
+        self.say(f"epoch {row['epoch']}/{self.epochs}: {scores}; {row['seconds']:.0f} s{so_far}")
 
     def corrupt(self, names: list[str]) -> None:
         more = f" and {len(names) - _NAMES} more" if len(names) > _NAMES else ""

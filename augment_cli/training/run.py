@@ -5,55 +5,40 @@ No random state is saved. Every draw is seeded by the run's seed and its place, 
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 from accelerate import Accelerator
-from pydantic import AfterValidator, BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from augment_cli.dataset import ImageStream
+from augment_cli.bounds import Name
 from augment_cli.errors import AugmentError, boundary
 from augment_cli.planning.recipe import describe_errors
 from augment_cli.training import state
-from augment_cli.training.data import Loader, Splits, data_config, evaluation_loader, open_splits, training_loader
 from augment_cli.training.folder import STATE
-from augment_cli.training.history import Row, check_row
-from augment_cli.training.loss import Distillation, make_criterion, make_mixup
+from augment_cli.training.history import columns
 from augment_cli.training.meter import Meter
-from augment_cli.training.models import (
-    FINETUNED,
-    Opened,
-    open_companion,
-    open_model,
-    set_label_names,
-    with_classes,
-    with_drop_path,
-)
-from augment_cli.training.parameters import Provenance, make_optimizer, make_scheduler, provenance
-from augment_cli.training.settings import FIXED, Settings, settings_of
+from augment_cli.training.parameters import Provenance, make_optimizer, make_scheduler
+from augment_cli.training.settings import RunSettings, settings_of
+from augment_cli.training.task import Batches, Row, Task
 
 
 @dataclass
 class Run:
     """A run's parts and progress: `batch` batches of `epoch` (from 0) and `updates` weight updates are done."""
 
-    settings: Settings
+    settings: RunSettings
     accelerator: Accelerator
-    opened: Opened
+    task: Task
     kinds: dict[str, Provenance]
-    splits: Splits
-    train: Loader
-    val: Loader
     model: nn.Module
     optimizer: Any
     scheduler: Any
     ema: ModelEmaV3 | None
-    criterion: nn.Module
-    mixup: Any
     meter: Meter
     epoch: int = 0
     batch: int = 0
@@ -67,114 +52,67 @@ class Run:
         return Path(self.settings.output)
 
     @property
+    def train(self) -> Batches:
+        return self.task.train
+
+    @property
     def trained(self) -> nn.Module:
         """The model to evaluate and write: the moving average if there is one, else the model in training."""
         return self.accelerator.unwrap_model(self.model) if self.ema is None else self.ema.module
 
 
-def prepare(settings: Settings, accelerator: Accelerator, saved: dict[str, Any] | None) -> Run:
-    """Make a run: new, or continued from `saved`, a checkpoint's contents.
+def prepare(kind: type[Task], settings: RunSettings, accelerator: Accelerator, saved: dict[str, Any] | None) -> Run:
+    """Make a run of a kind of task: new, or continued from `saved`, a checkpoint's contents.
 
     Raises:
         AugmentError: model, data and settings contradict each other, or the checkpoint belongs to another run.
     """
-    opened, splits = _open_both(settings, resumed=saved is not None)
-    kinds = provenance(opened)
+    task = kind(settings, accelerator, resumed=saved is not None)
+    kinds = _kinds(task, settings, saved)
+    task.model = model = _configured(task, settings, accelerator)
+    if len(task.train) == 0:
+        together = settings.batch_size * accelerator.num_processes
+        raise AugmentError(f"{task.images} training images do not fill one batch of {together}")
     if saved is not None:
-        if saved["kinds"].keys() != kinds.keys():
-            raise AugmentError(f"{Path(settings.output) / STATE} is the checkpoint of another model")
-        kinds = saved["kinds"]
-    if settings.new_first and set(kinds.values()) == {"carried"}:
-        raise AugmentError(
-            f"`new_first`: all parameters of {opened.name} are carried over, so that none would be trained"
-        )
-    opened = _mark(opened, settings)
-    set_label_names(opened.model, splits.classes)
-    model = _configured(opened.model, settings, accelerator)
-    train, val = _loaders(opened, splits, settings, accelerator)
-    if saved is not None:
-        _check_saved(saved, settings, accelerator, splits)
+        _check_saved(saved, task, settings, accelerator)
         with boundary(f"{Path(settings.output) / STATE} does not fit the run"):
             model.load_state_dict(saved["model"])
     optimizer = make_optimizer(model, kinds, settings)
-    scheduler = make_scheduler(optimizer, settings, -(-len(train) // settings.accumulate))
+    scheduler = make_scheduler(optimizer, settings, -(-len(task.train) // settings.accumulate))
     ema = ModelEmaV3(model, decay=settings.ema_decay, use_warmup=True) if settings.ema_decay else None
-    mixup = make_mixup(settings, opened.num_classes)
-    criterion = _criterion(settings, mixup, opened, accelerator)
     freeze_carried(model, kinds, frozen=(saved["position"][0] if saved else 0) < settings.new_first)
     if settings.compile:
-        model.compile()
+        task.core(model).compile()
     model, optimizer = accelerator.prepare(model, optimizer)
-    parts = (settings, accelerator, opened, kinds, splits, train, val, model, optimizer, scheduler, ema, criterion)
-    run = Run(*parts, mixup, Meter(accelerator))
+    meter = Meter(accelerator, [0.0] * task.sums)
+    run = Run(settings, accelerator, task, kinds, model, optimizer, scheduler, ema, meter)
     if saved is not None:
         with boundary(f"{run.folder / STATE} does not fit the run"):
             _restore(run, saved)
     return run
 
 
-def _open_both(settings: Settings, resumed: bool) -> tuple[Opened, Splits]:
-    """Open model and data, and give the model a classifier for the classes to train."""
-    if resumed:
-        opened = open_model(Path(settings.output) / "last", base=settings.base)
-    else:
-        opened = open_model(
-            settings.model,
-            pretrained=settings.pretrained,
-            weights=settings.checkpoint,
-            ema=settings.ema,
-            base=settings.base,
-            args=settings.model_args,
-            seed=settings.seed,
+def _kinds(task: Task, settings: RunSettings, saved: dict[str, Any] | None) -> dict[str, Provenance]:
+    """Each parameter's provenance, which is that of the run's first model."""
+    kinds: dict[str, Provenance] = task.kinds
+    if saved is not None:
+        if saved["kinds"].keys() != kinds.keys():
+            raise AugmentError(f"{Path(settings.output) / STATE} is the checkpoint of another model")
+        kinds = saved["kinds"]
+    if settings.new_first and set(kinds.values()) == {"carried"}:
+        raise AugmentError(
+            f"`new_first`: all parameters of {settings.model} are carried over, so that none would be trained"
         )
-    splits = open_splits(settings, opened.input_size[0])
-    if not resumed:
-        opened = with_classes(opened, count_classes(settings, splits.classes, opened.num_classes), settings.seed)
-    if settings.drop_path:
-        opened = with_drop_path(opened, settings.drop_path)
-    splits.train.num_classes = splits.val.num_classes = opened.num_classes
-    return opened, splits
+    return kinds
 
 
-def _loaders(opened: Opened, splits: Splits, settings: Settings, accelerator: Accelerator) -> tuple[Loader, Loader]:
-    config = data_config(opened.model, opened.input_size, settings.img_size)
-    train = training_loader(splits.train, settings, config, accelerator)
-    if len(train) == 0:
-        together = settings.batch_size * accelerator.num_processes
-        raise AugmentError(f"{len(splits.train)} training images do not fill one batch of {together}")
-    return train, evaluation_loader(splits.val, settings.batch_size, settings.workers, config, accelerator)
-
-
-def _mark(opened: Opened, settings: Settings) -> Opened:
-    """Add to the metadata that the weights were fine-tuned."""
-    if opened.metadata is None or FINETUNED in opened.metadata.weights:
-        return opened
-    weights = f"{opened.metadata.weights}, {FINETUNED} {Path(settings.data).name}"
-    return replace(opened, metadata=opened.metadata.model_copy(update={"weights": weights}))
-
-
-def count_classes(settings: Settings, classes: dict[str, int] | None, own: int) -> int:
-    """Number of classes to train: the setting, else the data's, else the model's.
-
-    Raises:
-        AugmentError: the data have more classes than the setting says, or fewer than two.
-    """
-    found = 1 + max(classes.values()) if classes else None
-    if settings.num_classes and found and found > settings.num_classes:
-        raise AugmentError(f"data {settings.data} have {found} classes, more than `num_classes={settings.num_classes}`")
-    count = settings.num_classes or found or own
-    if count < 2:
-        raise AugmentError(f"data {settings.data} have {count} class: training takes two at least")
-    return count
-
-
-def _configured(model: nn.Module, settings: Settings, accelerator: Accelerator) -> nn.Module:
+def _configured(task: Task, settings: RunSettings, accelerator: Accelerator) -> nn.Module:
     """Move the model to its device and memory format; switch on gradient checkpointing and SyncBatchNorm if asked."""
-    model = model.to(accelerator.device)
+    model = task.model.to(accelerator.device)
     if settings.channels_last:
         model = model.to(memory_format=torch.channels_last)
     if settings.grad_checkpointing:
-        switch: Callable[[bool], None] | None = getattr(model, "set_grad_checkpointing", None)
+        switch: Callable[[bool], None] | None = getattr(task.core(model), "set_grad_checkpointing", None)
         if switch is None:
             raise AugmentError(f"{type(model).__name__} has no gradient checkpointing: leave out `grad_checkpointing`")
         switch(True)
@@ -187,25 +125,13 @@ def _configured(model: nn.Module, settings: Settings, accelerator: Accelerator) 
     return model
 
 
-def _criterion(settings: Settings, mixup: Any, opened: Opened, accelerator: Accelerator) -> nn.Module:
-    criterion = make_criterion(settings, mixed=mixup is not None)
-    if settings.teacher is None:
-        return criterion
-    teacher = open_companion(settings.teacher, settings.teacher_checkpoint)
-    if teacher.num_classes != opened.num_classes:
-        raise AugmentError(
-            f"the teacher {settings.teacher} has {teacher.num_classes} classes, and the model {opened.num_classes}: "
-            f"fine-tune the teacher on these data first"
-        )
-    return Distillation(criterion, teacher.model.to(accelerator.device), settings.distill, settings.temperature)
-
-
 def contents(run: Run) -> dict[str, Any]:
     """The contents of a checkpoint."""
     return {
+        "task": run.task.name,
         "settings": asdict(run.settings),
         "processes": run.accelerator.num_processes,
-        "images": len(run.splits.train),
+        "images": run.task.images,
         "kinds": run.kinds,
         "position": [run.epoch, run.batch, run.updates],
         "seconds": run.seconds,
@@ -224,56 +150,63 @@ _Number = Annotated[int, Field(ge=0, le=2**53)]
 class _Saved(BaseModel):
     """The structure of a checkpoint's contents. Models and optimisers check their own parts when they load them."""
 
+    task: Name
     settings: dict[str, Any]
     processes: _Number
     images: _Number
     kinds: dict[str, Provenance]
     position: tuple[_Number, _Number, _Number]
     seconds: Annotated[float, Field(ge=0, le=2**53)]
-    sums: Annotated[list[float], Field(min_length=3, max_length=3)]
-    history: list[Annotated[Row, AfterValidator(check_row)]]
+    sums: Annotated[list[float], Field(max_length=1000)]
+    history: list[Row]
     model: dict[str, Any]
     ema: dict[str, Any] | None
     optimizer: dict[str, Any]
     scaler: dict[str, Any] | None
 
 
-def read_saved(path: Path) -> dict[str, Any]:
+def read_saved(path: Path, task: type[Task]) -> dict[str, Any]:
     """Read a checkpoint's contents, as `contents` made them.
 
     Raises:
-        AugmentError: the file is not a checkpoint, or a damaged one.
+        AugmentError: the file is not a checkpoint, a damaged one, or one of another task.
     """
     saved = state.read_state(path)
     try:
         _Saved.model_validate(saved)
     except ValidationError as error:
         raise AugmentError(f"{path} is no checkpoint of a run: {describe_errors(error, _Saved)}") from error
+    _check_task(saved, task, path)
     return saved
 
 
-def _check_saved(saved: dict[str, Any], settings: Settings, accelerator: Accelerator, splits: Splits) -> None:
+def _check_task(saved: dict[str, Any], task: type[Task], path: Path) -> None:
+    if saved["task"] != task.name:
+        raise AugmentError(f"{path} belongs to a run of another task: {saved['task']}, not {task.name}")
+    if len(saved["sums"]) != task.sums:
+        raise AugmentError(f"{path} is no checkpoint of a run: sums: there are not {task.sums}")
+    if any(row.keys() != set(columns(task.scores)) for row in saved["history"]):
+        raise AugmentError(f"{path} is no checkpoint of a run: history: columns are not {', '.join(task.scores)}")
+
+
+def _check_saved(saved: dict[str, Any], task: Task, settings: RunSettings, accelerator: Accelerator) -> None:
     where = Path(settings.output) / STATE
-    before = settings_of(saved["settings"], str(where))
-    if other := next((name for name in FIXED if getattr(before, name) != getattr(settings, name)), None):
+    before = settings_of(saved["settings"], str(where), type(settings))
+    if other := next((name for name in settings.fixed if getattr(before, name) != getattr(settings, name)), None):
         raise AugmentError(
             f"{where} belongs to another run than settings.json beside it: `{other}` was "
             f"{getattr(before, other)}, and is {getattr(settings, other)}"
         )
-    if isinstance(splits.train, ImageStream) and saved["position"][1] and before.workers != settings.workers:
-        raise AugmentError(
-            f"{where} was written within an epoch of a stream that {before.workers} workers share: resume "
-            f"with `workers={before.workers}`"
-        )
+    task.check_resumed(saved["position"], before)
     if saved["processes"] != accelerator.num_processes:
         raise AugmentError(
             f"{where} was written by {saved['processes']} processes, and now there are {accelerator.num_processes}: "
             f"resume with {saved['processes']}, or start a new run from {Path(settings.output) / 'last'}"
         )
-    if saved["images"] != len(splits.train):
+    if saved["images"] != task.images:
         raise AugmentError(
             f"data {settings.data} had {saved['images']:,} training images when the run began, and now "
-            f"{len(splits.train):,}: a resumed run would train on them in another order"
+            f"{task.images:,}: a resumed run would train on them in another order"
         )
 
 

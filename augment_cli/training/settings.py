@@ -3,25 +3,26 @@
 import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 from augment_cli.errors import AugmentError, boundary, nearest
 from augment_cli.files import read_text
 from augment_cli.specs import OnCorrupt
 
 TRACKERS = ("tensorboard", "wandb", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab", "trackio")
+Precision = Literal["no", "bf16", "fp16"]
 Schedule = Literal["cosine", "tanh", "poly", "step", "wsd", "rsqrt", "constant"]
 _CHOICES = {
     "on_corrupt": get_args(OnCorrupt),
     "loss": ("ce", "bce"),
     "schedule": get_args(Schedule),
-    "precision": ("no", "bf16", "fp16"),
+    "precision": get_args(Precision),
 }
 
 
 @dataclass(frozen=True)
-class Settings:
-    """A run's settings. The defaults suit a converted model that keeps most of its source's weights."""
+class RunSettings:
+    """The settings of a run of any task."""
 
     model: str
     data: str
@@ -31,40 +32,13 @@ class Settings:
     pretrained: bool = False
     checkpoint: str | None = None
     ema: bool | None = None
-    base: str | None = None
     model_args: dict[str, Any] = field(default_factory=dict)
-    num_classes: int | None = None
 
     # Data.
     train_split: str = "train"
     val_split: str = "validation"
-    val_data: str | None = None
-    hold_out: float = 0.0
-    data_root: str | None = None
-    download: bool = False
-    input_key: str | None = None
-    target_key: str | None = None
-    img_size: tuple[int, int] | None = None
     workers: int = 4
     on_corrupt: OnCorrupt = "fail"
-
-    # Augmentation.
-    augmentation: bool = True
-    crop_scale: float = 0.7
-    flip: float = 0.5
-    color_jitter: float = 0.4
-    auto_augment: str | None = None
-    random_erasing: float = 0.0
-    mixup: float = 0.0
-    cutmix: float = 0.0
-
-    # Loss.
-    loss: str = "ce"
-    smoothing: float = 0.1
-    teacher: str | None = None
-    teacher_checkpoint: str | None = None
-    distill: float = 0.5
-    temperature: float = 2.0
 
     # Optimisation. Lengths in epochs; batch_size is of one process and one step of accumulation.
     epochs: int = 30
@@ -79,12 +53,11 @@ class Settings:
     warmup_epochs: float = 1.0
     min_lr: float = 0.0
     ema_decay: float = 0.0
-    drop_path: float = 0.0
     patience: int = 0
 
     # Learning rates by provenance.
     lr_carried: float = 1.0
-    lr_fitted: float = 15.0
+    lr_fitted: float = 10.0
     lr_new: float = 1.0
     layer_decay: float = 1.0
     new_first: int = 0
@@ -102,16 +75,20 @@ class Settings:
     log_with: tuple[str, ...] = ()
     log_every: int = 50
 
+    fixed: ClassVar[tuple[str, ...]] = (
+        *("model", "pretrained", "checkpoint", "ema", "model_args", "seed", "train_split"),
+        *("batch_size", "accumulate", "opt", "layer_decay", "ema_decay"),
+    )
+    """Settings that a resumed run keeps, since its checkpoint depends on them. All others may change."""
+
     def __post_init__(self) -> None:
         for name, least, most in _RANGES:
-            value = getattr(self, name)
+            value = getattr(self, name, least)
             if not least <= value <= most:
                 raise AugmentError(f"`{name}={value}` is not from {least:g} to {most:g}")
         for name, known in _CHOICES.items():
-            if (value := getattr(self, name)) not in known:
+            if (value := getattr(self, name, known[0])) not in known:
                 raise AugmentError(f"`{name}={value!r}` is none of {', '.join(known)}")
-        if (self.mixup or self.cutmix) and self.batch_size % 2:
-            raise AugmentError(f"mixup and cutmix pair the images of a batch: `batch_size={self.batch_size}` is odd")
         if self.freeze_norm and self.sync_norm:
             raise AugmentError(
                 "`freeze_norm=True` uses no statistics of batches: leave out `sync_norm`, which averages them"
@@ -124,18 +101,60 @@ class Settings:
 
     def inputs(self) -> list[Path]:
         """The files and folders that models are read from."""
-        named = (self.model, self.checkpoint, self.teacher, self.teacher_checkpoint)
-        return [Path(name) for name in named if name and Path(name).exists()]
+        return [Path(name) for name in self._models() if name and Path(name).exists()]
+
+    def _models(self) -> tuple[str | None, ...]:
+        return self.model, self.checkpoint
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2)
 
 
-FIXED = (
-    *("model", "pretrained", "checkpoint", "ema", "base", "model_args", "num_classes", "img_size", "seed"),
-    *("train_split", "hold_out", "batch_size", "accumulate", "opt", "layer_decay", "ema_decay"),
-)
-"""Settings that a resumed run keeps, since its checkpoint depends on them. All others may change."""
+@dataclass(frozen=True)
+class Settings(RunSettings):
+    """A classification run's settings. The defaults suit a converted model that keeps most of its source's weights."""
+
+    base: str | None = None
+    num_classes: int | None = None
+
+    # Data.
+    val_data: str | None = None
+    hold_out: float = 0.0
+    data_root: str | None = None
+    download: bool = False
+    input_key: str | None = None
+    target_key: str | None = None
+    img_size: tuple[int, int] | None = None
+
+    # Augmentation.
+    augmentation: bool = True
+    crop_scale: float = 0.7
+    flip: float = 0.5
+    color_jitter: float = 0.4
+    auto_augment: str | None = None
+    random_erasing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    drop_path: float = 0.0
+
+    # Loss.
+    loss: str = "ce"
+    smoothing: float = 0.1
+    teacher: str | None = None
+    teacher_checkpoint: str | None = None
+    distill: float = 0.5
+    temperature: float = 2.0
+
+    fixed: ClassVar[tuple[str, ...]] = (*RunSettings.fixed, "base", "num_classes", "img_size", "hold_out")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.mixup or self.cutmix) and self.batch_size % 2:
+            raise AugmentError(f"mixup and cutmix pair the images of a batch: `batch_size={self.batch_size}` is odd")
+
+    def _models(self) -> tuple[str | None, ...]:
+        return *super()._models(), self.teacher, self.teacher_checkpoint
+
 
 _MANY = 10**9
 _RANGES = (
@@ -192,7 +211,10 @@ def parse_interval(text: str | None) -> tuple[int | None, float | None]:
     return (None, int(number) * seconds) if seconds else (int(number), None)
 
 
-def read_settings(path: Path) -> Settings:
+SettingsT = TypeVar("SettingsT", bound=RunSettings)
+
+
+def read_settings(path: Path, kind: type[SettingsT]) -> SettingsT:
     """The settings of an earlier run, from its JSON.
 
     A setting that the file lacks gets its default, and a setting that this version does not know is ignored: the file
@@ -204,10 +226,10 @@ def read_settings(path: Path) -> Settings:
     text = read_text(path, "settings")
     with boundary(f"{path} cannot be read"):
         data = json.loads(text)
-    return settings_of(data, str(path))
+    return settings_of(data, str(path), kind)
 
 
-def settings_of(data: Any, origin: str) -> Settings:
+def settings_of(data: Any, origin: str, kind: type[SettingsT]) -> SettingsT:
     """Read settings from a JSON value; `origin` names the value in messages.
 
     Raises:
@@ -217,11 +239,11 @@ def settings_of(data: Any, origin: str) -> Settings:
 
     if not isinstance(data, dict):
         raise AugmentError(f"{origin} does not hold settings: it is not a JSON object")
-    known = {entry.name for entry in fields(Settings)}
+    known = {entry.name for entry in fields(kind)}
     values = {key: value for key, value in data.items() if key in known}
     with boundary(f"{origin} does not hold the settings of a run"):
         try:
-            return TypeAdapter(Settings).validate_json(json.dumps(values), strict=True)
+            return TypeAdapter(kind).validate_json(json.dumps(values), strict=True)
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(map(str, first["loc"]))

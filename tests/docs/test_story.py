@@ -1,6 +1,6 @@
 import json
 
-from story_page import markdown
+from story import markdown
 
 from augment_cli.analysis.support import table_file
 

@@ -29,6 +29,7 @@ from augment_cli.reporting import FORMATS, Report
 from augment_cli.reporting.output import write_model
 from augment_cli.reporting.table import plain_table
 from augment_cli.surgery import replace
+from augment_cli.training.classification import Classification
 from augment_cli.training.run import read_saved
 from augment_cli.training.settings import Settings, read_settings
 from augment_cli.training.state import write_state
@@ -204,6 +205,7 @@ def _state_file() -> bytes:
     optimizer.step()
     row = dict.fromkeys(("epoch", "train_loss", "train_top1", "val_loss", "val_top1", "val_top5", "lr", "seconds"), 1.0)
     tree = {
+        "task": "classification",
         "settings": asdict(Settings("m", "d", "o")),
         "processes": 1,
         "images": 10,
@@ -293,7 +295,7 @@ TARGETS = {
     "plan": Target(_make_plan, _read_plan),
     "recipe": Target(_make_recipe, _read_recipe),
     "override": Target(_make_override, _read_override),
-    "settings": Target(_make_settings, read_settings),
-    "state": Target(_make_state, read_saved),
+    "settings": Target(_make_settings, functools.partial(read_settings, kind=Settings)),
+    "state": Target(_make_state, functools.partial(read_saved, task=Classification)),
     "checkpoint": Target(_make_checkpoint, _read_checkpoint),
 }

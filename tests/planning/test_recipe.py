@@ -12,8 +12,10 @@ BUILTIN = [
     "aa-ratio",
     "aa-resnet",
     "aa-resnet34",
+    "aa-retinanet",
     "aw",
     "aw-aa-resnet",
+    "aw-faster-rcnn",
     "aw-mobilenet",
     "aw-resnet",
 ]
@@ -24,7 +26,7 @@ def test_the_built_in_recipes_are_there_and_named_like_their_files():
     assert [load_recipe(name).name for name in BUILTIN] == BUILTIN
 
 
-@pytest.mark.parametrize("name", [n for n in BUILTIN if "resnet" in n or "ratio" in n])
+@pytest.mark.parametrize("name", [n for n in BUILTIN if "resnet" in n or "ratio" in n or "rcnn" in n])
 def test_recipes_from_the_papers_say_paper_table_and_trust_and_set_no_budget(name):
     recipe = load_recipe(name)
     assert "arXiv" in recipe.paper.title

@@ -23,7 +23,7 @@ from augment_cli.training import engine, state
 from augment_cli.training.assess import Assessment, assess
 from augment_cli.training.finetune import finetune
 from augment_cli.training.models import open_model, with_drop_path
-from augment_cli.training.settings import read_settings
+from augment_cli.training.settings import Settings, read_settings
 from tests.training.conftest import configuration, in_process, short, summary, weights
 
 
@@ -60,7 +60,7 @@ def test_a_run_learns_and_leaves_its_files(tuned):
     assert float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"])
     assert max(float(row["val_top1"]) for row in rows) > 80
     assert (tuned / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert read_settings(tuned / "settings.json").epochs == 6
+    assert read_settings(tuned / "settings.json", Settings).epochs == 6
 
 
 def test_the_tuned_model_is_loaded_by_us_and_by_timm_with_its_new_classifier(tuned, model):
@@ -306,7 +306,9 @@ def test_a_loss_that_is_no_number_stops_the_run_and_leaves_the_checkpoint(model,
     whole = engine._loss
 
     def broken(run, *rest):
-        return whole(run, *rest) * (math.nan if (run.epoch, run.batch) == (1, 2) else 1)
+        factor = math.nan if (run.epoch, run.batch) == (1, 2) else 1
+        loss, sums = whole(run, *rest)
+        return loss * factor, sums * factor
 
     monkeypatch.setattr(engine, "_loss", broken)
     settings = short(model, images, tmp_path / "run", epochs=3, checkpoint_every="1")
@@ -362,18 +364,20 @@ def test_a_checkpoint_of_another_run_is_refused(tuned, tmp_path):
     settings = json.loads((tmp_path / "run/settings.json").read_text())
     (tmp_path / "run/settings.json").write_text(json.dumps(settings | {"seed": 5}))
     with pytest.raises(AugmentError, match=r"another run than .* `seed` was 0, and is 5"):
-        finetune(replace(read_settings(tmp_path / "run/settings.json"), output=str(tmp_path / "run")), resume=True)
+        finetune(
+            replace(read_settings(tmp_path / "run/settings.json", Settings), output=str(tmp_path / "run")), resume=True
+        )
 
 
 def test_settings_of_another_version_are_read(tuned, tmp_path):
     settings = json.loads((tuned / "settings.json").read_text())
     del settings["patience"]
     (tmp_path / "settings.json").write_text(json.dumps(settings | {"novelty": 3}))
-    assert read_settings(tmp_path / "settings.json") == read_settings(tuned / "settings.json")
+    assert read_settings(tmp_path / "settings.json", Settings) == read_settings(tuned / "settings.json", Settings)
     for text, word in (("[1]", "JSON object"), ('{"lr": 1}', "required"), ("{", "cannot be read")):
         (tmp_path / "settings.json").write_text(text)
         with pytest.raises(AugmentError, match=word):
-            read_settings(tmp_path / "settings.json")
+            read_settings(tmp_path / "settings.json", Settings)
 
 
 def test_a_second_run_keeps_the_provenance_of_the_first(tuned, images, tmp_path):
@@ -397,12 +401,12 @@ def test_another_number_of_processes_is_refused(tuned, monkeypatch):
     whole = state.read_state
     monkeypatch.setattr(state, "read_state", lambda path: whole(path) | {"processes": 2})
     with pytest.raises(AugmentError, match="was written by 2 processes, and now there are 1: resume with 2, or start"):
-        finetune(read_settings(tuned / "settings.json"), resume=True)
+        finetune(read_settings(tuned / "settings.json", Settings), resume=True)
 
 
 def test_a_finished_run_resumed_changes_nothing(tuned):
     before = snapshot(tuned)
-    settings = read_settings(tuned / "settings.json")
+    settings = read_settings(tuned / "settings.json", Settings)
     finetune(settings, resume=True)
     assert snapshot(tuned) == before
 

@@ -9,7 +9,7 @@ import pytest
 
 from augment_cli.errors import AugmentError
 from augment_cli.training.finetune import finetune
-from augment_cli.training.settings import read_settings
+from augment_cli.training.settings import Settings, read_settings
 from augment_cli.training.state import read_state
 from tests.training.conftest import in_process, short, summary, weights
 
@@ -113,7 +113,7 @@ def test_epochs_workers_and_rates_can_be_others_and_are_recorded(model, images, 
     more = ("--epochs", "2", "--workers", "1", "--lr", "0.5", "--lr-carried", "0", "--weight-decay", "0.01")
     result = command("finetune", "--resume", tmp_path / "run", *more)
     assert result.exit_code == 0, result.output
-    recorded = read_settings(tmp_path / "run/settings.json")
+    recorded = read_settings(tmp_path / "run/settings.json", Settings)
     assert (recorded.epochs, recorded.workers, recorded.lr) == (2, 1, 0.5)
     saved = read_state(tmp_path / "run/state.safetensors")
     assert saved["settings"]["lr"] == 0.5
@@ -135,11 +135,11 @@ def test_a_stream_within_an_epoch_keeps_its_workers(model, shards, tmp_path):
 STOPPED = """
 import os, signal
 from augment_cli import signals
-from augment_cli.training import engine
+from augment_cli.training import classification, engine
 for number in signals.SIGNALS:  # a suite in the background ignores some
     signal.signal(number, signal.SIG_DFL)
 signals.install()
-whole, scores = engine._train_batch, engine.evaluate
+whole, scores = engine._train_batch, classification.evaluate
 def train(run, *batch):
     whole(run, *batch)
     if (run.epoch, run.batch) == (1, {batch}):
@@ -150,7 +150,7 @@ def evaluate(model, loader, accelerator):
     run_history.append(1)
     return scores(model, loader, accelerator)
 run_history = []
-engine._train_batch, engine.evaluate = train, evaluate
+engine._train_batch, classification.evaluate = train, evaluate
 """
 
 

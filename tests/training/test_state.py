@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 from timm.optim import create_optimizer_v2
 
 from augment_cli.errors import AugmentError
+from augment_cli.training.classification import Classification
 from augment_cli.training.run import read_saved
 from augment_cli.training.settings import Settings, read_settings
 from augment_cli.training.state import SCHEMA, read_state, write_state
@@ -79,6 +80,7 @@ def test_bad_files_are_refused(tmp_path):
 
 
 SAVED = {
+    "task": "classification",
     "settings": asdict(Settings("m", "d", "o")),
     "processes": 1,
     "images": 10,
@@ -111,10 +113,10 @@ SAVED = {
 )
 def test_a_checkpoint_of_another_shape_is_refused(tmp_path, change):
     write_state(tmp_path / "s", SAVED)
-    assert read_saved(tmp_path / "s")["position"] == [0, 1, 1]
+    assert read_saved(tmp_path / "s", Classification)["position"] == [0, 1, 1]
     write_state(tmp_path / "s", SAVED | change)
     with pytest.raises(AugmentError, match=next(iter(change))):
-        read_saved(tmp_path / "s")
+        read_saved(tmp_path / "s", Classification)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +152,7 @@ def test_a_checkpoint_whose_contents_are_not_whole_is_refused(tmp_path, tree):
 def test_settings_of_other_types_and_ranges_are_refused(tmp_path, change):
     data = asdict(Settings(model="m", data="d", output="o", img_size=(64, 96)))
     (tmp_path / "settings.json").write_text(json.dumps(data))
-    assert read_settings(tmp_path / "settings.json").img_size == (64, 96)
+    assert read_settings(tmp_path / "settings.json", Settings).img_size == (64, 96)
     (tmp_path / "settings.json").write_text(json.dumps(data | change))
     with pytest.raises(AugmentError, match=next(iter(change)).replace("_", "[-_]")):
-        read_settings(tmp_path / "settings.json")
+        read_settings(tmp_path / "settings.json", Settings)

@@ -17,18 +17,23 @@ def table_rows(size: int) -> int:
 def resize_table(table: Tensor, size: int) -> Tensor:
     """Resize a table to another map size by linear interpolation over the offsets. [ours]
 
-    The largest offsets keep their rows, and so does offset 0.
+    The largest offsets keep their rows, and so does offset 0. A table of the right size is resized, too, under
+    torch.compile, to the same values: a branch for it would compile anew for every map size that has a table.
 
     Shapes: table (2 S - 1, d) to (2 size - 1, d).
     """
     rows = table_rows(size)
-    if rows == table.shape[0]:
+    if not _keeps_sizes_open() and rows == table.shape[0]:
         return table
     if rows == 1:
         middle = table.shape[0] // 2
         return table[middle : middle + 1]
     columns = table.t().unsqueeze(0)  # 1, d, 2 S - 1
     return F.interpolate(columns, size=rows, mode="linear", align_corners=True).squeeze(0).t()
+
+
+def _keeps_sizes_open() -> bool:
+    return torch.compiler.is_compiling() and not torch.compiler.is_exporting()
 
 
 def by_position(table: Tensor, size: int) -> Tensor:

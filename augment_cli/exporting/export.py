@@ -1,0 +1,173 @@
+"""Export a model, run what was written in its own runtime, and compare."""
+
+import json
+import shutil
+import tempfile
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from augment_cli.checkpoint.metadata import metadata_of
+from augment_cli.errors import InputError, boundary
+from augment_cli.exporting.formats import Format, Run, format_of
+from augment_cli.exporting.inference import for_inference
+from augment_cli.files import check_output, write_file
+from augment_cli.surgery.calibration import Calibration
+
+TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2, "int8": 0.5}
+"""Largest difference allowed, as a share of the largest output. Bounds against errors, not measures of quality."""
+_BATCHES = (1, 3)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A written file, and how it compares with its model in torch.
+
+    difference: largest one of the outputs, as a share of the largest output. agreement: percent of the images with the
+    same first class, None where outputs are not (images, classes).
+    """
+
+    path: str
+    format: str
+    precision: str
+    opset: int | None
+    input_size: tuple[int, int, int]
+    images: int
+    difference: float
+    agreement: float | None
+    plan_sha256: str | None
+    source_sha256: str | None
+    versions: dict[str, str]
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2)
+
+
+def export(
+    model: nn.Module,
+    path: str | Path,
+    input_size: tuple[int, int, int],
+    *,
+    precision: str = "fp32",
+    opset: int = 20,
+    calibration: Calibration | None = None,
+    tolerance: float | None = None,
+    overwrite: bool = False,
+) -> Exported:
+    """Export a model for images of one size and batches of any, and check the file in its own runtime.
+
+    A small JSON of the comparison is written beside the file, and into its metadata where the format has some.
+
+    Args:
+        path: its suffix says the format: .onnx, .pt2 or .xml.
+        input_size: (channels, height, width).
+        precision: fp32, fp16 or int8.
+        opset: of ONNX.
+        calibration: images to quantise with and to compare on; without them the comparison is on random ones.
+        tolerance: largest difference allowed, as a share of the largest output; None takes TOLERANCES.
+
+    Raises:
+        AugmentError: no such format, the model cannot be exported, or the outputs differ too much. Nothing is written.
+    """
+    path = Path(path)
+    kind = format_of(path)
+    _check_settings(kind, precision, opset, calibration, tolerance)
+    outputs = [path.with_suffix(part) for part in kind.parts] + [sidecar(path)]
+    for output in outputs:
+        check_output(output, overwrite)
+    images = _images(input_size, calibration)
+    wanted = _outputs(model, images)
+    made = for_inference(model, input_size)
+    options = {"opset": opset, "precision": precision, "images": calibration and calibration.fitting()}
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / path.name
+        with boundary(f"{kind.name} cannot express this model"), torch.no_grad():
+            kind.write(made, images[:2], file, options)
+        difference, agreement = _compare(_run_all(kind.run(file), images, kind), wanted.numpy())
+        metadata = metadata_of(model)
+        exported = Exported(
+            path=path.name,
+            format=kind.name,
+            precision=precision,
+            opset=opset if kind.name == "ONNX" else None,
+            input_size=input_size,
+            images=len(images),
+            difference=difference,
+            agreement=agreement,
+            plan_sha256=metadata.plan.digest() if metadata else None,
+            source_sha256=metadata.source_sha256 if metadata else None,
+            versions={name: version(name) for name in ("augment-cli", "torch", "timm", *kind.packages)},
+        )
+        bound = TOLERANCES[precision] if tolerance is None else tolerance
+        if not difference <= bound:  # also where it is no number
+            raise InputError(
+                f"{path} would differ from the model by {difference:.2g} of its largest output, more than {bound:g}; "
+                f"nothing is written. `tolerance` sets the bound"
+            )
+        kind.annotate(file, _entries(exported))
+        (file.parent / sidecar(path).name).write_text(exported.to_json() + "\n", encoding="utf-8")
+        for output in outputs:
+            write_file(output, partial(shutil.copyfile, file.parent / output.name))
+    return exported
+
+
+def sidecar(path: Path) -> Path:
+    return path.with_name(f"{path.name}.json")
+
+
+def _outputs(model: nn.Module, images: Tensor) -> Tensor:
+    """A model's outputs in evaluation mode; every module gets its mode back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    with boundary("the model does not run on images of this size"), torch.no_grad():
+        parts = [model(part) for part in images.split(_BATCHES[1])]
+    for module, mode in modes:
+        module.training = mode
+    if not all(isinstance(part, Tensor) for part in parts):
+        raise InputError(f"the model's output is {type(parts[0]).__name__}, not one tensor: it cannot be compared")
+    return torch.cat(parts)
+
+
+def _check_settings(
+    kind: Format, precision: str, opset: int, calibration: Calibration | None, tolerance: float | None
+) -> None:
+    if precision not in kind.precisions:
+        raise InputError(f"`precision={precision!r}`: {kind.name} is written in {', '.join(kind.precisions)}")
+    if precision == "int8" and calibration is None:
+        raise InputError("`precision='int8'` needs images to measure ranges on: give `calibrate`")
+    if not 18 <= opset <= 23:
+        raise InputError(f"`opset={opset}`: torch's exporter writes opsets 18 to 23")
+    if tolerance is not None and not tolerance > 0:
+        raise InputError(f"`tolerance={tolerance}` is not above 0")
+
+
+def _images(input_size: tuple[int, int, int], calibration: Calibration | None) -> Tensor:
+    """Images to compare on: held-out ones, or as many random ones as two batches of _BATCHES."""
+    if calibration is not None:
+        return torch.cat(list(calibration.held_out()))
+    return torch.randn(sum(_BATCHES), *input_size, generator=torch.Generator().manual_seed(0))
+
+
+def _run_all(run: Run, images: Tensor, kind: Format) -> np.ndarray:
+    """Outputs in a runtime, by batches of different sizes."""
+    first, second = _BATCHES
+    parts = [images[:first], *images[first:].split(second)]
+    with boundary(f"{kind.name}'s runtime cannot run the file"):
+        return np.concatenate([run(part.numpy()) for part in parts])
+
+
+def _compare(got: np.ndarray, wanted: np.ndarray) -> tuple[float, float | None]:
+    difference = float(np.abs(got - wanted).max() / max(np.abs(wanted).max(), 1e-12))
+    if wanted.ndim != 2:
+        return difference, None
+    return difference, round(100 * float((got.argmax(1) == wanted.argmax(1)).mean()), 3)
+
+
+def _entries(exported: Exported) -> dict[str, str]:
+    found = {key: value for key, value in asdict(exported).items() if value is not None and key != "path"}
+    return {f"augment.{key}": value if isinstance(value, str) else json.dumps(value) for key, value in found.items()}

@@ -1,0 +1,309 @@
+"""A converted model as a graph made for inference: few nodes, and constants where training has parameters.
+
+Attention layers become `InferenceAA` and `InferenceAW`, which compute the same for images of one size. A batch
+normalisation that follows one is folded into its weights, and the order of AA's channels into the convolution that
+reads them, where there is one.
+"""
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import BatchNormAct2d
+from torch import Tensor, fx, nn
+
+from augment_cli.analysis.graph import analyze
+from augment_cli.analysis.site import Size
+from augment_cli.layers import AAConv2d, AWConv2d
+from augment_cli.layers.aa.pooling import average_pool
+from augment_cli.layers.aa.relative import by_position
+
+_ALIKE = (
+    nn.Identity,
+    nn.ReLU,
+    nn.ReLU6,
+    nn.SiLU,
+    nn.GELU,
+    nn.Hardswish,
+    nn.ELU,
+    nn.LeakyReLU,
+    nn.Dropout,
+    nn.Dropout2d,
+)
+"""Modules that do the same to every channel."""
+
+
+@dataclass(frozen=True)
+class Affine:
+    """Scale and shift of every channel. Shapes: (channels,) each."""
+
+    scale: Tensor
+    shift: Tensor
+
+    @classmethod
+    def of(cls, norm: nn.BatchNorm2d | None, layer: AAConv2d | AWConv2d) -> "Affine":
+        """A batch normalisation in evaluation mode; for None the identity on a layer's channels."""
+        if norm is None:
+            like = next(layer.parameters()).new_ones(layer.out_channels)
+            return cls(like, torch.zeros_like(like))
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        scale = (norm.running_var + norm.eps).rsqrt() * (1 if norm.weight is None else norm.weight.detach())
+        shift = (0 if norm.bias is None else norm.bias.detach()) - norm.running_mean * scale
+        return cls(scale, shift)
+
+    def __getitem__(self, chosen: Tensor | slice) -> "Affine":
+        return Affine(self.scale[chosen], self.shift[chosen])
+
+    def after(self, conv: nn.Conv2d) -> nn.Conv2d:
+        """A copy of a convolution that computes this of its outputs."""
+        made = nn.Conv2d(
+            conv.in_channels,
+            conv.out_channels,
+            _pair(conv.kernel_size),
+            stride=_pair(conv.stride),
+            padding=conv.padding if isinstance(conv.padding, str) else _pair(conv.padding),
+            dilation=_pair(conv.dilation),
+            groups=conv.groups,
+        )
+        made.weight.data = conv.weight.detach() * self.scale.view(-1, 1, 1, 1)
+        made.bias = nn.Parameter(self.shift if conv.bias is None else self.shift + conv.bias.detach() * self.scale)
+        return made
+
+
+class InferenceAA(nn.Module):
+    """An AA convolution for maps of one size; its channels come out as the concatenation has them.
+
+    Weights of queries, keys and values are grouped by head, queries scaled, and tables laid out by positions.
+
+    Args:
+        layer: the layer, in evaluation mode.
+        sizes: (height, width) of its input and output maps.
+        affine: of its output channels, in the layer's own order.
+    """
+
+    def __init__(self, layer: AAConv2d, sizes: tuple[Size, Size], affine: Affine) -> None:
+        super().__init__()
+        self.heads, self.value_channels, self.pool = layer.heads, layer.value_channels, layer.attention_pool
+        self.split = [layer.key_channels // layer.heads] * 2 + [layer.value_channels // layer.heads]
+        height, width = (math.ceil(side / self.pool) for side in sizes[1])
+        self.size, self.map = sizes[1], (height, width)
+        count = layer.out_channels - layer.value_channels
+        affine = affine if layer.channel_order is None else affine[layer.channel_order.argsort()]
+        self.conv = None if layer.conv is None else _convolution(layer.conv, sizes[0], affine[:count])
+        self.qkv, self.proj = _by_head(layer), affine[count:].after(layer.proj)
+        for name, table, side in (("rows", layer.rel_height, height), ("columns", layer.rel_width, width)):
+            self.register_buffer(name, by_position(table.detach(), side).transpose(1, 2).contiguous())
+        self.border, self.stride = layer.border, layer.stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shapes: x (N, in_channels, H, W) to (N, out_channels, H', W')."""
+        height, width = self.map
+        parts = self.qkv(self.reduced(x)).view(-1, self.heads, sum(self.split), height * width)
+        q, k, v = parts.split(self.split, dim=2)  # N, heads, d, HW
+        q, v = q.transpose(2, 3), v.transpose(2, 3)
+        places = q.view(-1, self.heads, height, width, self.split[0])
+        rows = (places @ self.rows).unsqueeze(-1)  # N, heads, H, W, H, 1
+        columns = (places.transpose(2, 3) @ self.columns).transpose(2, 3).unsqueeze(-2)  # N, heads, H, W, 1, W
+        relative = (rows + columns).view(-1, self.heads, height * width, height * width)
+        attended = ((q @ k + relative).softmax(-1) @ v).transpose(2, 3)
+        out: Tensor = self.proj(attended.reshape(-1, self.value_channels, height, width))
+        if self.size == (height * self.pool, width * self.pool) != self.map:
+            out = F.interpolate(out, scale_factor=float(self.pool), mode="bilinear", align_corners=False)
+        elif self.size != self.map:
+            out = F.interpolate(out, size=self.size, mode="bilinear", align_corners=False)
+        return out if self.conv is None else torch.cat([self.conv(x), out], dim=1)
+
+    def reduced(self, x: Tensor) -> Tensor:
+        """The attention's input, as the layer pools it. Shapes: (N, in_channels, H, W) to (N, in_channels, h, w)."""
+        top, left = self.border
+        x = x[..., top : x.shape[-2] - top, left : x.shape[-1] - left] if top or left else x
+        for step in (self.stride, (self.pool, self.pool)):
+            x = x if step == (1, 1) else average_pool(x, step)
+        return x
+
+
+class InferenceAW(nn.Module):
+    """An AW convolution for maps of one size.
+
+    With K the static kernel, A2[c, t] the scale of input channel c at tap t, which r channels share, and s the weights
+    of `expand`, the output is
+
+        conv(I, K) + sum over c and t of  s K[:, c, t]  A2[c, t] I[c] shifted by t
+
+    A depthwise convolution makes the shifted inputs, and a 1x1 convolution takes the sum: the batch may have any size.
+
+    Args:
+        layer: the layer, in evaluation mode.
+        size: (height, width) of its input map.
+        affine: of its output channels.
+    """
+
+    rows: Tensor
+    columns: Tensor
+
+    def __init__(self, layer: AWConv2d, size: Size, affine: Affine) -> None:
+        super().__init__()
+        hidden, maps, taps = layer.expand.groups, layer.maps, math.prod(layer.kernel_size)
+        self.pad = _same_padding(layer, size) if layer.same_pad else None
+        kernel, inputs, outputs = layer.static_kernel().detach(), layer.in_channels, layer.out_channels
+        options: dict[str, Any] = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}
+        static = nn.Conv2d(inputs, outputs, layer.kernel_size, groups=layer.groups, **options)
+        static.weight.data, static.bias = kernel, layer.bias
+        self.static = affine.after(static)
+
+        own = layer.expand.weight.detach().view(hidden // maps, maps, -1).transpose(1, 2).reshape(-1, maps)  # C2, a
+        mixed = kernel.unflatten(1, (maps, -1)) * own.view(*own.shape, 1, 1, 1) * affine.scale.view(-1, 1, 1, 1, 1)
+        self.mixed = nn.Conv2d(inputs * taps, outputs, 1, groups=layer.groups, bias=False)
+        self.mixed.weight.data = mixed.flatten(1).view(outputs, -1, 1, 1)
+
+        self.shifted = nn.Conv2d(inputs, inputs * taps, layer.kernel_size, groups=inputs, bias=False, **options)
+        self.shifted.weight.data = torch.eye(taps).view(taps, 1, *layer.kernel_size).repeat(inputs, 1, 1, 1).to(kernel)
+
+        self.reduce, self.mix = layer.reduce, nn.Conv2d(hidden, inputs, 1, bias=False)
+        self.mix.weight.data = layer.mix.weight.detach().repeat_interleave(inputs // hidden, 0)
+        rows, columns = (
+            F.adaptive_avg_pool1d(torch.eye(side).to(kernel), count)  # side, count
+            for side, count in zip(size, layer.kernel_size, strict=True)
+        )
+        self.register_buffer("rows", rows.T.contiguous())
+        self.register_buffer("columns", columns)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shapes: x (N, C1, H, W) to (N, C2, H', W')."""
+        pooled = self.rows @ (x @ self.columns)  # N, C1, h, w
+        scales = F.relu(self.mix(F.relu(self.reduce(pooled)))).view(-1, self.mixed.in_channels, 1, 1)
+        x = x if self.pad is None else F.pad(x, self.pad)
+        out: Tensor = self.static(x) + self.mixed(self.shifted(x) * scales)
+        return out
+
+
+def for_inference(model: nn.Module, input_size: tuple[int, int, int]) -> fx.GraphModule:
+    """A copy of a model that computes the same in evaluation mode, for images of one size and batches of any.
+
+    Raises:
+        AugmentError: the model cannot be traced, or does not run on images of this size.
+    """
+    model = copy.deepcopy(model).eval().requires_grad_(False)
+    graph = analyze(model, input_size)
+    made = fx.GraphModule(model, graph.graph)
+    for name, value in graph.constants.items():
+        setattr(made, name, value)
+    for node in list(made.graph.nodes):
+        layer = _module(made, node)
+        if isinstance(layer, (AAConv2d, AWConv2d)):
+            before, after = (graph.shapes[n.name][-2:] for n in (node.all_input_nodes[0], node))
+            _replace(made, node, layer, (before, after))
+    made.graph.lint()
+    made.recompile()
+    return made
+
+
+def _replace(made: fx.GraphModule, node: fx.Node, layer: AAConv2d | AWConv2d, sizes: tuple[Size, Size]) -> None:
+    user = _only_user(node)
+    norm = None if user is None else _module(made, user)
+    folded = norm if isinstance(norm, nn.BatchNorm2d) and _foldable(norm, layer) else None
+    affine = Affine.of(folded, layer)
+    if user is not None and folded is not None:
+        rest = nn.Sequential(folded.drop, folded.act) if isinstance(folded, BatchNormAct2d) else nn.Identity()
+        made.set_submodule(str(user.target), rest)
+    if isinstance(layer, AWConv2d):
+        made.set_submodule(str(node.target), InferenceAW(layer, sizes[0], affine))
+        return
+    made.set_submodule(str(node.target), InferenceAA(layer, sizes, affine))
+    if layer.channel_order is not None:
+        _keep_order(made, node, layer.channel_order)
+
+
+def _keep_order(made: fx.GraphModule, node: fx.Node, order: Tensor) -> None:
+    """Let a node's channels, which come in another order, be read rightly: channel c was channel order[c]."""
+    if readers := _readers(made, node):
+        for reader in readers:
+            reader.weight.data = reader.weight.detach()[:, order.argsort()].contiguous()
+        return
+    name = f"{str(node.target).replace('.', '_')}_order"
+    made.register_buffer(name, order)
+    with made.graph.inserting_after(node):
+        constant = made.graph.get_attr(name)
+    with made.graph.inserting_after(constant):
+        permuted = made.graph.call_function(torch.index_select, (node, 1, constant))
+    node.replace_all_uses_with(permuted, lambda user: user is not permuted)
+
+
+def _readers(made: fx.GraphModule, node: fx.Node) -> list[nn.Conv2d]:
+    """The dense convolutions of the one module that reads a node, with nothing between but what treats channels alike.
+
+    A plain convolution, or an AA layer that is still to be replaced, whose two convolutions read the same.
+    """
+    while (user := _only_user(node)) is not None:
+        module = _module(made, user)
+        if module is None:
+            return []
+        if isinstance(module, AAConv2d):
+            convs = [conv for conv in (module.conv, module.qkv) if conv is not None]
+            return convs if all(_is_dense(conv) for conv in convs) else []
+        if isinstance(module, nn.Conv2d):
+            return [module] if _is_dense(module) else []
+        if not all(isinstance(m, _ALIKE) for m in module.modules() if type(m) is not nn.Sequential):
+            return []
+        node = user
+    return []
+
+
+def _is_dense(conv: nn.Conv2d) -> bool:
+    return type(conv) is nn.Conv2d and conv.groups == 1
+
+
+def _module(made: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+    return made.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _foldable(norm: nn.BatchNorm2d, layer: AAConv2d | AWConv2d) -> bool:
+    """Whether a normalisation has statistics of its own, and is called once after a convolution that can take them."""
+    conv = layer.conv if isinstance(layer, AAConv2d) else None
+    known = conv is None or type(conv) is nn.Conv2d or isinstance(conv, AWConv2d)
+    return known and type(norm) in (nn.BatchNorm2d, BatchNormAct2d) and norm.running_mean is not None
+
+
+def _convolution(conv: nn.Conv2d, size: Size, affine: Affine) -> nn.Module:
+    """The convolution branch, with its outputs scaled and shifted; other classes than torch's stay, and are not."""
+    if isinstance(conv, AWConv2d):
+        return InferenceAW(conv, size, affine)
+    return affine.after(conv) if type(conv) is nn.Conv2d else conv
+
+
+def _by_head(layer: AAConv2d) -> nn.Conv2d:
+    """The projection to queries, keys and values, its channels (heads, q then k then v), queries scaled by d^(-1/2)."""
+    counts = [layer.key_channels] * 2 + [layer.value_channels]
+    scales = [(layer.key_channels // layer.heads) ** -0.5, 1.0, 1.0]
+    made = nn.Conv2d(layer.in_channels, sum(counts), 1, bias=layer.qkv.bias is not None)
+
+    def grouped(tensor: Tensor) -> Tensor:
+        parts = zip(tensor.detach().split(counts), scales, strict=True)
+        return torch.cat([(part * scale).unflatten(0, (layer.heads, -1)) for part, scale in parts], dim=1).flatten(0, 1)
+
+    made.weight.data = grouped(layer.qkv.weight)
+    if layer.qkv.bias is not None and made.bias is not None:
+        made.bias.data = grouped(layer.qkv.bias)
+    return made
+
+
+def _same_padding(layer: AWConv2d, size: Size) -> list[int]:
+    """TensorFlow's padding of a map: left, right, top, bottom."""
+    found: list[int] = []
+    for side, kernel, stride, dilation in zip(size, layer.kernel_size, layer.stride, layer.dilation, strict=True):
+        total = max((-(-side // stride) - 1) * stride + (kernel - 1) * dilation + 1 - side, 0)
+        found = [total // 2, total - total // 2, *found]
+    return found
+
+
+def _pair(sides: tuple[int, ...]) -> Size:
+    height, width = sides
+    return height, width

@@ -1,0 +1,103 @@
+"""Exported files, run in the runtimes that they are for, and what is refused."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import augment_cli
+from augment_cli.errors import AugmentError
+from augment_cli.exporting import export as module
+from augment_cli.exporting.export import export
+from augment_cli.surgery.calibration import load_images
+from tests.cli.helpers import ok, run
+
+SIZE = (3, 48, 48)
+
+
+@pytest.fixture(scope="module")
+def model() -> torch.nn.Module:
+    made = augment_cli.convert("test_resnet", "aa-aw", input_size=SIZE)
+    for layer in made.modules():
+        if isinstance(layer, augment_cli.AWConv2d):
+            torch.nn.init.normal_(layer.expand.weight, std=0.2)
+    return made
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2", ".xml"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_file_gives_what_the_model_gives(model, tmp_path: Path, suffix: str, precision: str):
+    found = export(model, tmp_path / f"m{suffix}", SIZE, precision=precision)
+    assert found.difference < {"fp32": 1e-5, "fp16": 1e-2}[precision]
+    assert found.agreement == 100
+    told = json.loads((tmp_path / f"m{suffix}.json").read_text())
+    assert told["plan_sha256"] == model.augment_metadata.plan.digest()
+    assert told["input_size"] == list(SIZE)
+
+
+def test_an_onnx_file_says_what_it_is_and_takes_any_batch(model, tmp_path: Path):
+    import onnx
+    import onnxruntime
+
+    export(model, tmp_path / "m.onnx", SIZE)
+    entries = {entry.key: entry.value for entry in onnx.load(tmp_path / "m.onnx").metadata_props}
+    assert entries["augment.plan_sha256"] == model.augment_metadata.plan.digest()
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
+    for batch in (1, 2, 7):
+        images = torch.randn(batch, *SIZE)
+        (got,) = session.run(None, {"images": images.numpy()})
+        with torch.no_grad():
+            wanted = model.eval()(images).numpy()
+        np.testing.assert_allclose(got, wanted, atol=1e-5 * np.abs(wanted).max())
+
+
+def test_int8_is_quantised_on_images(model, tmp_path: Path):
+    for number in range(24):
+        pixels = np.random.default_rng(number).integers(0, 255, (48, 48, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+    images = load_images(str(tmp_path), model, SIZE, 24)
+    found = export(model, tmp_path / "m.onnx", SIZE, precision="int8", calibration=images)
+    assert 1e-4 < found.difference < 0.5
+    plain = export(model, tmp_path / "plain.onnx", SIZE)
+    assert (tmp_path / "m.onnx").stat().st_size < 0.6 * (tmp_path / "plain.onnx").stat().st_size
+    assert plain.difference < found.difference
+
+
+def test_a_file_that_differs_too_much_is_not_written(model, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(module, "_run_all", lambda run, images, kind: np.zeros((len(images), 1000), np.float32))
+    with pytest.raises(AugmentError, match="tolerance"):
+        export(model, tmp_path / "m.onnx", SIZE)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_writes_and_reports(in_tmp: Path):
+    ok("convert", "test_resnet", "--recipe", "aa", "--img-size", "48", "-o", "m.safetensors")
+    told = json.loads(ok("export", "m.safetensors", "-o", "m.pt2", "--json").stdout)
+    assert told["difference"] < 1e-5
+    assert Path("m.pt2").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (("m.tflite",), "onnx"),
+        (("m.onnx", "--dynamic", "batch,size"), "--img-size"),
+        (("m.onnx", "--precision", "int8"), "--calibrate"),
+        (("m.pt2", "--precision", "int8"), "fp16"),
+        (("m.onnx", "--precision", "fp8"), "fp16"),
+        (("m.onnx", "--opset", "9"), "opset"),
+        (("m.onnx", "--tolerance", "0"), "tolerance"),
+    ],
+)
+def test_what_cannot_be_exported_is_refused(in_tmp: Path, arguments: tuple[str, ...], word: str):
+    assert word in run("export", "test_resnet", "-o", *arguments).stderr
+    assert not list(in_tmp.iterdir())
+
+
+def test_a_format_whose_packages_are_missing_names_the_extra(in_tmp: Path, monkeypatch):
+    monkeypatch.setattr("augment_cli.exporting.formats.find_spec", lambda name: None)
+    with pytest.raises(AugmentError, match=r"augment-cli\[export\]"):
+        export(torch.nn.Identity(), in_tmp / "m.onnx", SIZE)
