@@ -53,7 +53,7 @@ def look(
     found = _read(file) if file and _is_timms(name) else None
     if found is None:
         found = _find(name, args, image_size)
-        if file and _is_timms(name):
+        if file and found.source.base == "timm" and _is_timms(name):
             _write(file, found)
     with boundary(f"the arguments of {name}"):
         frozen = dict(freeze_arguments(found.source.args))  # lists as tuples, from a file or not
