@@ -22,6 +22,9 @@ from augment_cli.errors import AugmentError, BudgetError, FileError, InputError
 if TYPE_CHECKING:
     from augment_cli import detection
     from augment_cli.api import check, convert, export, load, plan, report, save
+    from augment_cli.attention.looking import attention_maps
+    from augment_cli.comparison import compare, frontier
+    from augment_cli.difference import diff
     from augment_cli.layers import AAConv2d, AWConv2d
     from augment_cli.planning.plan import Plan
     from augment_cli.planning.recipe import load_recipe
@@ -33,9 +36,13 @@ _HOMES = {
     "AAConv2d": "layers",
     "AWConv2d": "layers",
     "Plan": "planning.plan",
+    "attention_maps": "attention.looking",
     "check": "api",
+    "compare": "comparison",
     "convert": "api",
+    "diff": "difference",
     "export": "api",
+    "frontier": "comparison",
     "load": "api",
     "load_recipe": "planning.recipe",
     "param_groups": "training.groups",
@@ -52,10 +59,14 @@ __all__ = [
     "FileError",
     "InputError",
     "Plan",
+    "attention_maps",
     "check",
+    "compare",
     "convert",
     "detection",
+    "diff",
     "export",
+    "frontier",
     "load",
     "load_recipe",
     "param_groups",

@@ -1,4 +1,5 @@
 import functools
+import os
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ TESTS = Path(__file__).parent
 
 # Tests that start processes, train, or go through many models: what `make test-fast` leaves out.
 SLOW = (
+    "analysis/test_cache.py",
+    "attention",
     "checkpoint/test_rebuild.py",
     "cli/test_bad_input.py",
     "cli/test_escaping.py",
@@ -29,6 +32,7 @@ SLOW = (
     "layers/test_in_torch.py",
     "operators",
     "surgery/inherit/test_fit.py",
+    "test_comparison.py",
     "test_dataset.py",
     "training/test_command_line.py",
     "training/test_distributed.py",
@@ -37,6 +41,8 @@ SLOW = (
     "training/test_timm_script.py",
 )
 NATIVE = ("layers/native",)
+
+os.environ["AUGMENT_CACHE"] = "off"  # a test that keeps analyses names a folder of its own
 
 # The workers of a parallel run share the cores: one thread each.
 torch.set_num_threads(1)

@@ -18,6 +18,7 @@ from timm.layers import get_notrace_functions, get_notrace_modules
 from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from augment_cli.analysis.facts import Analysis
 from augment_cli.analysis.site import ConvSite, Size
 from augment_cli.compat import tree_map_only
 from augment_cli.errors import AugmentError, InputError
@@ -27,19 +28,14 @@ _PASSES_THROUGH = (nn.Identity, nn.Dropout, nn.Dropout2d)
 
 
 @dataclass(frozen=True)
-class ModelGraph:
-    """The traced model, its shapes and its convolutions in the order in which they are first called.
+class ModelGraph(Analysis):
+    """The analysis of a model with its graph and the shapes in it.
 
-    `params` counts every parameter once; `macs` are the multiply-adds of one image, by torch.utils.flop_counter.
     `constants` are tensors that a forward pass creates, and that the graph takes from the traced copy.
     """
 
     graph: fx.Graph
-    input_size: tuple[int, int, int]
     shapes: dict[str, Any] = field(repr=False)
-    sites: tuple[ConvSite, ...]
-    params: int
-    macs: int
     constants: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
 
@@ -59,7 +55,7 @@ def analyze(model: nn.Module, input_size: tuple[int, int, int]) -> ModelGraph:
         shapes = propagate_shapes(model, graph, input_size)
     sites = tuple(_sites(model, graph, calls))
     macs = flops.get_total_flops() // 2
-    return ModelGraph(graph, input_size, shapes, sites, count_parameters(model), macs, _constants(model, graph))
+    return ModelGraph(input_size, sites, count_parameters(model), macs, graph, shapes, _constants(model, graph))
 
 
 def _constants(model: nn.Module, graph: fx.Graph) -> dict[str, Tensor]:

@@ -2,37 +2,46 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Annotated, Literal, Protocol
+
+from pydantic import Field
+
+from augment_cli.bounds import MOST_CONVOLUTIONS, MOST_SIDE, Channels, CountOfChannels, Name, Side, Total
 
 Size = tuple[int, int]
 Kind = Literal["dense", "grouped", "depthwise"]
+
+# Fields of a site that was read from a file are held against these bounds.
+_Pair = tuple[Side, Side]
+_MapSize = tuple[Annotated[int, Field(ge=0, le=MOST_SIDE)], Annotated[int, Field(ge=0, le=MOST_SIDE)]]
+_Place = Annotated[int, Field(ge=0, le=MOST_CONVOLUTIONS)]
 
 
 @dataclass(frozen=True, slots=True)
 class ConvSite:
     """One convolution of a model. Sizes are (height, width); resolution is the size of the output map."""
 
-    name: str
-    conv_class: str
-    in_channels: int
-    out_channels: int
-    kernel_size: Size
-    stride: Size
-    padding: Size | str
-    dilation: Size
-    groups: int
-    params: int
-    in_resolution: Size
-    resolution: Size
-    calls: int
-    stage: int
-    block: str
-    block_index: int  # its place in its block, among the convolutions of the same kernel size
+    name: Name
+    conv_class: Name
+    in_channels: Channels
+    out_channels: Channels
+    kernel_size: _Pair
+    stride: _Pair
+    padding: tuple[CountOfChannels, CountOfChannels] | Name
+    dilation: _Pair
+    groups: Channels
+    params: Total
+    in_resolution: _MapSize
+    resolution: _MapSize
+    calls: _Place
+    stage: _Place
+    block: Name
+    block_index: _Place  # its place in its block, among the convolutions of the same kernel size
     reads_image: bool
     stem: bool
     pyramid: bool  # in a feature pyramid, behind the backbone
-    norm: str | None
-    obstacle: str | None = None  # why nothing can replace it
+    norm: Name | None
+    obstacle: Name | None = None  # why nothing can replace it
 
     @property
     def positions(self) -> int:

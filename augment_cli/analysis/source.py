@@ -4,9 +4,8 @@ import hashlib
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import timm
 import torch
@@ -14,6 +13,7 @@ from timm.models import get_model_args
 from torch import nn
 
 from augment_cli.analysis.arguments import freeze_arguments
+from augment_cli.analysis.facts import Source
 from augment_cli.analysis.functions import is_function, resolve
 from augment_cli.analysis.graph import meta_copy
 from augment_cli.analysis.guard import limited
@@ -23,22 +23,6 @@ from augment_cli.compat import pretrained_cfg
 from augment_cli.errors import AugmentError, InputError, boundary, first_line, nearest
 from augment_cli.formats import ARCHITECTURE, METADATA_KEY, read_tensor_metadata
 from augment_cli.seeds import preserved, seeded
-
-Base = Literal["timm", "other"]
-
-
-@dataclass(frozen=True)
-class Source:
-    """A model's name, what it is created with, and the images it is converted for.
-
-    base: "timm" for a name in timm's registry; "other" for `package.module:function`, or an object's class, which
-    only the user can make again. input_size: (channels, height, width).
-    """
-
-    name: str
-    args: dict[str, Any]
-    input_size: tuple[int, int, int]
-    base: Base = "timm"
 
 
 def describe(

@@ -8,7 +8,22 @@ import typer
 from typer.core import TyperGroup
 
 from augment_cli import signals
-from augment_cli.cli import check, convert, detect, evaluate, export, finetune, models, plan, recipes, report, timm
+from augment_cli.cli import (
+    attention,
+    check,
+    compare,
+    convert,
+    detect,
+    diff,
+    evaluate,
+    export,
+    finetune,
+    models,
+    plan,
+    recipes,
+    report,
+    timm,
+)
 from augment_cli.errors import AugmentError
 from augment_cli.terminal import echo, respell, say
 
@@ -57,6 +72,9 @@ def program(
 app.command("plan")(plan.plan)
 app.command("convert")(convert.convert)
 app.command("report")(report.report)
+app.command("compare")(compare.compare)
+app.command("diff")(diff.diff)
+app.command("attention")(attention.attention)
 app.command("check")(check.check)
 app.command("export")(export.export)
 app.command("finetune")(finetune.finetune)

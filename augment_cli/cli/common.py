@@ -15,7 +15,7 @@ from augment_cli.errors import InputError, boundary
 from augment_cli.terminal import echo, say
 
 if TYPE_CHECKING:
-    from augment_cli.analysis.graph import ModelGraph
+    from augment_cli.analysis.facts import Analysis
     from augment_cli.planning.budget import Solution
     from augment_cli.planning.plan import Plan
     from augment_cli.planning.recipe import Recipe
@@ -53,6 +53,12 @@ ImageSize = Annotated[
 ModelArguments = Annotated[
     list[str] | None,
     typer.Option("--model-arg", "-a", metavar="KEY=VALUE", help="For timm.create_model: num_classes=10. Repeatable."),
+]
+Cached = Annotated[
+    bool,
+    typer.Option(
+        "--cache/--no-cache", help="Keep what is found of a timm model for the next time, in the user's cache folder."
+    ),
 ]
 Ema = Annotated[
     bool | None,
@@ -151,16 +157,16 @@ def parse_arguments(pairs: list[str] | None) -> dict[str, Any]:
     return arguments
 
 
-def announce(graph: "ModelGraph", plan: "Plan", solution: "Solution | None", recipe: "Recipe | None" = None) -> None:
+def announce(analysis: "Analysis", plan: "Plan", solution: "Solution | None", recipe: "Recipe | None" = None) -> None:
     """Say what was found and solved, and what a user should know before relying on it."""
     from augment_cli.planning.selection import missing_kernels
 
-    say(f"{plan.model}: {len(graph.sites)} convolutions, {len(plan.sites)} to replace (recipe {plan.recipe})")
+    say(f"{plan.model}: {len(analysis.sites)} convolutions, {len(plan.sites)} to replace (recipe {plan.recipe})")
     if solution is not None:
         say(solution.describe())
-    for kernel in missing_kernels(graph.sites, recipe.select) if recipe else ():
+    for kernel in missing_kernels(analysis.sites, recipe.select) if recipe else ():
         say(f"note: select.kernel: no {kernel}x{kernel} convolution here")
-    bare = [site.name for site in graph.sites if site.norm is None and site.name in {s.name for s in plan.sites}]
+    bare = [site.name for site in analysis.sites if site.norm is None and site.name in {s.name for s in plan.sites}]
     if bare and any(site.given_up for site in plan.sites):
         say(f"note: no normalisation directly follows {len(bare)} of them, such as {bare[0]}; the AA paper has one")
 
@@ -189,11 +195,11 @@ def file_name(plan_model: str, recipe: str) -> str:
     return f"{plan_model.rpartition(':')[2]}-{recipe}.safetensors"
 
 
-def fit_given_plan(plan: "Plan", graph: "ModelGraph", file: Path) -> "Plan":
+def fit_given_plan(plan: "Plan", analysis: "Analysis", file: Path) -> "Plan":
     """The plan of --plan held against its model and its budget."""
     from augment_cli.planning.plan import check_budget, fit_plan
 
-    fitted = fit_plan(plan, graph, f"plan {file}")
+    fitted = fit_plan(plan, analysis, f"plan {file}")
     check_budget(fitted, f"plan {file}")
     return fitted
 

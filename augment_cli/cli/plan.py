@@ -1,8 +1,9 @@
 """augment plan: what each convolution would become. No weights, no arithmetic."""
 
+from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -10,14 +11,18 @@ from augment_cli.cli import common
 from augment_cli.errors import InputError
 
 if TYPE_CHECKING:
-    from torch import nn
-
-    from augment_cli.analysis.graph import ModelGraph
-    from augment_cli.analysis.source import Source
+    from augment_cli.analysis.facts import Analysis, Source
     from augment_cli.planning.plan import Plan, Sensitivity
     from augment_cli.planning.recipe import Recipe
+    from augment_cli.reporting.frontier import Frontier
 
 _measured = partial(typer.Option, rich_help_panel="Sensitivity")
+_along = partial(typer.Option, rich_help_panel="Frontier")
+
+
+class Count(StrEnum):
+    params = "params"
+    macs = "macs"
 
 
 def plan(
@@ -29,6 +34,7 @@ def plan(
     model_args: common.ModelArguments = None,
     as_json: Annotated[bool, typer.Option("--json", help="The plan as JSON, to edit and give to convert.")] = False,
     full: Annotated[bool, typer.Option("--full", help="A line for every site, equal ones too.")] = False,
+    cached: common.Cached = True,
     sensitivity: Annotated[
         bool,
         _measured("--sensitivity", help="Measure what replacing each site alone does, and plan for the least of it."),
@@ -41,7 +47,19 @@ def plan(
     checkpoint: Annotated[Path | None, _measured(metavar="FILE", help="Weights from a file.")] = None,
     ema: common.Ema = None,
     seed: Annotated[int, _measured(min=0, max=2**63 - 1, help="Of the images drawn.")] = 0,
-    plot: Annotated[Path | None, _measured(metavar="FILE.png|.svg|.pdf", help="Draw what was measured.")] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.svg",
+            help="Draw the network; with --sensitivity what was measured, with --frontier that, as .svg, .png or .pdf.",
+        ),
+    ] = None,
+    frontier: Annotated[
+        Count | None,
+        _along(help="Plans for a range of this budget: the front of it against the distance from the recipe."),
+    ] = None,
+    points: Annotated[int, _along(min=2, max=100, metavar="N", help="How many budgets.")] = 9,
+    point: Annotated[int | None, _along(min=1, metavar="N", help="Show this one of its plans, from 1.")] = None,
 ) -> None:
     """Show what each convolution of MODEL would become, and what it costs; or what a plan makes of its model.
 
@@ -50,16 +68,25 @@ def plan(
     augment plan --plan edited.json --set budget.params=+1%
 
     augment plan resnet50 --sensitivity --pretrained --calibrate photos --json > plan.json
+
+    augment plan resnet50 --frontier params --plot front.png
     """
     from augment_cli import specs
 
     common.check_ema(ema, checkpoint)
-    _check_measured(sensitivity, calibrate, pretrained, checkpoint, plot)
+    _check_plot(plot, sensitivity or frontier is not None, (plan_file, checkpoint))
+    _check_measured(sensitivity, calibrate, pretrained, checkpoint)
+    if point and not frontier:
+        raise InputError("--point is for --frontier: add it, or leave --point out")
     if plan_file:
-        if sensitivity:
-            raise InputError("--sensitivity plans anew, by a recipe: leave out --plan, or --sensitivity")
+        if sensitivity or frontier:
+            option = "--sensitivity" if sensitivity else "--frontier"
+            raise InputError(f"{option} plans anew, by a recipe: leave out --plan, or {option}")
         given = common.read_given_plan(plan_file, model, recipe, overrides, image_size, model_args)
-        _show(_fitted(given, model or given.model, plan_file), as_json, full)
+        made = _fitted(given, model or given.model, plan_file, cached)
+        if plot:
+            _draw(made, plot, sensitivity=False)
+        _show(made, as_json, full)
         return
     if not model:
         raise InputError("which model? Give a timm model's name, or a plan with --plan")
@@ -69,38 +96,78 @@ def plan(
     specs.check_file("checkpoint", checkpoint)
     if calibrate:
         specs.check_data(calibrate)
-    with common.working("importing torch and timm"):
-        from augment_cli.analysis import source
-        from augment_cli.analysis.graph import analyze
+    with common.working(f"looking into {model}"):
+        from augment_cli.analysis.cache import look
         from augment_cli.planning.plan import make_plan
 
-    described, meta_model = source.describe(model, arguments, size)
-    graph = analyze(meta_model, described.input_size)
-    made, solution = make_plan(described.name, graph, settings, described.args, base=described.base)
+        described, analysis = look(model, arguments, size, cached)
+        found = None
     if sensitivity and calibrate:
         origin = model if pretrained else None
-        images = calibrate, calibrate_images, seed
-        found = _measure(described, meta_model, graph, settings, images, origin, checkpoint, ema)
-        made, solution = make_plan(described.name, graph, settings, described.args, found, described.base)
+        found = _measure(
+            (model, arguments, size), settings, (calibrate, calibrate_images, seed), origin, checkpoint, ema
+        )
+    if frontier:
+        front = _frontier(described, analysis, settings, frontier, points, found)
         if plot:
-            from augment_cli.reporting.sensitivity import draw
-
-            draw(made, plot)
+            front.draw(plot)
             common.say(f"wrote {plot}")
-    common.announce(graph, made, solution, settings)
+        if point:
+            _show(_point(front, point), as_json, full)
+        elif as_json:
+            common.echo(front.to("json"))
+        else:
+            common.show(front.table())
+        return
+    made, solution = make_plan(described.name, analysis, settings, described.args, found, described.base)
+    common.announce(analysis, made, solution, settings)
+    if plot:
+        _draw(made, plot, sensitivity)
     _show(made, as_json, full)
 
 
-def _fitted(given: "Plan", model: str, file: Path) -> "Plan":
-    """A plan that was read, held against its model and its budget."""
-    with common.working("importing torch and timm"):
-        from augment_cli.analysis import source
-        from augment_cli.analysis.graph import analyze
+def _frontier(
+    source: "Source",
+    analysis: "Analysis",
+    settings: "Recipe",
+    unit: Count,
+    points: int,
+    found: "dict[str, Sensitivity] | None",
+) -> "Frontier":
+    from augment_cli.planning.frontier import frontier
+    from augment_cli.reporting.frontier import Frontier
 
-    described, meta_model = source.describe(model, dict(given.model_args), given.input_size[1:])
-    graph = analyze(meta_model, described.input_size)
-    plan = common.fit_given_plan(given, graph, file)
-    common.announce(graph, plan, None)
+    with common.working("planning"):
+        return Frontier(tuple(frontier(source, analysis, settings, unit.value, points, found)), unit.value)
+
+
+def _point(front: "Frontier", number: int) -> "Plan":
+    if number > len(front.points):
+        raise InputError(f"--point {number}: the frontier has {len(front.points)} points; more --points make more")
+    return front.points[number - 1].plan
+
+
+def _draw(plan: "Plan", path: Path, sensitivity: bool) -> None:
+    """Draw the network or, where it was measured, what replacing each site alone does."""
+    from augment_cli.files import write_file
+    from augment_cli.reporting.network import network_picture
+    from augment_cli.reporting.sensitivity import draw
+
+    if sensitivity:
+        draw(plan, path)
+    else:
+        write_file(path, lambda temporary: temporary.write_text(network_picture(plan), encoding="utf-8"))
+    common.say(f"wrote {path}")
+
+
+def _fitted(given: "Plan", model: str, file: Path, cached: bool) -> "Plan":
+    """A plan that was read, held against its model and its budget."""
+    with common.working(f"looking into {model}"):
+        from augment_cli.analysis.cache import look
+
+        _, analysis = look(model, dict(given.model_args), given.input_size[1:], cached)
+    plan = common.fit_given_plan(given, analysis, file)
+    common.announce(analysis, plan, None)
     return plan
 
 
@@ -114,13 +181,23 @@ def _show(plan: "Plan", as_json: bool, full: bool) -> None:
         common.show(table(Report.of(plan), full=full))
 
 
-def _check_measured(
-    sensitivity: bool, calibrate: str | None, pretrained: bool, checkpoint: Path | None, plot: Path | None
-) -> None:
+def _check_plot(plot: Path | None, any_format: bool, inputs: tuple[Path | None, ...]) -> None:
+    """Refuse a picture that cannot be written, before anything is read."""
+    if plot is None:
+        return
+    from augment_cli.files import check_output
+
+    if plot.suffix != ".svg" and not (any_format and plot.suffix in (".png", ".pdf")):
+        raise InputError(
+            f"--plot {plot}: the name ends in .svg, or with --sensitivity or --frontier in .svg, .png or .pdf"
+        )
+    check_output(plot, overwrite=True, inputs=inputs)
+
+
+def _check_measured(sensitivity: bool, calibrate: str | None, pretrained: bool, checkpoint: Path | None) -> None:
     """Refuse options that do not go together, before anything is read."""
-    given = (("--calibrate", calibrate), ("--pretrained", pretrained), ("--checkpoint", checkpoint), ("--plot", plot))
     if not sensitivity:
-        for option, value in given:
+        for option, value in (("--calibrate", calibrate), ("--pretrained", pretrained), ("--checkpoint", checkpoint)):
             if value:
                 raise InputError(f"{option} is for --sensitivity: add it, or leave {option} out")
         return
@@ -128,32 +205,27 @@ def _check_measured(
         raise InputError("--sensitivity needs images to measure on: give a folder of some hundred with --calibrate")
     if bool(pretrained) == bool(checkpoint):
         raise InputError("--sensitivity measures a trained model: give either --pretrained or --checkpoint FILE")
-    if plot:
-        from augment_cli.files import check_output
-
-        if plot.suffix not in (".png", ".svg", ".pdf"):
-            raise InputError(f"--plot {plot}: the name ends in .png, .svg or .pdf")
-        check_output(plot, overwrite=True)
 
 
 def _measure(
-    described: "Source",
-    meta_model: "nn.Module",
-    graph: "ModelGraph",
+    model: tuple[str, dict[str, Any], tuple[int, int] | None],
     settings: "Recipe",
     images: tuple[str, int, int],
     origin: str | None,
     checkpoint: Path | None,
     ema: bool | None,
 ) -> dict[str, "Sensitivity"]:
-    """Sensitivities under the splits that the recipe writes."""
+    """Sensitivities under the splits that the recipe writes; `model` is a name, arguments and an image size."""
     from augment_cli.analysis import source
+    from augment_cli.analysis.graph import analyze
     from augment_cli.conversion import check_fittable
     from augment_cli.planning.plan import make_plan
     from augment_cli.planning.recipe import Budget
     from augment_cli.surgery.calibration import load_images
     from augment_cli.surgery.sensitivity import measure_sensitivity
 
+    described, meta_model = source.describe(*model)
+    graph = analyze(meta_model, described.input_size)
     free = settings.model_copy(update={"budget": Budget()})
     written, _ = make_plan(described.name, graph, free, described.args, base=described.base)
     check_fittable(written)

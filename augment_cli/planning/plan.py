@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -22,10 +22,12 @@ from pydantic import (
 )
 
 from augment_cli.analysis.arguments import Arguments, freeze_arguments
+from augment_cli.analysis.facts import Analysis
 from augment_cli.analysis.site import ConvSite, filter_macs
 from augment_cli.bounds import (
     MOST_CONVOLUTIONS,
     Channels,
+    CountOfChannels,
     KernelSide,
     Name,
     Sha256,
@@ -38,9 +40,6 @@ from augment_cli.operators import Split, get_operator
 from augment_cli.planning.budget import Counts, Solution, solve
 from augment_cli.planning.recipe import UNITS, Budget, Recipe, describe_errors, resolve_amount
 from augment_cli.planning.selection import obstacle, select
-
-if TYPE_CHECKING:
-    from augment_cli.analysis.graph import ModelGraph
 
 SCHEMA = 1
 
@@ -62,11 +61,17 @@ class _Frozen(BaseModel):
 class Sensitivity(_Frozen):
     """Change of the model's output when one site alone is replaced, on images that its fit has not seen.
 
-    agreement: share of images with the source's top-1; divergence: mean KL(source, converted) of the predictions, nats.
+    agreement: share of images with the source's top-1; divergence: mean KL(source, converted) of the predictions, nats;
+    given_up: output channels that the source's filters no longer computed when that was measured.
     """
 
     agreement: Annotated[float, Field(ge=0, le=1)]
     divergence: Annotated[float, Field(ge=0)]
+    given_up: CountOfChannels
+
+    def predict(self, given_up: int) -> float:
+        """The divergence under another split: it grows with the square of the given-up channels (budget.py)."""
+        return self.divergence * (given_up / self.given_up) ** 2 if self.given_up else self.divergence
 
 
 class SitePlan(_Frozen):
@@ -163,10 +168,27 @@ class SitePlan(_Frozen):
 
 
 class Skipped(_Frozen):
-    """A convolution that stays as it is, and why."""
+    """A convolution that stays as it is, and why. Its shape is for pictures: None where it is not known.
+
+    resolution: (height, width) of the output map; None too where the convolution is never called.
+    """
 
     name: Name
     reason: Name
+    out_channels: Channels | None = None
+    kernel_size: tuple[KernelSide, KernelSide] | None = None
+    resolution: tuple[Side, Side] | None = None
+
+    @classmethod
+    def of(cls, site: ConvSite, reason: str) -> "Skipped":
+        called = site.resolution if site.calls else None
+        return cls(
+            name=site.name,
+            reason=reason,
+            out_channels=site.out_channels,
+            kernel_size=site.kernel_size,
+            resolution=called,
+        )
 
 
 class Plan(_Frozen):
@@ -224,6 +246,12 @@ class Plan(_Frozen):
             object.__setattr__(self, f"{count}_after", before - replaced + added)
         return self
 
+    @property
+    def predicted_divergence(self) -> float | None:
+        """The sum of the sites' predicted divergences, nats; None unless every site was measured alone."""
+        measured = [site.sensitivity.predict(site.given_up) for site in self.sites if site.sensitivity]
+        return sum(measured) if len(measured) == len(self.sites) else None
+
     def to_json(self, indent: int | None = 2) -> str:
         return json.dumps(self.model_dump(mode="json", by_alias=True), indent=indent)
 
@@ -245,7 +273,7 @@ def _validating(origin: str) -> Iterator[None]:
 @_validating("the plan of this model")
 def make_plan(
     model: str,
-    graph: "ModelGraph",
+    graph: Analysis,
     recipe: Recipe,
     model_args: dict[str, Any] | None = None,
     sensitivity: dict[str, Sensitivity] | None = None,
@@ -264,6 +292,7 @@ def make_plan(
         AugmentError: no site, or a budget that cannot be met.
     """
     selection, found = select(graph.sites, recipe), sensitivity or {}
+    by_name = {site.name: site for site in graph.sites}
     losses = {name: measured.divergence for name, measured in found.items()}
     solution = solve(selection.chosen, recipe, Counts(graph.params, graph.macs), losses)
     sites = tuple(_site_plan(site, split, recipe.operator, found.get(site.name)) for site, split in solution.splits)
@@ -278,7 +307,7 @@ def make_plan(
         params_before=graph.params,
         macs_before=graph.macs,
         sites=sites,
-        skipped=tuple(Skipped(name=name, reason=reason) for name, reason in selection.skipped),
+        skipped=tuple(Skipped.of(by_name[name], reason) for name, reason in selection.skipped),
     )
     return plan, solution
 
@@ -335,7 +364,7 @@ def check_schema(data: Any, origin: str) -> None:
 
 
 @_validating("the plan")
-def fit_plan(plan: Plan, graph: "ModelGraph", origin: str) -> Plan:
+def fit_plan(plan: Plan, graph: Analysis, origin: str) -> Plan:
     """A plan that was edited or read, held against the model: its counts made anew, what it leaves out skipped.
 
     Raises:
@@ -346,7 +375,7 @@ def fit_plan(plan: Plan, graph: "ModelGraph", origin: str) -> Plan:
     taken = {entry.name for entry in fitted}
     reasons = {entry.name: entry.reason for entry in plan.skipped}
     skipped = tuple(
-        Skipped(name=name, reason=reasons.get(name, "not in the plan")) for name in sites_of if name not in taken
+        Skipped.of(site, reasons.get(name, "not in the plan")) for name, site in sites_of.items() if name not in taken
     )
     found = {"input_size": graph.input_size, "params_before": graph.params, "macs_before": graph.macs}
     return Plan(**dict(plan) | found | {"sites": fitted, "skipped": skipped})

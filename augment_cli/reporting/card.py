@@ -29,6 +29,7 @@ def model_card(report: Report) -> str:
         totals_table(report),
         f"Multiply-adds are those of one image of {size(report.input_size)}; FLOPs = 2 x multiply-adds.",
         "## What was replaced",
+        "![The network: a band for each map size, a bar for each convolution, attention in colour](network.svg)",
         _sites(report),
         "## What it follows",
         "\n".join(f"- {line}" for line in _follows(report)),

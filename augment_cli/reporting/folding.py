@@ -102,23 +102,3 @@ def _ranges(numbers: Iterable[str]) -> str:
     starts = [ordered[0], *(b for a, b in pairwise(ordered) if b != a + 1)]
     ends = [*(a for a, b in pairwise(ordered) if b != a + 1), ordered[-1]]
     return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
-
-
-def by_module(sites: Iterable[SiteRow], most: int) -> tuple[Line, ...]:
-    """One line for each module that holds sites, at the greatest depth that gives no more than `most` lines."""
-    sites = tuple(sites)
-    for depth in range(max(site.name.count(".") for site in sites) + 1, 0, -1):
-        modules = defaultdict(list)
-        for site in sites:
-            modules[".".join(site.name.split(".")[:depth])].append(site)
-        if len(modules) <= most:
-            break
-    return tuple(Line(name, tuple(members)) for name, members in modules.items())
-
-
-def overview(sites: tuple[SiteRow, ...], most: int) -> tuple[Line, ...]:
-    """A line for each site if that makes no more than `most`, else for each group of equal sites, else for modules."""
-    if len(sites) <= most:
-        return unfolded(sites)
-    folded = fold(sites)
-    return folded if len(folded) <= most else by_module(sites, most)

@@ -3,34 +3,36 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from augment_cli.reporting.chart import bar_chart, direction
-from augment_cli.reporting.folding import overview
 from augment_cli.reporting.markup import DASH, TIMES, Markup, join, minus, tag
+from augment_cli.reporting.network import draw_network
 from augment_cli.reporting.numbers import Change, Limit, Report, SkippedGroup
 from augment_cli.reporting.provenance import TRUST_TERMS
 from augment_cli.reporting.sites_table import sites_table
 from augment_cli.reporting.units import amount, counted, error, percent, share, signed_amount, span
 
-_MOST_BARS = 30
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
 
 def to_html(report: Report) -> str:
     """The report as a page, light or dark as the reader's system, for screens of any width and for paper."""
-    style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
+    main = tag(
+        "main", _cards(report), _notice(report), _network(report), _totals(report), _sites(report), _skipped(report)
+    )
+    return page(f"{report.model} with {report.recipe.name}", _header(report), main, _footer(report))
+
+
+def page(title: str, *body: Markup | None, policy: str = _POLICY, style: str = "") -> str:
+    """A page of its own around a header, a main part and a footer: augment's style sheet, with `style` after it."""
+    style = Path(__file__).with_name("page.css").read_text(encoding="utf-8") + style
     head = tag(
         "head",
         tag("meta", charset="utf-8"),
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("meta", http_equiv="Content-Security-Policy", content=_POLICY),
-        tag("title", f"{report.model} with {report.recipe.name}"),
+        tag("meta", http_equiv="Content-Security-Policy", content=policy),
+        tag("title", title),
         tag("style", Markup(style)),
     )
-    main = tag(
-        "main", _cards(report), _notice(report), _charts(report), _totals(report), _sites(report), _skipped(report)
-    )
-    body = tag("body", _header(report), main, _footer(report))
-    return f"<!doctype html>\n{tag('html', head, body, lang='en')}\n"
+    return f"<!doctype html>\n{tag('html', head, tag('body', *body), lang='en')}\n"
 
 
 def _header(report: Report) -> Markup:
@@ -78,7 +80,7 @@ def _card(title: str, big: str, beside: str | Markup | None, below: str) -> Mark
 
 
 def _change_card(title: str, change: Change, below: str) -> Markup:
-    beside = tag("span", minus(percent(change.percent)), class_=direction(change))
+    beside = tag("span", minus(percent(change.percent)), class_=change.direction)
     return _card(title, amount(change.after), beside, f"from {amount(change.before)}; {below}")
 
 
@@ -108,32 +110,11 @@ def _notice(report: Report) -> Markup:
     return tag("p", tag("b", "Fine-tune before use."), text, class_="notice")
 
 
-def _charts(report: Report) -> Markup:
-    lines = overview(report.sites, _MOST_BARS)
-    note = "A pair of bars for each site."
-    if len(lines) < len(report.sites):
-        note = "A pair of bars that stands for several sites gives their sum."
-    legend = (tag("span", tag("i", class_=kind), kind) for kind in ("before", "after"))
-    return tag(
-        "section",
-        tag("h2", "Site by site, before and after"),
-        tag("p", note, class_="quiet"),
-        tag("p", legend, class_="legend"),
-        tag(
-            "div",
-            tag(
-                "figure",
-                tag("figcaption", "Parameters"),
-                bar_chart("chart-params", lines, lambda line: line.params, "parameters"),
-            ),
-            tag(
-                "figure",
-                tag("figcaption", "Multiply-adds"),
-                bar_chart("chart-macs", lines, lambda line: line.macs, "multiply-adds"),
-            ),
-            class_="charts",
-        ),
-    )
+def _network(report: Report) -> Markup:
+    title = f"The convolutions of {report.model} by map size"
+    note = "A band for each size of the output map, a bar for each convolution; hover one for its name and numbers."
+    picture = tag("figure", draw_network(report.marks, title))
+    return tag("section", tag("h2", "Where in the network"), tag("p", note, class_="quiet"), picture)
 
 
 def _totals(report: Report) -> Markup:
@@ -172,7 +153,7 @@ def _total(
         tag("td", show(change.before)),
         tag("td", show(change.after), class_="after"),
         tag("td", minus(show_signed(change.delta))),
-        tag("td", minus(percent(change.percent)), class_=direction(change)),
+        tag("td", minus(percent(change.percent)), class_=change.direction),
         (tag("td", minus(text)) for text in budget),
     )
 

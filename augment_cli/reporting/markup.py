@@ -9,7 +9,7 @@ from augment_cli.terminal import plain
 DASH = "\N{EN DASH}"
 TIMES = "\N{MULTIPLICATION SIGN}"
 
-_VOID = ("meta", "br")
+_VOID = ("meta", "br", "img", "input")
 
 
 class Markup(str):

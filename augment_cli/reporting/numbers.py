@@ -12,6 +12,7 @@ from augment_cli.checkpoint.metadata import Metadata
 from augment_cli.operators import Operator, Split, get_operator
 from augment_cli.planning.plan import Plan, Sensitivity, SitePlan
 from augment_cli.planning.recipe import resolve_amount
+from augment_cli.reporting.network import Mark, marks
 from augment_cli.reporting.provenance import RecipeOrigin
 from augment_cli.surgery.records import Fidelity, Inheritance
 
@@ -35,6 +36,11 @@ class Change:
     @property
     def percent(self) -> float | None:
         return 100 * self.delta / self.before if self.before else None
+
+    @property
+    def direction(self) -> str:
+        """The style of a change in a page: more, less or same."""
+        return "more" if self.delta > 0 else "less" if self.delta else "same"
 
     @classmethod
     def total(cls, changes: Iterable["Change"]) -> "Change":
@@ -151,6 +157,7 @@ class Report:
     source_sha256: str | None
     versions: dict[str, str]
     fidelity: Fidelity | None = None
+    marks: tuple[Mark, ...] = ()
 
     @classmethod
     def of(cls, plan: Plan, metadata: Metadata | None = None) -> Self:
@@ -175,6 +182,7 @@ class Report:
             source_sha256=metadata.source_sha256 if metadata else None,
             versions=dict(metadata.versions) if metadata else {},
             fidelity=metadata.fidelity if metadata else None,
+            marks=marks(plan),
         )
 
     @property

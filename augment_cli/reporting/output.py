@@ -15,11 +15,12 @@ from augment_cli.errors import AugmentError, FileError
 from augment_cli.files import check_output, check_place, recover, write_file, write_folder
 from augment_cli.reporting import FORMATS, Report
 from augment_cli.reporting.card import model_card
+from augment_cli.reporting.network import network_picture
 
 if TYPE_CHECKING:
     from torch import nn
 
-_FILES = (WEIGHTS, "config.json", "plan.json", "README.md", "report.json", "report.html")
+_FILES = (WEIGHTS, "config.json", "plan.json", "README.md", "report.json", "report.html", "network.svg")
 _OTHER_FORMATS = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".onnx", ".json", ".html", ".toml")
 
 
@@ -111,5 +112,6 @@ def _fill(folder: Path, model: "nn.Module", metadata: Metadata) -> None:
         write_config(model, metadata.plan.input_size, folder)
     (folder / "plan.json").write_text(metadata.plan.to_json() + "\n", encoding="utf-8")
     (folder / "README.md").write_text(model_card(report), encoding="utf-8")
+    (folder / "network.svg").write_text(network_picture(metadata.plan), encoding="utf-8")
     for form in ("json", "html"):
         (folder / f"report.{form}").write_text(FORMATS[form](report), encoding="utf-8")

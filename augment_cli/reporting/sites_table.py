@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from augment_cli.reporting.chart import direction
 from augment_cli.reporting.markup import DASH, TIMES, Markup, minus, tag
 from augment_cli.reporting.numbers import Change, Report, SiteRow
 from augment_cli.reporting.units import amount, error, kernel, percent, share, size
@@ -88,7 +87,7 @@ def _change_columns(
         return (
             tag("td", show(change.before), class_="edge"),
             tag("td", show(change.after), class_="after"),
-            tag("td", text, class_=direction(change)),
+            tag("td", text, class_=change.direction),
         )
 
     return _Columns(heading, ("Before", "After", "Change"), lambda site: cells(counts(site)), cells(total))

@@ -48,8 +48,13 @@ def table(report: Report, full: bool = False) -> RenderableType:
 
 def plain_table(report: Report, full: bool = False, width: int = 120) -> str:
     """The tables as text, for a file."""
+    return to_text(table(report, full), width)
+
+
+def to_text(renderable: RenderableType, width: int = 120) -> str:
+    """Tables for the terminal as text without colours."""
     stream = io.StringIO()
-    Terminal(file=stream, width=width, color_system=None).print(table(report, full))
+    Terminal(file=stream, width=width, color_system=None).print(renderable)
     return "".join(f"{line.rstrip()}\n" for line in stream.getvalue().splitlines())
 
 
@@ -94,7 +99,7 @@ class _SiteTables:
         folded = len(self.lines) < len(self.report.sites)
         if folded:
             columns.insert(0, _Column("Sites", lambda line: str(len(line.sites)), str(len(self.report.sites))))
-        result = _bare(show_footer=any(group[0].foot for group in groups))
+        result = bare_table(show_footer=any(group[0].foot for group in groups))
         result.add_column("Site", "All of them", overflow="fold")
         for column in columns:
             result.add_column(column.title, column.foot, justify=column.justify, no_wrap=True)
@@ -103,7 +108,8 @@ class _SiteTables:
         return result
 
 
-def _bare(show_footer: bool = False) -> Table:
+def bare_table(show_footer: bool = False) -> Table:
+    """A table with a rule under its head, and nothing else around the cells."""
     return Table(
         box=box.SIMPLE_HEAD,
         show_edge=False,
@@ -184,7 +190,7 @@ def _skipped_heading(report: Report) -> Text:
 
 
 def _skipped(report: Report, full: bool) -> Table:
-    result = _bare()
+    result = bare_table()
     result.add_column("Number", justify="right", no_wrap=True)
     result.add_column("Why", ratio=2)
     result.add_column("Which", ratio=3, style="dim", overflow="fold")
@@ -197,7 +203,7 @@ def _skipped(report: Report, full: bool) -> Table:
 
 
 def _totals(report: Report) -> Table:
-    result = _bare()
+    result = bare_table()
     result.add_column("Whole model")
     for title in ("before", "after", "change", "", "budget", "left"):
         result.add_column(title, justify="right", no_wrap=True)

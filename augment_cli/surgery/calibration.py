@@ -39,6 +39,10 @@ class Calibration:
         """Batches of images to measure on."""
         return self._batches(self.images[len(self.images) - self.held :])
 
+    def all(self) -> Iterator[Tensor]:
+        """Batches of every image, for models that no fit on them has changed."""
+        return self._batches(self.images)
+
     def _batches(self, images: Tensor) -> Iterator[Tensor]:
         if images.is_floating_point():
             yield from images.split(_BATCH)
@@ -64,7 +68,7 @@ def load_images(
     if count < FEWEST:
         raise InputError(f"`calibrate_images={count}`: a fit needs {FEWEST} images at least, a few hundred to be good")
     data = open_dataset(spec, labels=False, on_corrupt="skip", channels=input_size[0], seed=seed)
-    data.transform, mean, std = _transform(model, input_size)
+    data.transform, mean, std = eval_transform(model, input_size)
     images = list(_drawn(data, count, seed))
     _check_enough(len(images), spec)
     return Calibration(torch.stack(images), mean, std, spec)
@@ -85,7 +89,7 @@ def gather_images(
     """
     if isinstance(images, (str, Path)):
         return load_images(str(images), model, input_size, count, seed)
-    transform, mean, std = _transform(model, input_size)
+    transform, mean, std = eval_transform(model, input_size)
     if isinstance(images, Tensor):
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:count]
         stacked = images[order]
@@ -102,7 +106,9 @@ def gather_images(
     return Calibration(stacked, mean, std, "given")
 
 
-def _transform(model: nn.Module, input_size: tuple[int, int, int]) -> tuple[Any, tuple[float, ...], tuple[float, ...]]:
+def eval_transform(
+    model: nn.Module, input_size: tuple[int, int, int]
+) -> tuple[Any, tuple[float, ...], tuple[float, ...]]:
     """timm's evaluation transform to bytes for a model, and its mean and standard deviation."""
     from timm.data import create_transform, resolve_data_config
 
@@ -133,13 +139,14 @@ def _for_channels(values: tuple[float, ...], channels: int) -> tuple[float, ...]
 
 
 @torch.no_grad()
-def predictions(model: nn.Module, calibration: Calibration) -> Tensor | None:
-    """A model's log-probabilities on the held-out images, (n, classes); None where it has no classes."""
+def predictions(model: nn.Module, calibration: Calibration, of_all: bool = False) -> Tensor | None:
+    """A model's log-probabilities on the held-out images, or on all, (n, classes); None where it has no classes."""
     if not count_classes(model):
         return None
     training = model.training
     model.eval()
-    logits = torch.cat([model(batch) for batch in calibration.held_out()])
+    batches = calibration.all() if of_all else calibration.held_out()
+    logits = torch.cat([model(batch) for batch in batches])
     model.train(training)
     return logits.double().log_softmax(1) if logits.ndim == 2 else None
 

@@ -38,5 +38,7 @@ def measure_sensitivity(
         after = predictions(trial, calibration)
         if (compared := compare(before, after, calibration)) is None:
             raise InputError(f"{plan.model} has no predictions with {site.name} replaced")
-        found[site.name] = Sensitivity(agreement=compared.agreement, divergence=compared.divergence)
+        found[site.name] = Sensitivity(
+            agreement=compared.agreement, divergence=compared.divergence, given_up=site.given_up
+        )
     return found

@@ -30,11 +30,12 @@ def provenance(opened: Opened) -> dict[str, Provenance]:
     if opened.metadata is not None:
         if opened.metadata.weights.startswith("random"):
             return dict.fromkeys(kinds, "new")
-        kinds |= _of_sites(opened.model, opened.metadata)
+        kinds |= provenance_of_sites(opened.model, opened.metadata)
     return kinds | dict.fromkeys(opened.fresh, "new")
 
 
-def _of_sites(model: nn.Module, metadata: Metadata) -> dict[str, Provenance]:
+def provenance_of_sites(model: nn.Module, metadata: Metadata) -> dict[str, Provenance]:
+    """The provenance of the parameters that the plan added, by name."""
     fitted = {record.name for record in metadata.inheritance if record.kind == "fitted"}
     kinds: dict[str, Provenance] = {}
     for site in metadata.plan.sites:

@@ -89,6 +89,7 @@ def test_the_folder_has_what_timm_and_people_need(tmp_path):
         "plan.json",
         "report.json",
         "report.html",
+        "network.svg",
         "README.md",
     }
     config = json.loads((tmp_path / "out/config.json").read_text())

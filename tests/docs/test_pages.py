@@ -9,6 +9,7 @@ import augment_cli as augment
 from augment_cli.cli import app
 from augment_cli.operators import operator_names, registry
 from augment_cli.planning.recipe import builtin_recipes, recipe_type
+from augment_cli.reporting.network import network_picture
 from tests.conftest import plan_of
 from tests.docs.pages import blocks, check_output, run_page
 
@@ -101,3 +102,8 @@ def test_every_command_is_listed():
 def test_every_public_name_is_in_the_reference():
     reference = (DOCS / "api.md").read_text(encoding="utf-8")
     assert {name for name in augment.__all__ if f"::: augment_cli.{name}\n" not in reference} == set()
+
+
+def test_the_picture_of_the_readme_is_of_its_plan():
+    picture = (DOCS / "assets" / "aa-resnet50.svg").read_text(encoding="utf-8")
+    assert picture == network_picture(plan_of("resnet50", "aa-resnet", "budget.params=keep"))

@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import hashlib
 import io
 import json
 import random
@@ -17,9 +18,11 @@ import torch
 
 import augment_cli
 from augment_cli import conversion
-from augment_cli.analysis import source
+from augment_cli.analysis import cache, source
+from augment_cli.analysis.facts import Analysis
 from augment_cli.analysis.graph import analyze
 from augment_cli.checkpoint.metadata import read_metadata
+from augment_cli.errors import AugmentError
 from augment_cli.planning.plan import fit_plan, make_plan, parse_plan, read_plan
 from augment_cli.planning.recipe import builtin_recipes, load_recipe
 from augment_cli.reporting import FORMATS, Report
@@ -122,6 +125,8 @@ def _make_plan(rng: random.Random) -> bytes:
 def _read_plan(path: Path) -> None:
     plan = read_plan(path)
     _show(Report.of(plan))
+    for form in FORMATS:
+        augment_cli.compare(plan, plan).to(form)
     described, model = source.describe(plan.model, dict(plan.model_args), plan.input_size[1:])
     graph = analyze(model, described.input_size)
     fitted = fit_plan(plan, graph, "plan")
@@ -266,7 +271,26 @@ def _read_checkpoint(path: Path) -> None:
     source.load_checkpoint(source.create(_graph()[0]), path)
 
 
+def _make_cache(rng: random.Random) -> bytes:
+    described, graph = _graph()
+    analysis = Analysis(graph.input_size, graph.sites, graph.params, graph.macs)
+    data = json.loads(json.dumps({"source": asdict(described), "analysis": asdict(analysis)}))
+    text = dump(mutate_tree(rng, data)).encode("utf-8", "surrogatepass")
+    content = hashlib.sha256(text).hexdigest().encode() + b"\n" + text
+    return mutate_bytes(rng, content) if rng.random() < 0.1 else content
+
+
+def _read_cache(path: Path) -> None:
+    """A file that the cache takes can be planned with, as far as a recipe can be."""
+    found = cache._read(path)
+    if found is None:
+        raise AugmentError("as good as none")
+    plan, _ = make_plan(found.source.name, found.analysis, load_recipe("aa"), found.source.args)
+    _show(Report.of(plan))
+
+
 TARGETS = {
+    "cache": Target(_make_cache, _read_cache),
     "model": Target(_make_model, _read_model),
     "plan": Target(_make_plan, _read_plan),
     "recipe": Target(_make_recipe, _read_recipe),

@@ -5,7 +5,16 @@ import pytest
 from tests.fuzz.runner import CASES, make, read
 from tests.fuzz.targets import TARGETS
 
-COUNTS = {"model": 40, "plan": 50, "recipe": 50, "override": 60, "settings": 100, "state": 60, "checkpoint": 40}
+COUNTS = {
+    "cache": 80,
+    "model": 40,
+    "plan": 50,
+    "recipe": 50,
+    "override": 60,
+    "settings": 100,
+    "state": 60,
+    "checkpoint": 40,
+}
 
 
 @pytest.mark.parametrize("target", sorted(TARGETS))

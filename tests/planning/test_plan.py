@@ -24,7 +24,7 @@ def test_the_json_has_the_names_that_scripts_rely_on():
     assert plan["schema"] == 1
     assert plan["recipe"] == "aa"
     assert list(plan["sites"][0]) == SITE
-    assert set(plan["skipped"][0]) == {"name", "reason"}
+    assert set(plan["skipped"][0]) == {"name", "reason", "out_channels", "kernel_size", "resolution"}
 
 
 def test_json_and_back_is_the_same_plan_with_the_same_hash():

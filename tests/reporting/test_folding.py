@@ -2,7 +2,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from augment_cli.reporting import Report
-from augment_cli.reporting.folding import by_module, fold, fold_names, overview
+from augment_cli.reporting.folding import fold, fold_names
 from augment_cli.reporting.numbers import Change
 from tests.reporting.conftest import attended, plan, site
 
@@ -65,15 +65,3 @@ def test_a_line_has_the_sums(report: Report):
     line = fold(report.sites)[0]
     assert line.params == Change(6 * 147_456, 6 * 181_368)
     assert line.macs == Change(6 * 115_605_504, 6 * 123_953_536)
-
-
-def test_modules_hold_every_site_once(many: Report):
-    lines = by_module(many.sites, 30)
-    assert len(lines) <= 30
-    assert sorted(entry.name for line in lines for entry in line.sites) == sorted(entry.name for entry in many.sites)
-    assert lines == overview(many.sites, 30)
-
-
-def test_modules_of_names_without_any():
-    report = Report.of(plan(*(site(f"conv{i}", key_channels=8 + 8 * i) for i in range(5))))
-    assert len(by_module(report.sites, 3)) == 5

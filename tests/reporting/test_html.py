@@ -51,22 +51,13 @@ def test_tags_balance(name: str, request: pytest.FixtureRequest):
 
 
 def test_tags_balance_for_one_site_without_a_header():
-    page = Page(to_html(one_site()))
-    assert len(page.all("rect")) == 4
-    assert "augment-cli plan" in page.texts["p"]
+    assert "augment-cli plan" in Page(to_html(one_site())).texts["p"]
 
 
-def test_every_site_has_a_row_and_bars(report: Report):
+def test_every_site_has_a_row(report: Report):
     page = Page(to_html(report))
     rows = [text for text in page.texts["code"] if text.startswith(("layer3", "layer4")) and text.endswith("conv2")]
     assert rows == [entry.name for entry in report.sites]
-    assert len(page.all("rect")) == 2 * 2 * len(report.sites)
-
-
-def test_many_sites_share_bars_but_have_rows(many: Report):
-    page = Page(to_html(many))
-    assert len(page.all("rect")) <= 2 * 2 * 30
-    assert {entry.name for entry in many.sites} <= set(page.texts["code"])
 
 
 def test_headline_numbers(report: Report):
@@ -77,7 +68,8 @@ def test_headline_numbers(report: Report):
 
 def test_loads_nothing(report: Report):
     text = to_html(report)
-    assert not re.search(r"https?:|//|url\(|@import|src=|href=", text.replace("</", "").replace("/>", ""))
+    bare = text.replace("</", "").replace("/>", "").replace('xmlns="http://www.w3.org/2000/svg"', "")
+    assert not re.search(r"https?:|//|url\(|@import|src=|href=", bare)
     assert not Page(text).all("script")
     policy = next(meta for meta in Page(text).all("meta") if meta.get("http-equiv"))
     assert "default-src 'none'" in policy["content"]

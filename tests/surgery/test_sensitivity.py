@@ -20,8 +20,11 @@ from tests.surgery.test_replace import randomized
 
 
 def planned(overrides: tuple[str, ...], divergence: dict[str, float]):
-    found = {site.name: Sensitivity(agreement=1, divergence=0.01) for site in plan_of("resnet18", "aa").sites}
-    found |= {name: Sensitivity(agreement=0.9, divergence=value) for name, value in divergence.items()}
+    sites = plan_of("resnet18", "aa", "budget.params=free").sites
+    found = {
+        site.name: Sensitivity(agreement=0.9, divergence=divergence.get(site.name, 0.01), given_up=site.given_up)
+        for site in sites
+    }
     return make_plan("resnet18", graph_of("resnet18"), load_recipe("aa", overrides), sensitivity=found)[0]
 
 
@@ -49,6 +52,14 @@ def test_equal_sensitivities_leave_the_written_splits_where_the_budget_is_free()
     written = plan_of("resnet18", "aa", "budget.params=free")
     assert sum(ratios(plan).values()) == pytest.approx(sum(ratios(written).values()), abs=0.05)
     assert all(abs(ratios(plan)[name] - ratio) < 0.05 for name, ratio in ratios(written).items())
+
+
+def test_the_predicted_divergence_grows_with_the_square_of_the_channels():
+    measured = Sensitivity(agreement=0.9, divergence=0.02, given_up=8)
+    assert [measured.predict(channels) for channels in (8, 16, 4, 0)] == [0.02, 0.08, 0.005, 0]
+    plan = planned(("budget.params=free",), {})
+    assert plan.predicted_divergence == pytest.approx(sum(s.sensitivity.predict(s.given_up) for s in plan.sites))
+    assert plan_of("resnet18", "aa").predicted_divergence is None
 
 
 def test_each_site_is_measured_alone_and_the_model_stays_what_it_is():
@@ -96,7 +107,7 @@ def test_the_command_shows_a_column_draws_a_plot_and_keeps_the_numbers_in_the_pl
         (["--calibrate", "x"], "--calibrate is for --sensitivity"),
         (["--sensitivity"], "--sensitivity needs images"),
         (["--sensitivity", "--calibrate", "x"], "either --pretrained or --checkpoint"),
-        (["--sensitivity", "--calibrate", "x", "--pretrained", "--plot", "a.gif"], "ends in .png, .svg or .pdf"),
+        (["--sensitivity", "--calibrate", "x", "--pretrained", "--plot", "a.gif"], ".svg, .png or .pdf"),
         (["--sensitivity", "--calibrate", "nowhere", "--pretrained"], "nowhere"),
         (["--sensitivity", "--calibrate", "x", "--pretrained", "-r", "aw"], "nothing to fit"),
     ],

@@ -1,0 +1,196 @@
+"""Converted models, plans and models of timm, opened side by side; one analysis a model, however many plans."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from augment_cli import specs
+from augment_cli.analysis.cache import look
+from augment_cli.analysis.facts import Analysis, Source
+from augment_cli.checkpoint.metadata import metadata_of, read_metadata
+from augment_cli.errors import AugmentError, InputError
+from augment_cli.planning.frontier import Unit
+from augment_cli.planning.frontier import frontier as plans_along
+from augment_cli.planning.plan import Plan, make_plan, read_plan
+from augment_cli.planning.recipe import UNITS, Recipe, load_recipe
+from augment_cli.reporting.comparison import Candidate, Comparison
+from augment_cli.reporting.frontier import Frontier
+from augment_cli.reporting.numbers import Change
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    Model = str | Path | Plan | nn.Module
+
+
+def compare(
+    *models: "Model",
+    recipe: str | Recipe | Sequence[str | Recipe] = (),
+    overrides: Sequence[str] = (),
+    input_size: tuple[int, int] | None = None,
+    cached: bool = True,
+    **args: Any,
+) -> Comparison:
+    """Compare converted models, plans and models as they are, or one model under several recipes and budgets.
+
+    Args:
+        models: converted models, their files or folders, plans or their JSON files, modules, names of timm's models,
+            and `package.module:function`.
+        recipe: recipes for every module and name, each by name, path or as an object.
+        overrides: values of the recipes; "budget.params=keep,-5%" asks for a plan with each.
+        input_size: (height, width) of an image for names and modules. None takes the model's own.
+        cached: keep what is found of timm's models in the user's cache folder.
+        args: arguments for timm.create_model or the function.
+
+    Raises:
+        AugmentError: no such model or recipe, or not one of the plans is possible.
+
+    Example:
+        >>> found = compare("test_resnet", recipe=("aa", "aw"), overrides=("budget.params=keep,-5%",))
+        >>> [candidate.label for candidate in found.candidates]
+        ['test_resnet', 'test_resnet aa budget.params=keep', 'test_resnet aa budget.params=-5%']
+        >>> len(found.impossible)
+        2
+    """
+    recipes = list(_recipes(recipe, overrides))
+    named = [model for model in models if not _is_planned(model)]
+    if recipes and not named:
+        raise InputError("recipes and their values are for models by name: every model here has its plan")
+    candidates: list[Candidate] = []
+    impossible: list[tuple[str, str]] = []
+    for model in models:
+        if _is_planned(model):
+            candidates.append(_open(model))
+            continue
+        source, analysis = _look(model, args, input_size, cached)
+        name = model if isinstance(model, str) else source.name
+        candidates.append(_as_it_is(name, source, analysis))
+        for words, settings in recipes:
+            label = (
+                " ".join((candidates[-1].model, *words)) if not isinstance(model, str) else " ".join((model, *words))
+            )
+            try:
+                plan, _ = make_plan(source.name, analysis, settings, source.args, base=source.base)
+            except AugmentError as error:
+                impossible.append((label, str(error)))
+            else:
+                candidates.append(Candidate.of(label, plan))
+    if recipes and len(impossible) == len(recipes) * len(named):
+        raise InputError(f"{impossible[0][0]}: {impossible[0][1]}")
+    return Comparison(tuple(candidates), tuple(impossible))
+
+
+def frontier(
+    model: "str | nn.Module",
+    recipe: str | Recipe = "aa",
+    *overrides: str,
+    unit: Unit = "params",
+    points: int = 9,
+    input_size: tuple[int, int] | None = None,
+    cached: bool = True,
+    **args: Any,
+) -> Frontier:
+    """Plans for a range of budgets: the Pareto front of a count against the distance from the recipe.
+
+    Args:
+        model, recipe, overrides: as for `plan`.
+        unit: "params" or "macs".
+        points: how many budgets, 2 or more; equal plans are one point.
+        input_size, cached, args: as for `compare`.
+
+    Raises:
+        AugmentError: bad input, or nothing to replace.
+
+    Example:
+        >>> front = frontier("test_resnet", points=3)
+        >>> [point.plan.params_after < front.points[-1].plan.params_after for point in front.points]
+        [True, True, False]
+    """
+    if unit not in UNITS or points < 2:
+        raise InputError(f"`unit` is one of {', '.join(UNITS)}, and `points` at least 2")
+    source, analysis = _look(model, args, input_size, cached)
+    settings = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
+    return Frontier(tuple(plans_along(source, analysis, settings, unit, points)), unit)
+
+
+def check_models(models: Iterable[str]) -> None:
+    """Refuse models that are neither files, folders nor names that timm knows, before anything is read.
+
+    Raises:
+        AugmentError: names the first.
+    """
+    for model in models:
+        if Path(model).suffix == ".json" and not Path(model).exists():
+            raise InputError(f"{model}: no such file")
+        specs.check_model(model)
+
+
+def _recipes(
+    given: str | Recipe | Sequence[str | Recipe], overrides: Sequence[str]
+) -> Iterator[tuple[list[str], Recipe]]:
+    """Every recipe under every combination of the overrides' values, each with the words that tell it from others."""
+    chosen = (given,) if isinstance(given, (str, Recipe)) else tuple(given) or (("aa",) if overrides else ())
+    for recipe, values in product(chosen, product(*map(alternatives, overrides))):
+        if not isinstance(recipe, Recipe):
+            yield [recipe, *values], load_recipe(recipe, values)
+        elif overrides:
+            raise InputError("overrides are for a recipe's name or file: a recipe object is taken as it is")
+        else:
+            yield [recipe.name], recipe
+
+
+def alternatives(override: str) -> list[str]:
+    """KEY=A,B as KEY=A and KEY=B; a comma within brackets or quotes belongs to a value.
+
+    >>> alternatives("budget.params=keep,-5%"), alternatives("select.stages=[3,4],[4]")
+    (['budget.params=keep', 'budget.params=-5%'], ['select.stages=[3,4]', 'select.stages=[4]'])
+    """
+    key, separator, text = override.partition("=")
+    values, depth, quote = [""], 0, ""
+    for letter in text:
+        if quote or letter in "\"'":
+            quote = "" if letter == quote else quote or letter
+        depth += (letter in "[{") - (letter in "]}") if not quote else 0
+        if letter == "," and not depth and not quote:
+            values.append("")
+        else:
+            values[-1] += letter
+    return [f"{key}{separator}{value.strip()}" for value in values]
+
+
+def _is_planned(model: "Model") -> bool:
+    """Whether a model is a plan or a converted model."""
+    if isinstance(model, (str, Path)):
+        return Path(model).exists() or Path(model).suffix in (".json", ".safetensors")
+    return isinstance(model, Plan) or metadata_of(model) is not None
+
+
+def _open(model: "Model") -> Candidate:
+    if isinstance(model, Plan):
+        return Candidate.of(f"{model.model} {model.recipe}", model)
+    if not isinstance(model, (str, Path)):
+        metadata = metadata_of(model)
+        assert metadata is not None  # _is_planned
+        return Candidate.of(f"{metadata.plan.model} {metadata.plan.recipe}", metadata.plan, metadata.fidelity)
+    if Path(model).suffix == ".json":
+        return Candidate.of(str(model), read_plan(Path(model)))
+    metadata = read_metadata(Path(model))
+    return Candidate.of(str(model), metadata.plan, metadata.fidelity)
+
+
+def _look(model: "Model", args: dict[str, Any], size: tuple[int, int] | None, cached: bool) -> tuple[Source, Analysis]:
+    if isinstance(model, (str, Path)):
+        return look(str(model), args, size, cached)
+    from augment_cli.analysis.graph import analyze
+    from augment_cli.analysis.source import describe_module
+
+    if args:
+        raise InputError(f"a module knows its own arguments: leave out {', '.join(args)}")
+    source, meta_model = describe_module(model, size)  # type: ignore[arg-type]  # _is_planned: a Plan is opened
+    return source, analyze(meta_model, source.input_size)
+
+
+def _as_it_is(label: str, source: Source, analysis: Analysis) -> Candidate:
+    params, macs = (Change(count, count) for count in (analysis.params, analysis.macs))
+    return Candidate(label, source.name, source.input_size, params, macs)

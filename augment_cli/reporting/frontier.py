@@ -1,0 +1,87 @@
+"""A frontier of plans: as tables, JSON and a picture."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from augment_cli.files import write_file
+from augment_cli.planning.frontier import Point, Unit, count
+from augment_cli.planning.recipe import UNITS
+from augment_cli.reporting.comparison import Candidate, flat
+from augment_cli.reporting.sheet import Column, Sheet, Sheets
+from augment_cli.reporting.units import amount, divergence, percent, share
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Frontier(Sheets):
+    """Plans of one model from the smallest to the recipe's own; `str` gives the table of `augment plan --frontier`."""
+
+    points: tuple[Point, ...]
+    unit: Unit
+
+    @property
+    def heading(self) -> str:
+        plan = self.points[0].plan
+        return f"{plan.model} with recipe {plan.recipe}: {UNITS[self.unit]} against {self.loss_name}"
+
+    @property
+    def measured(self) -> bool:
+        return self.points[0].plan.predicted_divergence is not None
+
+    @property
+    def loss_name(self) -> str:
+        return "predicted divergence" if self.measured else "distance from the recipe"
+
+    def sheets(self, full: bool = False) -> Iterator[Sheet]:
+        titles = ("#", "Parameters", "%", "MACs", "% ", "Taken", "KL predicted" if self.measured else "Distance")
+        note = (
+            "Distance is the sum of squared changes of the recipe's ratios. " if not self.measured else "KL in nats. "
+        )
+        note += "--point N shows one of the plans, with --json as convert takes it."
+        yield Sheet(self.heading, tuple(map(Column, titles)), tuple(map(self._row, range(len(self.points)))), note)
+
+    def _row(self, i: int) -> tuple[str, ...]:
+        point = self.points[i]
+        row = Candidate.of("", point.plan)
+        counts = f"{row.params.after:,}", percent(row.params.percent), amount(row.macs.after), percent(row.macs.percent)
+        return str(i + 1), *counts, share(row.given_up or 0), divergence(point.loss)
+
+    def data(self) -> dict[str, Any]:
+        return {
+            "schema": SCHEMA,
+            "unit": self.unit,
+            "loss": "predicted_divergence" if self.measured else "distance",
+            "points": [
+                {"count": count(p, self.unit), "loss": p.loss, "plan": p.plan.model_dump(mode="json", by_alias=True)}
+                for p in self.points
+            ],
+        }
+
+    def rows(self) -> list[dict[str, Any]]:
+        return [flat(Candidate.of(str(i), point.plan)) | {"loss": point.loss} for i, point in enumerate(self.points, 1)]
+
+    def draw(self, path: Path) -> None:
+        """Draw the front, with the source's count as a line; PNG, SVG or PDF by suffix.
+
+        Raises:
+            AugmentError: the file cannot be written.
+        """
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(7, 4.4), layout="constrained")
+        axes = figure.subplots()
+        counts = [count(point, self.unit) / 1e6 for point in self.points]
+        axes.plot(counts, [point.loss for point in self.points], "o-", color="#0072b2")
+        for i, (x, point) in enumerate(zip(counts, self.points, strict=True), 1):
+            axes.annotate(str(i), (x, point.loss), xytext=(4, 4), textcoords="offset points", fontsize=8)
+        before = getattr(self.points[0].plan, f"{self.unit}_before") / 1e6
+        axes.axvline(before, color="#d55e00", linestyle="--", label="the source")
+        axes.set_xlabel(f"{UNITS[self.unit]}, millions")
+        axes.set_ylabel(f"{self.loss_name}{', nats' if self.measured else ''}")
+        axes.set_title(f"{self.points[0].plan.model}, recipe {self.points[0].plan.recipe}", fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False)
+        write_file(path, lambda temporary: figure.savefig(temporary, format=path.suffix[1:], dpi=120))
