@@ -136,7 +136,7 @@ def chain(task: str, name: str, seed: int, setup: Setup) -> dict[str, Any]:
             "--checkpoint",
             str(weights),
             "-a",
-            "block_args={'attn_layer': 'se'}",
+            'block_args={"attn_layer": "se"}',
             "-a",
             f"num_classes={classes}",
         )
