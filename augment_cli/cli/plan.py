@@ -118,6 +118,7 @@ def plan(
             common.echo(front.to("json"))
         else:
             common.show(front.table())
+            common.say("--point N shows one of the plans; with --json, as convert takes it")
         return
     made, solution = make_plan(described.name, analysis, settings, described.args, found, described.base)
     common.announce(analysis, made, solution, settings)

@@ -37,10 +37,7 @@ class Frontier(Sheets):
 
     def sheets(self, full: bool = False) -> Iterator[Sheet]:
         titles = ("#", "Parameters", "%", "MACs", "% ", "Taken", "KL predicted" if self.measured else "Distance")
-        note = (
-            "Distance is the sum of squared changes of the recipe's ratios. " if not self.measured else "KL in nats. "
-        )
-        note += "--point N shows one of the plans, with --json as convert takes it."
+        note = "KL in nats." if self.measured else "Distance is the sum of squared changes of the recipe's ratios."
         yield Sheet(self.heading, tuple(map(Column, titles)), tuple(map(self._row, range(len(self.points)))), note)
 
     def _row(self, i: int) -> tuple[str, ...]:
