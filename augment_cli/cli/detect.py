@@ -1,19 +1,19 @@
 """augment detect: train and evaluate torchvision's detectors over converted or plain backbones, on COCO's format."""
 
 import json
-from dataclasses import fields, replace
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from augment_cli import signals, specs
-from augment_cli.cli import common
+from augment_cli import specs
+from augment_cli.cli import common, runs
 from augment_cli.detection.run_settings import DetectionSettings
 from augment_cli.detection.settings import Kind, Norm
 from augment_cli.errors import InputError
-from augment_cli.training.settings import TRACKERS, Precision, Schedule, option, read_settings
+from augment_cli.training.settings import TRACKERS, Precision, Schedule, option
 
 if TYPE_CHECKING:
     from augment_cli.detection.assess import Result
@@ -140,25 +140,18 @@ def finetune(
     augment detect finetune --resume run
     """
     values = _plain(context.params)
-    given = {name for name in context.params if _is_given(context, name)}
+    given = runs.given_options(context)
     if resume is not None:
-        settings = _resumed(resume, values, given - {"resume"})
+        settings = runs.resumed(
+            resume, {name: values[name] for name in given - {"resume"}}, DetectionSettings, "last.safetensors"
+        )
     elif missing := next((name for name in ("model", "data", "output") if name not in given), None):
-        raise InputError(f"{_name(missing)} is missing; a run needs MODEL, --data and --output, or --resume DIR")
+        raise InputError(f"{runs.name_of(missing)} is missing; a run needs MODEL, --data and --output, or --resume DIR")
     else:
         known = {entry.name for entry in fields(DetectionSettings)} & values.keys()
         settings = DetectionSettings(**{name: values[name] for name in known if values[name] is not None})
     _check(settings, resume is not None, overwrite)
     _run_it(settings, resume is not None, overwrite)
-
-
-def _is_given(context: typer.Context, name: str) -> bool:
-    source = context.get_parameter_source(name)
-    return source is not None and source.name != "DEFAULT"
-
-
-def _name(parameter: str) -> str:
-    return "MODEL" if parameter == "model" else option(parameter).replace("model-args", "model-arg")
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
@@ -192,21 +185,6 @@ def _numbers(name: str, text: str | None, kind: type) -> tuple[Any, ...] | None:
         raise InputError(f"{name} {text}: write numbers with commas between them") from error
 
 
-def _resumed(folder: Path, values: dict[str, Any], given: set[str]) -> DetectionSettings:
-    """The settings of the run in a folder, with those changed that the user gave."""
-    from augment_cli.training.folder import SETTINGS
-
-    if fixed := sorted(given & {*DetectionSettings.fixed, "output", "overwrite"}):
-        raise InputError(
-            f"{_name(fixed[0])} cannot be another for a run that has begun: leave it out, or start a new run from "
-            f"{folder / 'last.safetensors'}"
-        )
-    if not (folder / SETTINGS).is_file():
-        raise InputError(f"--resume {folder}: no run here that could be resumed")
-    changed = {name: values[name] for name in given}
-    return replace(read_settings(folder / SETTINGS, DetectionSettings), **changed, output=str(folder))
-
-
 def _check(settings: DetectionSettings, resume: bool, overwrite: bool) -> None:
     """Refuse what can be refused before torch is imported."""
     from augment_cli.detection.coco import check_folder
@@ -222,16 +200,10 @@ def _check(settings: DetectionSettings, resume: bool, overwrite: bool) -> None:
 
 
 def _run_it(settings: DetectionSettings, resume: bool, overwrite: bool) -> None:
-    from augment_cli.training.folder import STATE
-
     with common.working("importing torch, timm and accelerate"):
         from augment_cli.detection.assess import finetune as run
-    try:
+    with runs.interruptible(settings.output):
         run(settings, resume=resume, overwrite=overwrite)
-    except (KeyboardInterrupt, signals.Stopped) as error:
-        begun = (Path(settings.output) / STATE).exists()
-        common.say("interrupted" + (f"; --resume {settings.output} goes on" if begun else ""))
-        raise typer.Exit(getattr(error, "exit_code", 130)) from error
 
 
 @app.command("evaluate")

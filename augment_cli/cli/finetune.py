@@ -1,6 +1,6 @@
 """augment finetune: train a converted model, or a plain one beside it, on labelled images."""
 
-from dataclasses import fields, replace
+from dataclasses import fields
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -8,10 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from augment_cli import signals
-from augment_cli.cli import common
+from augment_cli.cli import common, runs
 from augment_cli.errors import InputError
-from augment_cli.training.settings import TRACKERS, Schedule, Settings, option, read_settings
+from augment_cli.training.settings import TRACKERS, Schedule, Settings
 
 _run, _model, _data, _augmentation, _loss, _optimisation, _rates, _machine = (
     partial(typer.Option, rich_help_panel=panel)
@@ -172,25 +171,15 @@ def finetune(
 
     augment finetune --resume tuned
     """
-    given = _given(context)
+    values, given = _plain(context.params), runs.given_options(context)
     if resume is not None:
-        settings = _resumed(resume, context.params, given - {"resume"})
+        settings = runs.resumed(resume, {name: values[name] for name in given - {"resume"}}, Settings, "last")
     elif missing := next((name for name in ("model", "data", "output") if name not in given), None):
-        raise InputError(f"{_name(missing)} is missing; a run needs MODEL, --data and --output, or --resume DIR")
+        raise InputError(f"{runs.name_of(missing)} is missing; a run needs MODEL, --data and --output, or --resume DIR")
     else:
-        settings = Settings(**{entry.name: _plain(context.params)[entry.name] for entry in fields(Settings)})
+        settings = Settings(**{entry.name: values[entry.name] for entry in fields(Settings)})
     _check(settings, resume is not None, overwrite)
     _run_it(settings, resume=resume is not None, overwrite=overwrite)
-
-
-def _given(context: typer.Context) -> set[str]:
-    """The parameters that the user gave."""
-    sources = {name: context.get_parameter_source(name) for name in context.params}
-    return {name for name, source in sources.items() if source is not None and source.name != "DEFAULT"}
-
-
-def _name(parameter: str) -> str:
-    return "MODEL" if parameter == "model" else option(parameter).replace("model-args", "model-arg")
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
@@ -200,21 +189,6 @@ def _plain(values: dict[str, Any]) -> dict[str, Any]:
     plain["img_size"] = common.parse_image_size(values["img_size"])
     plain["log_with"] = tuple(values["log_with"] or ())
     return plain
-
-
-def _resumed(folder: Path, values: dict[str, Any], given: set[str]) -> Settings:
-    """The settings of the run in a folder, with those changed that the user gave."""
-    from augment_cli.training.folder import SETTINGS
-
-    if fixed := sorted(given & {*Settings.fixed, "output", "overwrite"}):
-        raise InputError(
-            f"{_name(fixed[0])} cannot be another for a run that has begun: leave it out, or start a new run from "
-            f"{folder / 'last'}"
-        )
-    if not (folder / SETTINGS).is_file():
-        raise InputError(f"--resume {folder}: no run here that could be resumed")
-    changed = {name: _plain(values)[name] for name in given}
-    return replace(read_settings(folder / SETTINGS, Settings), **changed, output=str(folder))
 
 
 def _check(settings: Settings, resume: bool, overwrite: bool) -> None:
@@ -236,13 +210,7 @@ def _check(settings: Settings, resume: bool, overwrite: bool) -> None:
 
 
 def _run_it(settings: Settings, resume: bool, overwrite: bool) -> None:
-    from augment_cli.training.folder import STATE
-
     with common.working("importing torch, timm and accelerate"):
         from augment_cli.training.finetune import finetune as run
-    try:
+    with runs.interruptible(settings.output):
         run(settings, resume=resume, overwrite=overwrite)
-    except (KeyboardInterrupt, signals.Stopped) as error:
-        begun = (Path(settings.output) / STATE).exists()
-        common.say("interrupted" + (f"; --resume {settings.output} goes on" if begun else ""))
-        raise typer.Exit(getattr(error, "exit_code", 130)) from error

@@ -124,10 +124,12 @@ def _outputs(model: nn.Module, images: Tensor) -> Tensor:
     """A model's outputs in evaluation mode; every module gets its mode back."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
-    with boundary("the model does not run on images of this size"), torch.no_grad():
-        parts = [model(part) for part in images.split(_BATCHES[1])]
-    for module, mode in modes:
-        module.training = mode
+    try:
+        with boundary("the model does not run on images of this size"), torch.no_grad():
+            parts = [model(part) for part in images.split(_BATCHES[1])]
+    finally:
+        for module, mode in modes:
+            module.training = mode
     if not all(isinstance(part, Tensor) for part in parts):
         raise InputError(f"the model's output is {type(parts[0]).__name__}, not one tensor: it cannot be compared")
     return torch.cat(parts)

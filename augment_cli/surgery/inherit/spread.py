@@ -23,6 +23,7 @@ from augment_cli.surgery.inherit.sampling import check_finite
 
 CONTENT, POSITION = 4.0, 0.3
 SIMILARITY = 0.7
+"""Correlation of the weights of keys with those of queries. docs/fitting.md lists the values tried, on one task."""
 _SHRINKAGE = 0.05
 """Added to every variance, as a share of the mean variance: contents that hardly vary are not blown up."""
 _MOST = 1e3
