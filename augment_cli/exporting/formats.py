@@ -120,15 +120,16 @@ class OpenVino(Format):
 
     name = "OpenVINO"
     parts = (".xml", ".bin")
-    packages = ("openvino",)
+    packages = ("onnx", "onnxscript", "openvino")
 
     def write(self, model: nn.Module, example: Tensor, path: Path, options: dict[str, Any]) -> None:
+        """Write by way of ONNX: from torch.export's program, OpenVINO makes a product of every expanded operand."""
         import openvino
 
-        with _quietly():
-            program = torch.export.export(model, (example,), dynamic_shapes=_free_batch())
-            converted = openvino.convert_model(program)
-        openvino.save_model(converted, path, compress_to_fp16=options["precision"] == "fp16")
+        between = path.with_name(f"between-{path.stem}.onnx")
+        FORMATS[".onnx"].write(model, example, between, {**options, "precision": "fp32"})
+        openvino.save_model(openvino.convert_model(between), path, compress_to_fp16=options["precision"] == "fp16")
+        between.unlink()
 
     def run(self, path: Path) -> Run:
         import openvino

@@ -77,13 +77,18 @@ class Affine:
 class InferenceAA(nn.Module):
     """An AA convolution for maps of one size; its channels come out as the concatenation has them.
 
-    Weights of queries, keys and values are grouped by head, queries scaled, and tables laid out by positions.
+    Weights of queries, keys and values are grouped by head, queries scaled, and tables laid out by positions. Logits
+    are keys x queries: sums of them run along contiguous memory, and the result is channels first. The largest logit of
+    a query is found from the largest of each column of keys, which spares a pass over all logits.
 
     Args:
         layer: the layer, in evaluation mode.
         sizes: (height, width) of its input and output maps.
         affine: of its output channels, in the layer's own order.
     """
+
+    rows: Tensor
+    columns: Tensor
 
     def __init__(self, layer: AAConv2d, sizes: tuple[Size, Size], affine: Affine) -> None:
         super().__init__()
@@ -96,26 +101,36 @@ class InferenceAA(nn.Module):
         self.conv = None if layer.conv is None else _convolution(layer.conv, sizes[0], affine[:count])
         self.qkv, self.proj = _by_head(layer), affine[count:].after(layer.proj)
         for name, table, side in (("rows", layer.rel_height, height), ("columns", layer.rel_width, width)):
-            self.register_buffer(name, by_position(table.detach(), side).transpose(1, 2).contiguous())
+            self.register_buffer(name, by_position(table.detach(), side).contiguous())
         self.border, self.stride = layer.border, layer.stride
 
     def forward(self, x: Tensor) -> Tensor:
         """Shapes: x (N, in_channels, H, W) to (N, out_channels, H', W')."""
         height, width = self.map
-        parts = self.qkv(self.reduced(x)).view(-1, self.heads, sum(self.split), height * width)
-        q, k, v = parts.split(self.split, dim=2)  # N, heads, d, HW
-        q, v = q.transpose(2, 3), v.transpose(2, 3)
-        places = q.view(-1, self.heads, height, width, self.split[0])
-        rows = (places @ self.rows).unsqueeze(-1)  # N, heads, H, W, H, 1
-        columns = (places.transpose(2, 3) @ self.columns).transpose(2, 3).unsqueeze(-2)  # N, heads, H, W, 1, W
-        relative = (rows + columns).view(-1, self.heads, height * width, height * width)
-        attended = ((q @ k + relative).softmax(-1) @ v).transpose(2, 3)
-        out: Tensor = self.proj(attended.reshape(-1, self.value_channels, height, width))
+        parts = self.qkv(self.reduced(x)).view(-1, sum(self.split), height * width)
+        q, k, v = parts.split(self.split, dim=1)  # N heads, d, HW
+        rows, columns = self.relative_logits(q.view(-1, self.split[0], height, width))
+        logits = (k.transpose(1, 2) @ q).view(-1, height, width, height * width) + rows
+        peaks = (logits.amax(1, keepdim=True) + columns).amax(2, keepdim=True)  # N heads, 1, 1, HW
+        weights = (logits + (columns - peaks)).exp().view(-1, height * width, height * width)
+        attended = (v @ weights) / weights.sum(1, keepdim=True)
+        out: Tensor = self.proj(attended.view(-1, self.value_channels, height, width))
         if self.size == (height * self.pool, width * self.pool) != self.map:
             out = F.interpolate(out, scale_factor=float(self.pool), mode="bilinear", align_corners=False)
         elif self.size != self.map:
             out = F.interpolate(out, size=self.size, mode="bilinear", align_corners=False)
         return out if self.conv is None else torch.cat([self.conv(x), out], dim=1)
+
+    def relative_logits(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        """The products of every query with its two tables, for each row and each column of the keys.
+
+        Shapes: q (N heads, d, H, W) to (N heads, H, 1, HW) and (N heads, 1, W, HW).
+        """
+        (height, width), d = self.map, self.split[0]
+        lines = q.permute(2, 1, 0, 3).reshape(height, d, -1)  # one product by row, over all heads at once
+        rows = (self.rows @ lines).view(height, height, -1, width).permute(2, 1, 0, 3)
+        columns = (self.columns @ q.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return rows.reshape(-1, height, 1, height * width), columns.reshape(-1, 1, width, height * width)
 
     def reduced(self, x: Tensor) -> Tensor:
         """The attention's input, as the layer pools it. Shapes: (N, in_channels, H, W) to (N, in_channels, h, w)."""
@@ -130,11 +145,13 @@ class InferenceAW(nn.Module):
     """An AW convolution for maps of one size.
 
     With K the static kernel, A2[c, t] the scale of input channel c at tap t, which r channels share, and s the weights
-    of `expand`, the output is
+    of `expand`, a sample's kernel and output are
 
-        conv(I, K) + sum over c and t of  s K[:, c, t]  A2[c, t] I[c] shifted by t
+        W[o, c, t] = K[o, c, t] (1 + s[o, c] A2[c, t])
+        out[o] = sum over c and t of  W[o, c, t] I[c] shifted by t
 
-    A depthwise convolution makes the shifted inputs, and a 1x1 convolution takes the sum: the batch may have any size.
+    A depthwise convolution makes the shifted inputs, and one product for each sample takes the sum: the batch may have
+    any size. A convolution with a kernel for each sample needs its batch in `groups`, which a file holds as a constant.
 
     Args:
         layer: the layer, in evaluation mode.
@@ -144,24 +161,25 @@ class InferenceAW(nn.Module):
 
     rows: Tensor
     columns: Tensor
+    kernel: Tensor
+    own: Tensor
+    shift: Tensor
 
     def __init__(self, layer: AWConv2d, size: Size, affine: Affine) -> None:
         super().__init__()
         hidden, maps, taps = layer.expand.groups, layer.maps, math.prod(layer.kernel_size)
         self.pad = _same_padding(layer, size) if layer.same_pad else None
-        kernel, inputs, outputs = layer.static_kernel().detach(), layer.in_channels, layer.out_channels
+        kernel, inputs, self.groups = layer.static_kernel().detach(), layer.in_channels, layer.groups
         options: dict[str, Any] = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}
-        static = nn.Conv2d(inputs, outputs, layer.kernel_size, groups=layer.groups, **options)
-        static.weight.data, static.bias = kernel, layer.bias
-        self.static = affine.after(static)
-
-        own = layer.expand.weight.detach().view(hidden // maps, maps, -1).transpose(1, 2).reshape(-1, maps)  # C2, a
-        mixed = kernel.unflatten(1, (maps, -1)) * own.view(*own.shape, 1, 1, 1) * affine.scale.view(-1, 1, 1, 1, 1)
-        self.mixed = nn.Conv2d(inputs * taps, outputs, 1, groups=layer.groups, bias=False)
-        self.mixed.weight.data = mixed.flatten(1).view(outputs, -1, 1, 1)
-
         self.shifted = nn.Conv2d(inputs, inputs * taps, layer.kernel_size, groups=inputs, bias=False, **options)
         self.shifted.weight.data = torch.eye(taps).view(taps, 1, *layer.kernel_size).repeat(inputs, 1, 1, 1).to(kernel)
+
+        kernel = kernel * affine.scale.view(-1, 1, 1, 1)
+        own = layer.expand.weight.detach().view(hidden // maps, maps, -1).transpose(1, 2)  # ..., a
+        bias = affine.shift if layer.bias is None else affine.shift + layer.bias.detach() * affine.scale
+        shape = (1, self.groups, layer.out_channels // self.groups, maps, -1)
+        for name, value in (("kernel", kernel), ("own", own), ("shift", bias)):
+            self.register_buffer(name, value.reshape(shape if name != "shift" else (*shape[:3], 1)))
 
         self.reduce, self.mix = layer.reduce, nn.Conv2d(hidden, inputs, 1, bias=False)
         self.mix.weight.data = layer.mix.weight.detach().repeat_interleave(inputs // hidden, 0)
@@ -173,12 +191,14 @@ class InferenceAW(nn.Module):
         self.register_buffer("columns", columns)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Shapes: x (N, C1, H, W) to (N, C2, H', W')."""
+        """Shapes: x (N, C1, H, W) to (N, C2, H', W'); kernels (N, groups, C2 / groups, C1 / groups, taps)."""
         pooled = self.rows @ (x @ self.columns)  # N, C1, h, w
-        scales = F.relu(self.mix(F.relu(self.reduce(pooled)))).view(-1, self.mixed.in_channels, 1, 1)
-        x = x if self.pad is None else F.pad(x, self.pad)
-        out: Tensor = self.static(x) + self.mixed(self.shifted(x) * scales)
-        return out
+        scales = F.relu(self.mix(F.relu(self.reduce(pooled)))).view(-1, self.groups, 1, *self.kernel.shape[3:])
+        shifted = self.shifted(x if self.pad is None else F.pad(x, self.pad))
+        height, width = shifted.shape[-2:]
+        values = shifted.view(-1, self.groups, math.prod(self.kernel.shape[3:]), height * width)
+        out = (self.kernel * (self.own * scales + 1)).flatten(3) @ values + self.shift
+        return out.view(-1, self.groups * out.shape[2], height, width)
 
 
 def for_inference(model: nn.Module, input_size: tuple[int, int, int]) -> fx.GraphModule:

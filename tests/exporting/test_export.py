@@ -54,16 +54,32 @@ def test_an_onnx_file_says_what_it_is_and_takes_any_batch(model, tmp_path: Path)
         np.testing.assert_allclose(got, wanted, atol=1e-5 * np.abs(wanted).max())
 
 
-def test_int8_is_quantised_on_images(model, tmp_path: Path):
+@pytest.fixture
+def image_folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "images"
+    folder.mkdir()
     for number in range(24):
         pixels = np.random.default_rng(number).integers(0, 255, (48, 48, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
-    images = load_images(str(tmp_path), model, SIZE, 24)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    return folder
+
+
+def test_int8_is_quantised_on_images(model, image_folder: Path, tmp_path: Path):
+    images = load_images(str(image_folder), model, SIZE, 24)
     found = export(model, tmp_path / "m.onnx", SIZE, precision="int8", calibration=images)
     assert 1e-4 < found.difference < 0.5
-    plain = export(model, tmp_path / "plain.onnx", SIZE)
-    assert (tmp_path / "m.onnx").stat().st_size < 0.6 * (tmp_path / "plain.onnx").stat().st_size
-    assert plain.difference < found.difference
+    assert export(model, tmp_path / "plain.onnx", SIZE).difference < found.difference
+
+
+def test_int8_makes_a_model_with_attention_smaller(image_folder: Path, tmp_path: Path):
+    model = augment_cli.convert("test_resnet", "aa", input_size=SIZE)
+    images = load_images(str(image_folder), model, SIZE, 24)
+    sizes = {}
+    for precision in ("fp32", "int8"):
+        file = tmp_path / f"{precision}.onnx"
+        export(model, file, SIZE, precision=precision, calibration=images)
+        sizes[precision] = file.stat().st_size
+    assert sizes["int8"] < 0.6 * sizes["fp32"]
 
 
 def test_a_file_that_differs_too_much_is_not_written(model, tmp_path: Path, monkeypatch):
