@@ -191,6 +191,7 @@ def export(
     path: str | Path,
     *,
     input_size: Size | None = None,
+    dynamic: str = "batch",
     precision: str = "fp32",
     opset: int = 20,
     calibrate: "str | Path | Tensor | Iterable[Any] | None" = None,
@@ -203,7 +204,9 @@ def export(
     Args:
         model: with weights, converted or not, or a converted model's file or folder.
         path: ends in .onnx, .pt2 (torch.export) or .xml (OpenVINO).
-        input_size: of an image, as for `convert`; a converted model has its plan's. The batch may have any size.
+        input_size: of an image, as for `convert`; a converted model has its plan's.
+        dynamic: "batch", which may have any size, or "batch,size" for images of other sizes too, in multiples of the
+            model's total stride: attention's tables are resized in the graph.
         precision: fp32, fp16, or for ONNX int8.
         opset: of ONNX.
         calibrate: images to compare on, and for int8 to measure ranges on, as for `convert`; None takes random ones.
@@ -227,7 +230,7 @@ def export(
     images = None if calibrate is None else gather_images(calibrate, model, size, calibrate_images)
     options: dict[str, Any] = {"precision": precision, "opset": opset, "tolerance": tolerance, "overwrite": overwrite}
     with preserved():
-        return write_exported(model, path, size, calibration=images, **options)
+        return write_exported(model, path, size, dynamic=dynamic, calibration=images, **options)
 
 
 def report(model: "nn.Module | Plan | str | Path") -> PrintedReport:

@@ -7,7 +7,6 @@ import typer
 
 from augment_cli import specs
 from augment_cli.cli import common
-from augment_cli.errors import InputError
 
 if TYPE_CHECKING:
     from augment_cli.exporting.export import Exported
@@ -18,7 +17,7 @@ def export(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help=".onnx, .pt2 or .xml (OpenVINO).")],
     precision: Annotated[str, typer.Option(help="fp32, fp16, or int8 (ONNX).")] = "fp32",
     opset: Annotated[int, typer.Option(help="Of ONNX.")] = 20,
-    dynamic: Annotated[str, typer.Option(help="What may vary from call to call: batch.")] = "batch",
+    dynamic: Annotated[str, typer.Option(help="What may vary: batch, or batch,size.")] = "batch",
     img_size: common.ImageSize = None,
     calibrate: Annotated[
         str | None, typer.Option(metavar="SPEC", help="Images to compare on, and for int8 to measure ranges on.")
@@ -45,11 +44,6 @@ def export(
     specs.check_file("checkpoint", checkpoint)
     common.check_ema(ema, checkpoint)
     size = common.parse_image_size(img_size)
-    if dynamic != "batch":
-        raise InputError(
-            f"--dynamic {dynamic}: only the batch may vary. Attention's tables are laid out for one image size: write "
-            f"a file for each with --img-size"
-        )
     check_output(output, overwrite, inputs=(checkpoint,))
     with common.working("importing torch and timm"):
         from augment_cli.exporting.formats import format_of
@@ -67,6 +61,7 @@ def export(
             opened.model,
             output,
             input_size,
+            dynamic=dynamic,
             precision=precision,
             opset=opset,
             calibration=calibration,
@@ -86,6 +81,8 @@ def _describe(exported: "Exported", calibrate: str | None) -> None:
     rows = Table(box=None, show_header=False)
     size = "x".join(map(str, exported.input_size))
     images = f"{exported.images} {f'of {calibrate}' if calibrate else 'random'} images of {size}"
+    if exported.stride:
+        images += f" and another size; sides may be multiples of {exported.stride}"
     rows.add_row("format", f"{exported.format}, {exported.precision}")
     rows.add_row("compared on", images)
     rows.add_row("largest difference", f"{exported.difference:.2g} of the largest output")

@@ -10,17 +10,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from augment_cli.checkpoint.metadata import metadata_of
 from augment_cli.errors import InputError, boundary
-from augment_cli.exporting.formats import Format, Run, format_of
-from augment_cli.exporting.inference import for_inference
+from augment_cli.exporting.formats import SIDES, Format, Run, format_of
+from augment_cli.exporting.inference import for_inference, total_stride
 from augment_cli.files import check_output, write_file
 from augment_cli.surgery.calibration import Calibration
 
 TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2, "int8": 0.5}
 """Largest difference allowed, as a share of the largest output. Bounds against errors, not measures of quality."""
+DYNAMIC = ("batch", "batch,size")
 _BATCHES = (1, 3)
 
 
@@ -29,7 +31,8 @@ class Exported:
     """A written file, and how it compares with its model in torch.
 
     difference: largest one of the outputs, as a share of the largest output. agreement: percent of the images with the
-    same first class, None where outputs are not (images, classes).
+    same first class, None where outputs are not (images, classes). stride: what sides of images are multiples of, where
+    they may vary. images: how many were compared, at two sizes where the size may vary.
     """
 
     path: str
@@ -37,6 +40,7 @@ class Exported:
     precision: str
     opset: int | None
     input_size: tuple[int, int, int]
+    stride: int | None
     images: int
     difference: float
     agreement: float | None
@@ -53,19 +57,21 @@ def export(
     path: str | Path,
     input_size: tuple[int, int, int],
     *,
+    dynamic: str = "batch",
     precision: str = "fp32",
     opset: int = 20,
     calibration: Calibration | None = None,
     tolerance: float | None = None,
     overwrite: bool = False,
 ) -> Exported:
-    """Export a model for images of one size and batches of any, and check the file in its own runtime.
+    """Export a model and check the file in its own runtime, at two sizes of batches, and of images where they vary.
 
     A small JSON of the comparison is written beside the file, and into its metadata where the format has some.
 
     Args:
         path: its suffix says the format: .onnx, .pt2 or .xml.
         input_size: (channels, height, width).
+        dynamic: "batch", or "batch,size" for images of other sizes too, in multiples of the model's total stride.
         precision: fp32, fp16 or int8.
         opset: of ONNX.
         calibration: images to quantise with and to compare on; without them the comparison is on random ones.
@@ -76,19 +82,22 @@ def export(
     """
     path = Path(path)
     kind = format_of(path)
-    _check_settings(kind, precision, opset, calibration, tolerance)
+    _check_settings(kind, dynamic, precision, opset, calibration, tolerance)
     outputs = [path.with_suffix(part) for part in kind.parts] + [sidecar(path)]
     for output in outputs:
         check_output(output, overwrite)
-    images = _images(input_size, calibration)
-    wanted = _outputs(model, images)
-    made = for_inference(model, input_size)
+    stride = total_stride(model, input_size) if dynamic == "batch,size" else None
+    images = _images(input_size, stride, calibration)
+    wanted = [_outputs(model, part).numpy() for part in images]
+    made = for_inference(model, input_size, any_size=stride is not None)
     options = {"opset": opset, "precision": precision, "images": calibration and calibration.fitting()}
+    options["stride"] = stride
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / path.name
         with boundary(f"{kind.name} cannot express this model"), torch.no_grad():
-            kind.write(made, images[:2], file, options)
-        difference, agreement = _compare(_run_all(kind.run(file), images, kind), wanted.numpy())
+            kind.write(made, images[0][:2], file, options)
+        run = kind.run(file)
+        difference, agreement = _compare([_run_all(run, part, kind) for part in images], wanted)
         metadata = metadata_of(model)
         exported = Exported(
             path=path.name,
@@ -96,7 +105,8 @@ def export(
             precision=precision,
             opset=opset if kind.name == "ONNX" else None,
             input_size=input_size,
-            images=len(images),
+            stride=stride,
+            images=sum(map(len, images)),
             difference=difference,
             agreement=agreement,
             plan_sha256=metadata.plan.digest() if metadata else None,
@@ -136,8 +146,10 @@ def _outputs(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def _check_settings(
-    kind: Format, precision: str, opset: int, calibration: Calibration | None, tolerance: float | None
+    kind: Format, dynamic: str, precision: str, opset: int, calibration: Calibration | None, tolerance: float | None
 ) -> None:
+    if dynamic not in DYNAMIC:
+        raise InputError(f"`dynamic={dynamic!r}`: use {' or '.join(map(repr, DYNAMIC))}")
     if precision not in kind.precisions:
         raise InputError(f"`precision={precision!r}`: {kind.name} is written in {', '.join(kind.precisions)}")
     if precision == "int8" and calibration is None:
@@ -148,11 +160,23 @@ def _check_settings(
         raise InputError(f"`tolerance={tolerance}` is not above 0")
 
 
-def _images(input_size: tuple[int, int, int], calibration: Calibration | None) -> Tensor:
-    """Images to compare on: held-out ones, or as many random ones as two batches of _BATCHES."""
+def _images(input_size: tuple[int, int, int], stride: int | None, calibration: Calibration | None) -> list[Tensor]:
+    """Images to compare on, of each size: held-out ones, or as many random ones as two batches of _BATCHES."""
     if calibration is not None:
-        return torch.cat(list(calibration.held_out()))
-    return torch.randn(sum(_BATCHES), *input_size, generator=torch.Generator().manual_seed(0))
+        images = torch.cat(list(calibration.held_out()))
+    else:
+        images = torch.randn(sum(_BATCHES), *input_size, generator=torch.Generator().manual_seed(0))
+    if stride is None:
+        return [images]
+    height, width = input_size[1:]
+    low, high = (stride * side for side in SIDES)
+    if any(side % stride or not low <= side <= high for side in (height, width)):
+        raise InputError(
+            f"`dynamic='batch,size'` takes images whose sides are multiples of {stride}, this model's total stride, "
+            f"from {low} to {high}, and not {height}x{width}: `input_size` sets another size"
+        )
+    larger = (height + stride, width + 2 * stride) if width + 2 * stride <= high else (height - stride, width - stride)
+    return [images, F.interpolate(images, size=larger, mode="bilinear", align_corners=False)]
 
 
 def _run_all(run: Run, images: Tensor, kind: Format) -> np.ndarray:
@@ -163,11 +187,13 @@ def _run_all(run: Run, images: Tensor, kind: Format) -> np.ndarray:
         return np.concatenate([run(part.numpy()) for part in parts])
 
 
-def _compare(got: np.ndarray, wanted: np.ndarray) -> tuple[float, float | None]:
-    difference = float(np.abs(got - wanted).max() / max(np.abs(wanted).max(), 1e-12))
-    if wanted.ndim != 2:
+def _compare(got: list[np.ndarray], wanted: list[np.ndarray]) -> tuple[float, float | None]:
+    """The largest difference over all sizes of images, and the agreement over all images."""
+    pairs = list(zip(got, wanted, strict=True))
+    difference = max(float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-12)) for a, b in pairs)
+    if wanted[0].ndim != 2:
         return difference, None
-    return difference, round(100 * float((got.argmax(1) == wanted.argmax(1)).mean()), 3)
+    return difference, round(100 * float(np.concatenate([a.argmax(1) == b.argmax(1) for a, b in pairs]).mean()), 3)
 
 
 def _entries(exported: Exported) -> dict[str, str]:

@@ -34,7 +34,8 @@ class Format(ABC):
 
         Args:
             example: images (N, C, H, W); N is free in the result.
-            options: `opset`, `precision`, and `images`, batches for int8.
+            options: `opset`, `precision`, `images`, batches for int8, and `stride`: None, or what the sides of images
+                of any size are multiples of.
         """
 
     @abstractmethod
@@ -60,7 +61,7 @@ class Onnx(Format):
         names = {"input_names": ["images"], "output_names": ["outputs"], "opset_version": options["opset"]}
         with _quietly():
             program: Any = torch.onnx.export(
-                model, (example,), dynamo=True, dynamic_shapes=_free_batch(), verbose=False, **names
+                model, (example,), dynamo=True, dynamic_shapes=_free(options), verbose=False, **names
             )
             program.save(path, external_data=False)
         if options["precision"] == "int8":
@@ -97,10 +98,11 @@ class Program(Format):
     def write(self, model: nn.Module, example: Tensor, path: Path, options: dict[str, Any]) -> None:
         model = _Half(model).eval() if options["precision"] == "fp16" else model
         with _quietly():
-            torch.export.save(torch.export.export(model, (example,), dynamic_shapes=_free_batch()), path)
+            torch.export.save(torch.export.export(model, (example,), dynamic_shapes=_free(options)), path)
 
     def run(self, path: Path) -> Run:
-        module = torch.export.load(path).module()
+        with _quietly():
+            module = torch.export.load(path).module()
 
         def run(images: np.ndarray) -> np.ndarray:
             with torch.no_grad():
@@ -110,9 +112,9 @@ class Program(Format):
         return run
 
     def annotate(self, path: Path, entries: dict[str, str]) -> None:
-        program = torch.export.load(path)
-        text = json.dumps(entries)
-        torch.export.save(program, path, extra_files={"augment.json": text})
+        with _quietly():
+            program = torch.export.load(path)
+            torch.export.save(program, path, extra_files={"augment.json": json.dumps(entries)})
 
 
 class OpenVino(Format):
@@ -186,8 +188,19 @@ def format_of(path: Path) -> Format:
     return found
 
 
-def _free_batch() -> tuple[dict[int, Any]]:
-    return ({0: torch.export.Dim("batch")},)
+SIDES = (2, 64)
+"""Smallest and largest side of a model's last map, where images may have any size. A program for a side of 1 would be
+another one; the bound above is a limit of nothing but the statement that torch.export checks."""
+
+
+def _free(options: dict[str, Any]) -> tuple[dict[int, Any]]:
+    """Dimensions of the images that may vary; a side is a multiple of the stride: torch.export can divide it then."""
+    free: dict[int, Any] = {0: torch.export.Dim("batch")}
+    if options.get("stride") is not None:
+        low, high = SIDES
+        sides = (torch.export.Dim(name, min=low, max=high) for name in ("height", "width"))
+        free |= {axis: options["stride"] * side for axis, side in enumerate(sides, start=2)}
+    return (free,)
 
 
 def _quantize(path: Path, batches: Iterator[Tensor]) -> None:

@@ -1,6 +1,7 @@
 """A converted model as a graph made for inference: few nodes, and constants where training has parameters.
 
-Attention layers become `InferenceAA` and `InferenceAW`, which compute the same for images of one size. A batch
+Attention layers become `InferenceAA` and `InferenceAW`, which compute the same: for images of one size, with what
+depends on the size laid out in advance, or for images of any, with it computed in the graph. A batch
 normalisation that follows one is folded into its weights, and the order of AA's channels into the convolution that
 reads them, where there is one.
 """
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers import BatchNormAct2d
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 
 from augment_cli.analysis.graph import analyze
 from augment_cli.analysis.site import Size
@@ -75,7 +77,7 @@ class Affine:
 
 
 class InferenceAA(nn.Module):
-    """An AA convolution for maps of one size; its channels come out as the concatenation has them.
+    """An AA convolution; its channels come out as the concatenation has them.
 
     Weights of queries, keys and values are grouped by head, queries scaled, and tables laid out by positions. Logits
     are keys x queries: sums of them run along contiguous memory, and the result is channels first. The largest logit of
@@ -85,64 +87,73 @@ class InferenceAA(nn.Module):
         layer: the layer, in evaluation mode.
         sizes: (height, width) of its input and output maps.
         affine: of its output channels, in the layer's own order.
+        any_size: for maps of other sizes too.
     """
 
-    rows: Tensor
-    columns: Tensor
+    rel_height: Tensor
+    rel_width: Tensor
 
-    def __init__(self, layer: AAConv2d, sizes: tuple[Size, Size], affine: Affine) -> None:
+    def __init__(self, layer: AAConv2d, sizes: tuple[Size, Size], affine: Affine, any_size: bool = False) -> None:
         super().__init__()
         self.heads, self.value_channels, self.pool = layer.heads, layer.value_channels, layer.attention_pool
         self.split = [layer.key_channels // layer.heads] * 2 + [layer.value_channels // layer.heads]
-        height, width = (math.ceil(side / self.pool) for side in sizes[1])
-        self.size, self.map = sizes[1], (height, width)
+        self.any_size = any_size
         count = layer.out_channels - layer.value_channels
         affine = affine if layer.channel_order is None else affine[layer.channel_order.argsort()]
-        self.conv = None if layer.conv is None else _convolution(layer.conv, sizes[0], affine[:count])
+        self.conv = None if layer.conv is None else _convolution(layer.conv, sizes[0], affine[:count], any_size)
         self.qkv, self.proj = _by_head(layer), affine[count:].after(layer.proj)
-        for name, table, side in (("rows", layer.rel_height, height), ("columns", layer.rel_width, width)):
-            self.register_buffer(name, by_position(table.detach(), side).contiguous())
+        for name, side in zip(("rel_height", "rel_width"), sizes[1], strict=True):
+            table = getattr(layer, name).detach()
+            laid_out = by_position(table, math.ceil(side / self.pool)).contiguous()
+            self.register_buffer(name, table if any_size else laid_out)
         self.border, self.stride = layer.border, layer.stride
 
     def forward(self, x: Tensor) -> Tensor:
         """Shapes: x (N, in_channels, H, W) to (N, out_channels, H', W')."""
-        height, width = self.map
-        parts = self.qkv(self.reduced(x)).view(-1, sum(self.split), height * width)
-        q, k, v = parts.split(self.split, dim=1)  # N heads, d, HW
+        top, left = self.border
+        inner = x[..., top : x.shape[-2] - top, left : x.shape[-1] - left] if top or left else x
+        inner = inner if self.stride == (1, 1) else average_pool(inner, self.stride)
+        out: Tensor = self.proj(self.attended(inner if self.pool == 1 else average_pool(inner, (self.pool, self.pool))))
+        if self.pool > 1:
+            out = self.enlarged(out, inner.shape[-2:])
+        return out if self.conv is None else torch.cat([self.conv(x), out], dim=1)
+
+    def attended(self, x: Tensor) -> Tensor:
+        """Shapes: x (N, in_channels, H, W) to (N, value_channels, H, W)."""
+        height, width = x.shape[-2:]
+        q, k, v = self.qkv(x).view(-1, sum(self.split), height * width).split(self.split, dim=1)  # N heads, d, HW
         rows, columns = self.relative_logits(q.view(-1, self.split[0], height, width))
         logits = (k.transpose(1, 2) @ q).view(-1, height, width, height * width) + rows
         peaks = (logits.amax(1, keepdim=True) + columns).amax(2, keepdim=True)  # N heads, 1, 1, HW
         weights = (logits + (columns - peaks)).exp().view(-1, height * width, height * width)
-        attended = (v @ weights) / weights.sum(1, keepdim=True)
-        out: Tensor = self.proj(attended.view(-1, self.value_channels, height, width))
-        if self.size == (height * self.pool, width * self.pool) != self.map:
-            out = F.interpolate(out, scale_factor=float(self.pool), mode="bilinear", align_corners=False)
-        elif self.size != self.map:
-            out = F.interpolate(out, size=self.size, mode="bilinear", align_corners=False)
-        return out if self.conv is None else torch.cat([self.conv(x), out], dim=1)
+        out = (v @ weights) / weights.sum(1, keepdim=True)
+        return out.view(-1, self.value_channels, height, width)
 
     def relative_logits(self, q: Tensor) -> tuple[Tensor, Tensor]:
         """The products of every query with its two tables, for each row and each column of the keys.
 
         Shapes: q (N heads, d, H, W) to (N heads, H, 1, HW) and (N heads, 1, W, HW).
         """
-        (height, width), d = self.map, self.split[0]
+        d, height, width = q.shape[1:]
+        by_row, by_column = self.rel_height, self.rel_width
+        if self.any_size:
+            by_row, by_column = _gathered(by_row, height), _gathered(by_column, width)
         lines = q.permute(2, 1, 0, 3).reshape(height, d, -1)  # one product by row, over all heads at once
-        rows = (self.rows @ lines).view(height, height, -1, width).permute(2, 1, 0, 3)
-        columns = (self.columns @ q.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        rows = (by_row @ lines).view(height, height, -1, width).permute(2, 1, 0, 3)
+        columns = (by_column @ q.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return rows.reshape(-1, height, 1, height * width), columns.reshape(-1, 1, width, height * width)
 
-    def reduced(self, x: Tensor) -> Tensor:
-        """The attention's input, as the layer pools it. Shapes: (N, in_channels, H, W) to (N, in_channels, h, w)."""
-        top, left = self.border
-        x = x[..., top : x.shape[-2] - top, left : x.shape[-1] - left] if top or left else x
-        for step in (self.stride, (self.pool, self.pool)):
-            x = x if step == (1, 1) else average_pool(x, step)
-        return x
+    def enlarged(self, out: Tensor, size: torch.Size) -> Tensor:
+        """The attention's result at the output's size; a factor, where it is known, takes fewer nodes than sizes do."""
+        if not self.any_size and size == out.shape[-2:]:
+            return out
+        if not self.any_size and size == torch.Size(side * self.pool for side in out.shape[-2:]):
+            return F.interpolate(out, scale_factor=float(self.pool), mode="bilinear", align_corners=False)
+        return F.interpolate(out, size=size, mode="bilinear", align_corners=False)
 
 
 class InferenceAW(nn.Module):
-    """An AW convolution for maps of one size.
+    """An AW convolution.
 
     With K the static kernel, A2[c, t] the scale of input channel c at tap t, which r channels share, and s the weights
     of `expand`, a sample's kernel and output are
@@ -157,6 +168,8 @@ class InferenceAW(nn.Module):
         layer: the layer, in evaluation mode.
         size: (height, width) of its input map.
         affine: of its output channels.
+        any_size: for maps of other sizes too; with padding as TensorFlow's, those that leave the same rest by the
+            stride.
     """
 
     rows: Tensor
@@ -165,9 +178,10 @@ class InferenceAW(nn.Module):
     own: Tensor
     shift: Tensor
 
-    def __init__(self, layer: AWConv2d, size: Size, affine: Affine) -> None:
+    def __init__(self, layer: AWConv2d, size: Size, affine: Affine, any_size: bool = False) -> None:
         super().__init__()
         hidden, maps, taps = layer.expand.groups, layer.maps, math.prod(layer.kernel_size)
+        self.any_size, self.kernel_size = any_size, layer.kernel_size
         self.pad = _same_padding(layer, size) if layer.same_pad else None
         kernel, inputs, self.groups = layer.static_kernel().detach(), layer.in_channels, layer.groups
         options: dict[str, Any] = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}
@@ -192,7 +206,11 @@ class InferenceAW(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Shapes: x (N, C1, H, W) to (N, C2, H', W'); kernels (N, groups, C2 / groups, C1 / groups, taps)."""
-        pooled = self.rows @ (x @ self.columns)  # N, C1, h, w
+        rows, columns = self.rows, self.columns
+        if self.any_size:
+            height, width = x.shape[-2:]
+            rows, columns = _means(height, self.kernel_size[0], rows), _means(width, self.kernel_size[1], rows).T
+        pooled = rows @ (x @ columns)  # N, C1, h, w
         scales = F.relu(self.mix(F.relu(self.reduce(pooled)))).view(-1, self.groups, 1, *self.kernel.shape[3:])
         shifted = self.shifted(x if self.pad is None else F.pad(x, self.pad))
         height, width = shifted.shape[-2:]
@@ -201,8 +219,28 @@ class InferenceAW(nn.Module):
         return out.view(-1, self.groups * out.shape[2], height, width)
 
 
-def for_inference(model: nn.Module, input_size: tuple[int, int, int]) -> fx.GraphModule:
-    """A copy of a model that computes the same in evaluation mode, for images of one size and batches of any.
+def _gathered(table: Tensor, size: int) -> Tensor:
+    """`by_position` by operations that runtimes have. Shapes: table (2 S - 1, d) to (size, size, d)."""
+    resized = F.interpolate(table.t().unsqueeze(0), size=2 * size - 1, mode="linear", align_corners=True)
+    places = torch.arange(size)
+    offsets = places - places.unsqueeze(1) + (size - 1)
+    return resized.squeeze(0).t().index_select(0, offsets.flatten()).view(size, size, -1)
+
+
+def _means(size: int, count: int, like: Tensor) -> Tensor:
+    """The matrix of adaptive average pooling along an axis, whose windows overlap. Shapes: (count, size)."""
+    places, windows = torch.arange(size), torch.arange(count).unsqueeze(1)
+    starts, ends = windows * size // count, ((windows + 1) * size + count - 1) // count
+    inside = ((places >= starts) & (places < ends)).to(like.dtype)
+    return inside / inside.sum(1, keepdim=True)
+
+
+def for_inference(model: nn.Module, input_size: tuple[int, int, int], any_size: bool = False) -> fx.GraphModule:
+    """A copy of a model that computes the same in evaluation mode, for batches of any size.
+
+    Args:
+        input_size: (channels, height, width) of the images.
+        any_size: for images of other sizes too, in multiples of `total_stride`.
 
     Raises:
         AugmentError: the model cannot be traced, or does not run on images of this size.
@@ -216,13 +254,26 @@ def for_inference(model: nn.Module, input_size: tuple[int, int, int]) -> fx.Grap
         layer = _module(made, node)
         if isinstance(layer, (AAConv2d, AWConv2d)):
             before, after = (graph.shapes[n.name][-2:] for n in (node.all_input_nodes[0], node))
-            _replace(made, node, layer, (before, after))
+            _replace(made, node, layer, (before, after), any_size)
     made.graph.lint()
     made.recompile()
     return made
 
 
-def _replace(made: fx.GraphModule, node: fx.Node, layer: AAConv2d | AWConv2d, sizes: tuple[Size, Size]) -> None:
+def total_stride(model: nn.Module, input_size: tuple[int, int, int]) -> int:
+    """How many times smaller than the image a model's smallest map is, as a power of two; maps of 1x1 do not count."""
+    found = tree_leaves(analyze(model, input_size).shapes, is_leaf=_is_map)
+    sides = [shape[2] for shape in found if _is_map(shape) and min(shape[2:]) > 1]
+    return 2 ** math.ceil(math.log2(max(1.0, input_size[1] / min(sides, default=input_size[1]))))
+
+
+def _is_map(shape: Any) -> bool:
+    return isinstance(shape, tuple) and len(shape) == 4 and all(isinstance(side, int) for side in shape)
+
+
+def _replace(
+    made: fx.GraphModule, node: fx.Node, layer: AAConv2d | AWConv2d, sizes: tuple[Size, Size], any_size: bool
+) -> None:
     user = _only_user(node)
     norm = None if user is None else _module(made, user)
     folded = norm if isinstance(norm, nn.BatchNorm2d) and _foldable(norm, layer) else None
@@ -231,9 +282,9 @@ def _replace(made: fx.GraphModule, node: fx.Node, layer: AAConv2d | AWConv2d, si
         rest = nn.Sequential(folded.drop, folded.act) if isinstance(folded, BatchNormAct2d) else nn.Identity()
         made.set_submodule(str(user.target), rest)
     if isinstance(layer, AWConv2d):
-        made.set_submodule(str(node.target), InferenceAW(layer, sizes[0], affine))
+        made.set_submodule(str(node.target), InferenceAW(layer, sizes[0], affine, any_size))
         return
-    made.set_submodule(str(node.target), InferenceAA(layer, sizes, affine))
+    made.set_submodule(str(node.target), InferenceAA(layer, sizes, affine, any_size))
     if layer.channel_order is not None:
         _keep_order(made, node, layer.channel_order)
 
@@ -292,10 +343,10 @@ def _foldable(norm: nn.BatchNorm2d, layer: AAConv2d | AWConv2d) -> bool:
     return known and type(norm) in (nn.BatchNorm2d, BatchNormAct2d) and norm.running_mean is not None
 
 
-def _convolution(conv: nn.Conv2d, size: Size, affine: Affine) -> nn.Module:
+def _convolution(conv: nn.Conv2d, size: Size, affine: Affine, any_size: bool) -> nn.Module:
     """The convolution branch, with its outputs scaled and shifted; other classes than torch's stay, and are not."""
     if isinstance(conv, AWConv2d):
-        return InferenceAW(conv, size, affine)
+        return InferenceAW(conv, size, affine, any_size)
     return affine.after(conv) if type(conv) is nn.Conv2d else conv
 
 

@@ -12,6 +12,7 @@ import augment_cli
 from augment_cli.errors import AugmentError
 from augment_cli.exporting import export as module
 from augment_cli.exporting.export import export
+from augment_cli.exporting.formats import format_of
 from augment_cli.surgery.calibration import load_images
 from tests.cli.helpers import ok, run
 
@@ -24,6 +25,9 @@ def model() -> torch.nn.Module:
     for layer in made.modules():
         if isinstance(layer, augment_cli.AWConv2d):
             torch.nn.init.normal_(layer.expand.weight, std=0.2)
+        if isinstance(layer, torch.nn.BatchNorm2d):  # timm starts the last one of a block at zero
+            torch.nn.init.uniform_(layer.weight, 0.5, 1.5)
+            torch.nn.init.normal_(layer.bias, std=0.1)
     return made
 
 
@@ -52,6 +56,18 @@ def test_an_onnx_file_says_what_it_is_and_takes_any_batch(model, tmp_path: Path)
         with torch.no_grad():
             wanted = model.eval()(images).numpy()
         np.testing.assert_allclose(got, wanted, atol=1e-5 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2", ".xml"])
+def test_a_file_for_images_of_any_size_gives_what_the_model_gives(model, tmp_path: Path, suffix: str):
+    found = export(model, tmp_path / f"m{suffix}", (3, 64, 64), dynamic="batch,size")
+    assert found.difference < 1e-5
+    assert found.stride == 32
+    run = format_of(tmp_path / f"m{suffix}").run(tmp_path / f"m{suffix}")
+    images = torch.randn(2, 3, 96, 160)
+    with torch.no_grad():
+        wanted = model.eval()(images).numpy()
+    np.testing.assert_allclose(run(images.numpy()), wanted, atol=1e-5 * np.abs(wanted).max())
 
 
 @pytest.fixture
@@ -100,7 +116,8 @@ def test_the_command_writes_and_reports(in_tmp: Path):
     ("arguments", "word"),
     [
         (("m.tflite",), "onnx"),
-        (("m.onnx", "--dynamic", "batch,size"), "--img-size"),
+        (("m.onnx", "--dynamic", "batch,size", "--img-size", "72"), "--img-size"),
+        (("m.onnx", "--dynamic", "size"), "batch,size"),
         (("m.onnx", "--precision", "int8"), "--calibrate"),
         (("m.pt2", "--precision", "int8"), "fp16"),
         (("m.onnx", "--precision", "fp8"), "fp16"),
