@@ -24,6 +24,7 @@ from augment_cli.bounds import (
 from augment_cli.errors import InputError, boundary, nearest
 from augment_cli.files import read_text
 from augment_cli.operators import Settings, Table, get_operator, operator_names
+from augment_cli.planning.latency import LatencySettings
 from augment_cli.resources import resource
 
 
@@ -96,6 +97,8 @@ class Select(Table):
 _NUMBER = r"[0-9]{1,15}(?:\.[0-9]{1,15})?"
 _AMOUNT = re.compile(rf"(?P<number>{_NUMBER}) ?(?P<unit>[kKMGT]?)")
 _PERCENT = re.compile(rf"(?P<number>[+-]{_NUMBER}) ?%")
+_DURATION = re.compile(rf"(?P<number>{_NUMBER}) ?(?P<unit>ns|us|ms|s)")
+_NANOSECONDS = {"ns": 1, "us": 1e3, "ms": 1e6, "s": 1e9}
 _FACTORS = {"": 1, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 
 
@@ -108,22 +111,31 @@ def _check_amount(value: Any) -> Any:
     )
 
 
+def _check_duration(value: Any) -> Any:
+    text = str(value).strip()
+    if text in ("free", "keep") or _DURATION.fullmatch(text) or _PERCENT.fullmatch(text):
+        return text
+    raise ValueError(f"{text[:50]!r} is no budget: write free, keep, a change like +5% or -10%, or a time like 12ms")
+
+
 Amount = Annotated[str, BeforeValidator(_check_amount)]
+Duration = Annotated[str, BeforeValidator(_check_duration)]
 
 
 class Budget(Table):
-    """[budget]: the most parameters and multiply-adds of the converted model."""
+    """[budget]: the most parameters, multiply-adds and time of the converted model."""
 
     params: Annotated[Amount, Field(description="free, keep, 25.6M, +1%, -10%")] = "free"
     macs: Annotated[Amount, Field(description="the same, for multiply-adds")] = "free"
+    latency: Annotated[Duration, Field(description="free, keep, +5%, 12ms; measured as [latency] says")] = "free"
 
 
-UNITS = {"params": "parameters", "macs": "multiply-adds"}
-"""Units of the two budgets."""
+UNITS = {"params": "parameters", "macs": "multiply-adds", "latency": "nanoseconds"}
+"""Units of the budgets."""
 
 
 def resolve_amount(amount: str, source: int) -> int | None:
-    """The number that a budget stands for, given the source model's count; None where it is free."""
+    """The number that a budget stands for, given the source model's count or nanoseconds; None where it is free."""
     if amount == "free":
         return None
     if amount == "keep":
@@ -132,6 +144,8 @@ def resolve_amount(amount: str, source: int) -> int | None:
         return int(source * (1 + float(match["number"]) / 100) + 1e-6)
     if match := _AMOUNT.fullmatch(amount):
         return round(float(match["number"]) * _FACTORS[match["unit"]])
+    if match := _DURATION.fullmatch(amount):
+        return round(float(match["number"]) * _NANOSECONDS[match["unit"]])
     raise ValueError(f"{amount!r} is no budget")
 
 
@@ -154,10 +168,11 @@ class Recipe(Settings):
     paper: Paper | None = None
     select: Select = Select()
     budget: Budget = Budget()
+    latency: LatencySettings = LatencySettings()
 
     def digest(self) -> str:
-        """SHA-256 of the resolved recipe, overrides included."""
-        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+        """SHA-256 of the resolved recipe, overrides included; how latency is measured is no part of it."""
+        return hashlib.sha256(self.model_dump_json(exclude={"latency"}).encode()).hexdigest()
 
 
 @cache
