@@ -69,20 +69,20 @@ class Table(_Kept):
         """Take in rounds of `Bench.time_sites`: of the source with `sites`, and of variants."""
         total = _typical([passes[0].total for passes in rounds]).value
         self.source = self.source or total
-        before = {name: _typical([passes[0].sites.get(name, 0.0) for passes in rounds]) for name in sites}
         shapes: dict[str, list[str]] = {}
         for name, site in sites.items():
             shapes.setdefault(shape_of(site), []).append(name)
         for shape, names in shapes.items():
             if shape not in self.before:
-                mean = _mean([before[name] for name in names])
+                mean = _mean([_typical([passes[0].sites.get(name, 0.0) for passes in rounds]) for name in names])
                 self.before[shape] = _Entry(value=mean.value / total, error=mean.error / total)
         changes: dict[tuple[str, str, Split], list[Time]] = {}
         for i, variant in enumerate(variants, 1):
             for planned in variant:
-                after = _typical([passes[i].sites.get(planned.name, 0.0) for passes in rounds])
-                change = Time(after.value - before[planned.name].value, after.error)
-                changes.setdefault((shape_of(sites[planned.name]), planned.operator, planned.split), []).append(change)
+                name = planned.name
+                each = [passes[i].sites.get(name, 0.0) - passes[0].sites.get(name, 0.0) for passes in rounds]
+                key = shape_of(sites[name]), planned.operator, planned.split
+                changes.setdefault(key, []).append(_typical(each))
         for (shape, operator, split), found in changes.items():
             mean = _mean(found)
             value = max(self.before[shape].value + mean.value / total, 1e-9)
@@ -119,9 +119,9 @@ class Table(_Kept):
 
 
 def _typical(values: Sequence[float]) -> Time:
-    """The lower quartile, since other work on a machine only ever adds time; its error by the interquartile range."""
-    low, high = np.quantile(np.array(values), (0.25, 0.75)).tolist()
-    return Time(low, (high - low) / len(values) ** 0.5)
+    """The median, since those of the sites add up to the model's; its error by the interquartile range."""
+    low, median, high = np.quantile(np.array(values), (0.25, 0.5, 0.75)).tolist()
+    return Time(median, (high - low) / len(values) ** 0.5)
 
 
 def _mean(times: Sequence[Time]) -> Time:

@@ -6,12 +6,16 @@ whole beside its source: two numbers that know nothing of each other.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 from torch import nn
 
+from augment_cli.analysis.cache import look
 from augment_cli.analysis.facts import Analysis, Source
 from augment_cli.analysis.site import ConvSite
+from augment_cli.analysis.source import create
+from augment_cli.errors import InputError
 from augment_cli.latency.bench import Bench, ModelBench, Progress
 from augment_cli.latency.machine import describe_machine, resolved
 from augment_cli.latency.table import read_table, table_file, write_table
@@ -19,7 +23,7 @@ from augment_cli.operators import get_operator
 from augment_cli.planning.budget import Solution
 from augment_cli.planning.frontier import Point, Unit, frontier
 from augment_cli.planning.latency import LatencySettings, Times, splits_digest, spread
-from augment_cli.planning.plan import Plan, Sensitivity, SitePlan, make_plan, site_plan, with_latency
+from augment_cli.planning.plan import Plan, Sensitivity, SitePlan, fit_plan, make_plan, site_plan, with_latency
 from augment_cli.planning.recipe import Recipe
 from augment_cli.planning.selection import select
 
@@ -131,6 +135,44 @@ class Timer:
                 return chosen
             self.time(plans)
         return choose(self.times(only_measured=True))
+
+
+def measure_latency(
+    plans: Sequence[Plan],
+    settings: LatencySettings,
+    base: str | None = None,
+    progress: Progress | None = None,
+    cached: bool = True,
+) -> list[Plan]:
+    """Plans with their latency, each beside its own source, measured on this machine.
+
+    Args:
+        base: `package.module:function` that makes the source of plans for models that timm does not know.
+
+    Raises:
+        AugmentError: the device is not there, or a source cannot be made or is not the plan's.
+    """
+    found: dict[int, Plan] = {}
+    for sources, places in _by_source(plans).items():
+        first = plans[places[0]]
+        if first.base == "other" and base is None:
+            raise InputError(
+                f"{first.model} is not a model of timm: give what makes it as `base='package.module:function'`"
+            )
+        name = first.model if first.base == "timm" else base
+        source, analysis = look(str(name), dict(first.model_args), first.input_size[1:], cached)
+        timer = Timer(source, analysis, settings, partial(create, source), progress, cached)
+        members = [fit_plan(plans[i], analysis, f"the plan of {sources[0]}") for i in places]
+        found |= dict(zip(places, timer.measured(members), strict=True))
+    return [found[i] for i in range(len(plans))]
+
+
+def _by_source(plans: Sequence[Plan]) -> dict[tuple[Any, ...], list[int]]:
+    """The places of the plans for each source."""
+    places: dict[tuple[Any, ...], list[int]] = {}
+    for i, plan in enumerate(plans):
+        places.setdefault((plan.model, plan.model_args, plan.input_size, plan.base), []).append(i)
+    return places
 
 
 def plan_within(

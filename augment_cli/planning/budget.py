@@ -74,7 +74,7 @@ class Solution:
         if not self.solved:
             return "budget free: the recipe's settings as written"
         verdicts = [f"budget.{name} {'binds' if binds else 'does not bind'}" for name, binds in self.binding]
-        verdicts += [f"{len(self.left)} sites stay as they are"] * bool(self.left)
+        verdicts += [f"sites left as they are: {len(self.left)}"] * bool(self.left)
         return ", ".join((f"budget solved in {self.seconds:.2f} s", f"gap {self.gap:.2%}", *verdicts))
 
 

@@ -6,7 +6,7 @@ import tomllib
 from collections import Counter
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, TypeVar, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model, field_validator
 from pydantic_core import ErrorDetails
@@ -26,6 +26,8 @@ from augment_cli.files import read_text
 from augment_cli.operators import Settings, Table, get_operator, operator_names
 from augment_cli.planning.latency import LatencySettings
 from augment_cli.resources import resource
+
+TableT = TypeVar("TableT", bound=Table)
 
 
 def _as_tuple(value: Any) -> Any:
@@ -239,15 +241,30 @@ def override_budget(budget: Budget, overrides: tuple[str, ...]) -> Budget:
     Raises:
         AugmentError: an override of something else, or a value that is no budget.
     """
-    data = {"budget": budget.model_dump()}
+    return _overridden("budget", budget, overrides, "only the budget of a plan can be set; edit its sites instead")
+
+
+def override_latency(settings: LatencySettings, overrides: tuple[str, ...]) -> LatencySettings:
+    """Settings of a measurement with `latency.key=value` overrides.
+
+    Raises:
+        AugmentError: an override of something else, or a value that does not fit.
+    """
+    return _overridden(
+        "latency", settings, overrides, "only how latency is measured can be set here, as latency.key=value"
+    )
+
+
+def _overridden(name: str, table: TableT, overrides: tuple[str, ...], refusal: str) -> TableT:
+    data = {name: table.model_dump()}
     for override in overrides:
         _override(data, override)
         if len(data) > 1:
-            raise InputError(f"{override[:100]}: only the budget of a plan can be set; edit its sites instead")
+            raise InputError(f"{override[:100]}: {refusal}")
     try:
-        return Budget.model_validate(data["budget"])
+        return type(table).model_validate(data[name])
     except ValidationError as error:
-        raise InputError(f"budget: {describe_errors(error, Budget)}") from error
+        raise InputError(f"{name}: {describe_errors(error, type(table))}") from error
 
 
 def _find(name: str) -> Path:
