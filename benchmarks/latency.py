@@ -2,9 +2,9 @@
 
     python benchmarks/latency.py [--models resnet18 ...] [--threads 1] [--seconds 60]
 
-Each model is planned for +10% (augment plan --set budget.latency=+10%), and its plan run as a whole beside the source. The
-prediction is the sum of the sites' times within the model. `alone` is what the same sum would be of sites that are timed
-outside it, each in a loop on its own input. Quote the ratios.
+Each model is planned for +10% (augment plan --set budget.latency=+10%), and its plan run as a whole beside the source.
+The prediction is the sum of the sites' times within the model. `alone` is what the same sum would be of sites that are
+timed outside it, each in a loop on its own input. Quote the ratios.
 """
 
 import argparse
@@ -82,10 +82,15 @@ def alone_change(described: source.Source, plan: Plan, recipe: Recipe, input_siz
     after = copy.deepcopy(before)
     apply_plan(after, plan)
     inputs: dict[str, torch.Tensor] = {}
-    for site in plan.sites:
-        conv = before.get_submodule(site.name)
-        conv.register_forward_hook(lambda m, args, out, name=site.name: inputs.__setitem__(name, args[0].clone()))
+    hooks = [
+        before.get_submodule(site.name).register_forward_hook(
+            lambda m, args, out, name=site.name: inputs.__setitem__(name, args[0].clone())
+        )
+        for site in plan.sites
+    ]
     before(torch.randn(recipe.latency.batch, *input_size))
+    for hook in hooks:
+        hook.remove()
     return sum(nanoseconds_more(before.get_submodule(name), after.get_submodule(name), x) for name, x in inputs.items())
 
 
@@ -100,6 +105,17 @@ def nanoseconds_more(one: nn.Module, other: nn.Module, x: torch.Tensor, rounds: 
     return float(np.median(changes[3:]))
 
 
+def show(row: dict) -> None:
+    changes = {key: f"{row[key] - 1:+.1%}" for key in ("predicted", "alone") if key in row}
+    low, median, high = (f"{row['measured'][key] - 1:+.1%}" for key in ("low", "median", "high"))
+    alone = f"  alone {changes['alone']}, off {row['alone_off']:+.1%}" if "alone" in changes else ""
+    print(
+        f"{row['case']:24s} {row['milliseconds']:7.1f} ms  {row['sites']:2d} sites  predicted {changes['predicted']}  "
+        f"measured {median} ({low} to {high})  off {row['off']:+.1%}{alone}",
+        flush=True,
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=CASES, default=list(CASES))
@@ -111,14 +127,7 @@ def main() -> None:
     rows = []
     for name in options.models:
         rows.append(run(name, options))
-        row = rows[-1]
-        spread = f"{row['measured']['median'] - 1:+.1%} ({row['measured']['low'] - 1:+.1%} to {row['measured']['high'] - 1:+.1%})"
-        alone = f"  alone {row['alone'] - 1:+.1%}, off {row['alone_off']:+.1%}" if "alone" in row else ""
-        print(
-            f"{name:24s} {row['milliseconds']:7.1f} ms  {row['sites']:2d} sites  predicted {row['predicted'] - 1:+.1%}  "
-            f"measured {spread}  off {row['off']:+.1%}{alone}",
-            flush=True,
-        )
+        show(rows[-1])
     if not options.no_write:
         chosen = {"budget": options.budget, "threads": options.threads, "seconds": options.seconds}
         write_results("latency", {"machine": machine(), "options": chosen, "rows": rows})

@@ -133,7 +133,7 @@ def _network(report: Report) -> Markup:
 
 def _totals(report: Report) -> Markup:
     titles = ("Count", "Before", "After", "Change", "%", "Budget", "At most", "Left")
-    rows = [
+    rows: list[tuple[str, Change, Callable[[int], str], Callable[[int], str], Limit | None]] = [
         ("Parameters", report.params, "{:,}".format, "{:+,}".format, report.params_limit),
         ("Multiply-adds", report.macs, amount, signed_amount, report.macs_limit),
         ("FLOPs", report.flops, amount, signed_amount, None),

@@ -203,7 +203,7 @@ class Report:
 
     @property
     def measured_latency(self) -> Change | None:
-        """Nanoseconds of a pass of source and model run as wholes: the source's median, and that by the median ratio."""
+        """Nanoseconds of a pass of the source, run as a whole, and of the model by the median of their ratios."""
         whole = self.timed.measured if self.timed else None
         if whole is None:
             return None
