@@ -19,15 +19,14 @@ from augment_cli.checkpoint.metadata import Metadata, metadata_of, read_metadata
 from augment_cli.conversion import check_fittable, operate
 from augment_cli.detection.build import settings_of
 from augment_cli.detection.files import load_detector, save_detector
-from augment_cli.errors import InputError, boundary
+from augment_cli.errors import InputError
 from augment_cli.exporting.export import Exported
 from augment_cli.exporting.export import export as write_exported
 from augment_cli.files import check_output
 from augment_cli.formats import DETECTOR_KEY, read_tensor_metadata
 from augment_cli.latency.timer import Timer, measure_latency, plan_within
-from augment_cli.planning.latency import LatencySettings
 from augment_cli.planning.plan import Plan, check_budget, fit_plan, make_plan, read_plan
-from augment_cli.planning.recipe import Recipe, load_recipe
+from augment_cli.planning.recipe import Recipe, latency_settings, load_recipe
 from augment_cli.reporting.output import check_target, write_model
 from augment_cli.reporting.printed import PrintedReport
 from augment_cli.seeds import preserved
@@ -260,9 +259,7 @@ def report(
         metadata = read_metadata(Path(model))
     plan = metadata.plan if metadata else plan
     if latency:
-        with boundary("the settings of latency"):
-            asked = LatencySettings(**settings)
-        (plan,) = measure_latency([plan], asked, base)
+        (plan,) = measure_latency([plan], latency_settings(**settings), base)
     elif settings or base:
         raise InputError(f"{', '.join(settings) or 'base'}: for `latency=True`; add it, or leave them out")
     return PrintedReport.of(plan, metadata)

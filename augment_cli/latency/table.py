@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from augment_cli.analysis.cache import folder, keep, kept
 from augment_cli.analysis.facts import Source
 from augment_cli.analysis.site import ConvSite
-from augment_cli.bounds import Name
+from augment_cli.bounds import Name, Sha256
 from augment_cli.errors import AugmentError
 from augment_cli.latency.bench import Pass, Variant
 from augment_cli.operators import Split, get_operator
@@ -49,13 +49,15 @@ class Table(_Kept):
     """Times of a source, of its sites by shape, and of plans as wholes by their splits.
 
     source: nanoseconds of a pass; None before anything was measured. Times of sites are kept as shares of the source's
-    in the same rounds: what a machine's drift does not move.
+    in the same rounds: what a machine's drift does not move. settled: digests of questions whose answer is among the
+    splits that were measured.
     """
 
     source: Annotated[float, Field(gt=0, le=1e15)] | None = None
     before: dict[Name, _Entry] = Field(default_factory=dict, max_length=10_000)
     splits: dict[Name, list[_Entry]] = Field(default_factory=dict, max_length=10_000)
     wholes: dict[Name, Measured] = Field(default_factory=dict, max_length=10_000)
+    settled: list[Sha256] = Field(default_factory=list, max_length=10_000)
 
     def has(self, site: ConvSite, planned: SitePlan) -> bool:
         """Whether the time of a site's split is known."""

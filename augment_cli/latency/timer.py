@@ -5,6 +5,7 @@ chooses are measured too, and it chooses again, until it stays with what it has.
 whole beside its source: two numbers that know nothing of each other.
 """
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
@@ -118,22 +119,28 @@ class Timer:
         whole = self.table.wholes[splits_digest(plan.sites)]
         return plan.model_copy(update={"latency": latency.model_copy(update={"measured": whole})})
 
-    def settle(self, recipe: Recipe, choose: Callable[[Times], T], plans_of: Callable[[T], Sequence[Plan]]) -> T:
+    def settle(
+        self, question: Any, recipe: Recipe, choose: Callable[[Times], T], plans_of: Callable[[T], Sequence[Plan]]
+    ) -> T:
         """Choose by the times, measure what was chosen, and choose again until all of it was measured.
 
         Args:
+            question: what is asked of the recipe, besides its values: it gets the same answer again from the cache.
             choose: makes plans by the times; plans_of: says which they are.
 
         Raises:
             AugmentError: from `choose`, such as a budget that cannot be met.
         """
-        self.probe(recipe)
-        for _ in range(_TURNS):
-            chosen = choose(self.times())
-            plans = plans_of(chosen)
-            if all(self._known(plan.sites) for plan in plans):
-                return chosen
-            self.time(plans)
+        digest = hashlib.sha256(repr((recipe.digest(), question)).encode()).hexdigest()
+        if digest not in self.table.settled:
+            self.probe(recipe)
+            for _ in range(_TURNS):
+                plans = plans_of(choose(self.times()))
+                if all(self._known(plan.sites) for plan in plans):
+                    break
+                self.time(plans)
+            self.table.settled.append(digest)
+            write_table(self._file, self.table)
         return choose(self.times(only_measured=True))
 
 
@@ -192,7 +199,7 @@ def plan_within(
         return make_plan(source.name, analysis, recipe, source.args, sensitivity, source.base, times)
 
     free = recipe.budget.latency == "free"
-    plan, solution = choose() if free else timer.settle(recipe, choose, lambda found: [found[0]])
+    plan, solution = choose() if free else timer.settle(sensitivity, recipe, choose, lambda found: [found[0]])
     return timer.measured([plan])[0], solution
 
 
@@ -214,6 +221,6 @@ def frontier_within(
     def choose(times: Times) -> list[Point]:
         return frontier(source, analysis, recipe, unit, points, sensitivity, times)
 
-    found = timer.settle(recipe, choose, lambda points: [point.plan for point in points])
+    found = timer.settle((unit, points, sensitivity), recipe, choose, lambda points: [point.plan for point in points])
     plans = timer.measured([point.plan for point in found])
     return [Point(plan, point.loss) for plan, point in zip(plans, found, strict=True)]

@@ -261,10 +261,23 @@ def _overridden(name: str, table: TableT, overrides: tuple[str, ...], refusal: s
         _override(data, override)
         if len(data) > 1:
             raise InputError(f"{override[:100]}: {refusal}")
+    return _validated(name, type(table), data[name])
+
+
+def latency_settings(**values: Any) -> LatencySettings:
+    """Settings of a measurement.
+
+    Raises:
+        AugmentError: an unknown key, or a value that does not fit.
+    """
+    return _validated("latency", LatencySettings, values)
+
+
+def _validated(name: str, table: type[TableT], values: dict[str, Any]) -> TableT:
     try:
-        return type(table).model_validate(data[name])
+        return table.model_validate(values)
     except ValidationError as error:
-        raise InputError(f"{name}: {describe_errors(error, type(table))}") from error
+        raise InputError(f"{name}: {describe_errors(error, table)}") from error
 
 
 def _find(name: str) -> Path:
