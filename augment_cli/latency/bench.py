@@ -1,7 +1,8 @@
 """A model and variants of it, run in alternation: what their sites and what they as wholes take, round by round.
 
 A site is timed within its model, by hooks: alone in a loop it would find its input and its weights in the cache, as it
-does not in the model. Every round runs all models once, so that what slows the machine for a while slows all of them.
+does not in the model. Every round runs all models once, every other one in reverse, so that what slows the machine for a
+while slows all of them.
 """
 
 import copy
@@ -9,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,8 @@ Variant = Sequence[SitePlan]
 Progress = Callable[[str, int, int], None]
 """Told what is done, how much of it is done, and how much there is."""
 
-T = TypeVar("T")
+Take = Callable[[], dict[str, float]]
+"""Says what the sites of a model took since the last time."""
 
 
 @dataclass(frozen=True)
@@ -80,12 +82,12 @@ class ModelBench:
         timed = [(self._variant(()), names), *((self._variant(v), [site.name for site in v]) for v in variants)]
         clocks = [SiteClock(model, own, self.watch) for model, own in timed]
         runs = [(model, clock.take) for (model, _), clock in zip(timed, clocks, strict=True)]
-        return self._rounds("timing sites", lambda: [self._timed(*run) for run in runs], seconds)
+        return self._rounds("timing sites", runs, seconds)
 
     def time_models(self, variants: Sequence[Variant], seconds: float) -> list[list[Pass]]:
         """Time the source and each variant as wholes, for about `seconds`."""
         models = [self._variant(()), *map(self._variant, variants)]
-        return self._rounds("timing models", lambda: [self._timed(model, dict) for model in models], seconds)
+        return self._rounds("timing models", [(model, _nothing) for model in models], seconds)
 
     def _variant(self, sites: Variant) -> nn.Module:
         """A copy of the source that shares its tensors, with sites replaced."""
@@ -95,11 +97,11 @@ class ModelBench:
             apply_sites(model, sites)
         return model.train(self.settings.mode == "training")
 
-    def _rounds(self, what: str, run: Callable[[], list[Pass]], seconds: float) -> list[list[Pass]]:
+    def _rounds(self, what: str, runs: Sequence[tuple[nn.Module, Take]], seconds: float) -> list[list[Pass]]:
         with threads(self.settings.threads), seeded("latency"), boundary(self.settings.describe()):
             start = time.monotonic()
             for _ in range(_WARM_UP):
-                run()
+                self._round(runs)
             left = seconds - (time.monotonic() - start)
             rounds = round(left * _WARM_UP / max(seconds - left, 1e-9))
             count = min(max(rounds, FEWEST_ROUNDS), MOST_ROUNDS)
@@ -107,10 +109,13 @@ class ModelBench:
             for i in range(count):
                 if self.progress:
                     self.progress(what, i, count)
-                found.append(run())
+                found.append(self._round(runs[:: -1 if i % 2 else 1])[:: -1 if i % 2 else 1])
         return found
 
-    def _timed(self, model: nn.Module, take: Callable[[], dict[str, float]]) -> Pass:
+    def _round(self, runs: Sequence[tuple[nn.Module, Take]]) -> list[Pass]:
+        return [self._timed(*run) for run in runs]
+
+    def _timed(self, model: nn.Module, take: Take) -> Pass:
         self.watch.finish()
         start = self.watch.mark()
         self._run(model)
@@ -133,3 +138,7 @@ class ModelBench:
     def _autocast(self) -> AbstractContextManager[object]:
         dtype = _PRECISIONS.get(self.settings.precision)
         return torch.autocast(torch.device(self.settings.device).type, dtype) if dtype else nullcontext()
+
+
+def _nothing() -> dict[str, float]:
+    return {}

@@ -43,6 +43,14 @@ class _Entry(_Kept):
     split: dict[Name, int] = Field(default_factory=dict, max_length=20)
     value: _Share
     error: _Share
+    samples: Annotated[int, Field(ge=1, le=10**9)] = 1
+
+    def merged(self, other: "_Entry") -> "_Entry":
+        """Both, weighted by their samples: what was chosen for being measured short is measured again, and grows."""
+        ours, theirs, samples = self.samples, other.samples, self.samples + other.samples
+        value = (self.value * ours + other.value * theirs) / samples
+        error = ((self.error * ours) ** 2 + (other.error * theirs) ** 2) ** 0.5 / samples
+        return self.model_copy(update={"value": value, "error": error, "samples": samples})
 
 
 class Table(_Kept):
@@ -88,10 +96,17 @@ class Table(_Kept):
         for (shape, operator, split), found in changes.items():
             mean = _mean(found)
             value = max(self.before[shape].value + mean.value / total, 1e-9)
-            entry = _Entry(operator=operator, split=asdict(split), value=value, error=mean.error / total)
-            others = self.splits.get(shape, [])
-            same = [other for other in others if (other.operator, other.split) == (entry.operator, entry.split)]
-            self.splits[shape] = [*(other for other in others if other not in same), entry]
+            samples = len(found) * len(rounds)
+            entry = _Entry(
+                operator=operator, split=asdict(split), value=value, error=mean.error / total, samples=samples
+            )
+            entries = self.splits.setdefault(shape, [])
+            same = (i for i, e in enumerate(entries) if (e.operator, e.split) == (entry.operator, entry.split))
+            place = next(same, None)
+            if place is None:
+                entries.append(entry)
+            else:
+                entries[place] = entries[place].merged(entry)
 
     def add_wholes(self, variants: Sequence[Variant], rounds: Sequence[Sequence[Pass]]) -> None:
         """Take in rounds of `Bench.time_models`."""

@@ -30,10 +30,10 @@ from augment_cli.planning.selection import select
 
 # Splits of a site that are measured before any is chosen, and how often a choice is measured and made again.
 _PROBES = 8
-_TURNS = 4
+_TURNS = 5
 
 # The time to measure in, by what it goes to: probes, each turn, and models as wholes.
-_SHARES = {"probes": 0.5, "turn": 0.08, "wholes": 0.25}
+_SHARES = {"probes": 0.4, "turn": 0.08, "wholes": 0.2}
 
 T = TypeVar("T")
 
@@ -83,19 +83,21 @@ class Timer:
             splits = spread(site, operator, operator.splits(site, recipe, written), written, _PROBES)
             for i, variant in enumerate(variants):
                 variant[site.name] = site_plan(site, splits[i % len(splits)], recipe.operator)
-        self._time([tuple(variant.values()) for variant in variants], "probes")
+        self._time_unknown([tuple(variant.values()) for variant in variants], "probes")
 
     def time(self, plans: Sequence[Plan]) -> None:
         """Measure the sites of plans as these have them, where that is not known."""
-        self._time([plan.sites for plan in plans], "turn")
+        self._time_unknown([plan.sites for plan in plans], "turn")
 
-    def _time(self, variants: Iterable[tuple[SitePlan, ...]], share: str) -> None:
+    def _time_unknown(self, variants: Iterable[tuple[SitePlan, ...]], share: str) -> None:
         missing = [variant for variant in dict.fromkeys(variants) if not self._known(variant)]
-        if not missing:
-            return
-        named = {planned.name: self.sites[planned.name] for variant in missing for planned in variant}
-        rounds = self.bench.time_sites(list(named), missing, _SHARES[share] * self.settings.seconds)
-        self.table.add_sites(named, missing, rounds)
+        if missing:
+            self._time(missing, share)
+
+    def _time(self, variants: Sequence[tuple[SitePlan, ...]], share: str) -> None:
+        named = {planned.name: self.sites[planned.name] for variant in variants for planned in variant}
+        rounds = self.bench.time_sites(list(named), variants, _SHARES[share] * self.settings.seconds)
+        self.table.add_sites(named, variants, rounds)
         write_table(self._file, self.table)
 
     def _known(self, sites: Iterable[SitePlan]) -> bool:
@@ -122,7 +124,10 @@ class Timer:
     def settle(
         self, question: Any, recipe: Recipe, choose: Callable[[Times], T], plans_of: Callable[[T], Sequence[Plan]]
     ) -> T:
-        """Choose by the times, measure what was chosen, and choose again until all of it was measured.
+        """Choose by the times, measure what was chosen, and choose again, until that is chosen again.
+
+        What is chosen is measured anew even where it is known: of many times with errors, a budget chooses those that
+        happened to be short.
 
         Args:
             question: what is asked of the recipe, besides its values: it gets the same answer again from the cache.
@@ -134,11 +139,14 @@ class Timer:
         digest = hashlib.sha256(repr((recipe.digest(), question)).encode()).hexdigest()
         if digest not in self.table.settled:
             self.probe(recipe)
+            done: set[str] = set()
             for _ in range(_TURNS):
                 plans = plans_of(choose(self.times()))
-                if all(self._known(plan.sites) for plan in plans):
+                new = {splits_digest(plan.sites): plan.sites for plan in plans}
+                if new.keys() <= done:
                     break
-                self.time(plans)
+                self._time([sites for digest, sites in new.items() if digest not in done], "turn")
+                done |= new.keys()
             self.table.settled.append(digest)
             write_table(self._file, self.table)
         return choose(self.times(only_measured=True))

@@ -101,9 +101,9 @@ def test_the_plan_is_as_near_as_the_best_of_many_random_ones_within_the_budget(t
 def test_what_cannot_be_met_says_what_can(timer_of):
     with pytest.raises(BudgetError, match=r"budget\.latency=-30% .* ms.*can have .*%.*select\.largest_map"):
         planned(timer_of(), "budget.latency=-30%")
+    large_map = ("aa.attention_pool=1", "select.names=layer1.*")
     with pytest.raises(BudgetError, match=r"together.*within budget\.latency the least is [\d,]+ parameters"):
-        large_map = ("aa.attention_pool=1", "select.names=layer1.*")
-        planned(timer_of(), *large_map, "budget.latency=+1%", "budget.params=-0.5%")
+        planned(timer_of(), *large_map, "budget.latency=+7%", "budget.params=-0.5%")
 
 
 def test_an_amount_of_time_is_a_budget_too(timer_of, bench):
