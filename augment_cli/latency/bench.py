@@ -1,8 +1,8 @@
 """A model and variants of it, run in alternation: what their sites and what they as wholes take, round by round.
 
 A site is timed within its model, by hooks: alone in a loop it would find its input and its weights in the cache, as it
-does not in the model. Every round runs all models once, and every other round in reverse, so that what slows the machine
-for a while slows all of them.
+does not in the model. Every round runs all models once, and every other round in reverse, so that what slows the
+machine for a while slows all of them.
 """
 
 import copy
