@@ -4,7 +4,8 @@
 
 Sources are trained here for a minute or two on tasks of benchmarks/tasks.py. Each site's divergence is measured alone,
 as `augment plan --sensitivity` does. Every plan of the frontier is fitted, as `augment convert --init fit` does, and
-its divergence from the source is measured on images that neither saw. Trained sources are kept among the temporary files.
+its divergence from the source is measured on images that neither saw. Trained sources are kept among the temporary
+files.
 """
 
 import argparse
