@@ -259,7 +259,7 @@ def report(
         metadata = read_metadata(Path(model))
     plan = metadata.plan if metadata else plan
     if latency:
-        (plan,) = measure_latency([plan], latency_settings(**settings), base)
+        plan = measure_latency(plan, latency_settings(**settings), base)
     elif settings or base:
         raise InputError(f"{', '.join(settings) or 'base'}: for `latency=True`; add it, or leave them out")
     return PrintedReport.of(plan, metadata)

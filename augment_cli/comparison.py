@@ -67,7 +67,8 @@ def compare(
     impossible: list[tuple[str, str]] = []
     for model in models:
         if _is_planned(model):
-            candidates.append(_open(model))
+            opened = _open(model)
+            candidates.append(_timed(opened, recipes, cached) if latency else opened)
             continue
         source, analysis = _look(model, args, input_size, cached)
         name = model if isinstance(model, str) else source.name
@@ -77,13 +78,11 @@ def compare(
                 " ".join((candidates[-1].model, *words)) if not isinstance(model, str) else " ".join((model, *words))
             )
             try:
-                plan = _plan(model, source, analysis, settings, cached)
+                plan = _plan(model, source, analysis, settings, cached, latency)
             except AugmentError as error:
                 impossible.append((label, str(error)))
             else:
                 candidates.append(Candidate.of(label, plan))
-    if latency:
-        candidates = _timed(candidates, recipes[0][1].latency if recipes else LatencySettings(), cached)
     if recipes and len(impossible) == len(recipes) * len(named):
         raise InputError(f"{impossible[0][0]}: {impossible[0][1]}")
     return Comparison(tuple(candidates), tuple(impossible))
@@ -127,9 +126,11 @@ def frontier(
     return Frontier(tuple(frontier_within(source, analysis, settings, unit, points, timer)), unit)
 
 
-def _plan(model: "Model", source: Source, analysis: Analysis, recipe: Recipe, cached: bool) -> Plan:
-    """A recipe's plan; a budget of latency is measured on this machine."""
-    if recipe.budget.latency == "free":
+def _plan(
+    model: "Model", source: Source, analysis: Analysis, recipe: Recipe, cached: bool, latency: bool = False
+) -> Plan:
+    """A recipe's plan; its latency is measured on this machine for a budget of it, or where it is asked for."""
+    if recipe.budget.latency == "free" and not latency:
         return make_plan(source.name, analysis, recipe, source.args, base=source.base)[0]
     from augment_cli.latency.timer import plan_within
 
@@ -148,13 +149,13 @@ def _timer(model: "Model", source: Source, analysis: Analysis, recipe: Recipe, c
     return Timer(source, analysis, recipe.latency, make, cached=cached and named)
 
 
-def _timed(candidates: list[Candidate], settings: LatencySettings, cached: bool) -> list[Candidate]:
-    """Candidates whose plans have their latency, measured on this machine."""
+def _timed(candidate: Candidate, recipes: list[tuple[list[str], Recipe]], cached: bool) -> Candidate:
+    """A candidate that was opened, with its latency on this machine, measured as the first recipe says."""
     from augment_cli.latency.timer import measure_latency
 
-    planned = [candidate.plan for candidate in candidates if candidate.plan]
-    timed = iter(measure_latency(planned, settings, cached=cached))
-    return [replace(candidate, plan=next(timed)) if candidate.plan else candidate for candidate in candidates]
+    assert candidate.plan is not None  # _open
+    settings = recipes[0][1].latency if recipes else LatencySettings()
+    return replace(candidate, plan=measure_latency(candidate.plan, settings, cached=cached))
 
 
 def check_models(models: Iterable[str]) -> None:

@@ -61,5 +61,4 @@ def _timed(plan: "Plan", overrides: list[str] | None, base: str | None, cached: 
         from augment_cli.latency.timer import measure_latency
     common.say(f"measuring latency for about {settings.seconds:g} s: {settings.describe()}")
     with common.bar("measuring") as progress:
-        (timed,) = measure_latency([plan], settings, base, progress, cached)
-    return timed
+        return measure_latency(plan, settings, base, progress, cached)

@@ -32,8 +32,8 @@ from augment_cli.planning.selection import select
 _PROBES = 8
 _TURNS = 5
 
-# The time to measure in, by what it goes to: probes, each turn, and models as wholes.
-_SHARES = {"probes": 0.4, "turn": 0.08, "wholes": 0.2}
+# The time to measure in, by what it goes to: the first measurement of sites, each turn, and models as wholes.
+_SHARES = {"first": 0.4, "turn": 0.08, "wholes": 0.2}
 
 T = TypeVar("T")
 
@@ -83,16 +83,12 @@ class Timer:
             splits = spread(site, operator, operator.splits(site, recipe, written), written, _PROBES)
             for i, variant in enumerate(variants):
                 variant[site.name] = site_plan(site, splits[i % len(splits)], recipe.operator)
-        self._time_unknown([tuple(variant.values()) for variant in variants], "probes")
+        self._time_unknown([tuple(variant.values()) for variant in variants])
 
-    def time(self, plans: Sequence[Plan]) -> None:
-        """Measure the sites of plans as these have them, where that is not known."""
-        self._time_unknown([plan.sites for plan in plans], "turn")
-
-    def _time_unknown(self, variants: Iterable[tuple[SitePlan, ...]], share: str) -> None:
+    def _time_unknown(self, variants: Iterable[tuple[SitePlan, ...]]) -> None:
         missing = [variant for variant in dict.fromkeys(variants) if not self._known(variant)]
         if missing:
-            self._time(missing, share)
+            self._time(missing, "first")
 
     def _time(self, variants: Sequence[tuple[SitePlan, ...]], share: str) -> None:
         named = {planned.name: self.sites[planned.name] for variant in variants for planned in variant}
@@ -105,7 +101,7 @@ class Timer:
 
     def measured(self, plans: Sequence[Plan]) -> list[Plan]:
         """Plans with what their sites predict and what their models were measured to take."""
-        self.time(plans)
+        self._time_unknown(plan.sites for plan in plans)
         wholes = {splits_digest(plan.sites): plan.sites for plan in plans}
         missing = [sites for digest, sites in wholes.items() if digest not in self.table.wholes]
         if missing:
@@ -136,8 +132,8 @@ class Timer:
         Raises:
             AugmentError: from `choose`, such as a budget that cannot be met.
         """
-        digest = hashlib.sha256(repr((recipe.digest(), question)).encode()).hexdigest()
-        if digest not in self.table.settled:
+        asked = hashlib.sha256(repr((recipe.digest(), question)).encode()).hexdigest()
+        if asked not in self.table.settled:
             self.probe(recipe)
             done: set[str] = set()
             for _ in range(_TURNS):
@@ -147,47 +143,32 @@ class Timer:
                     break
                 self._time([sites for digest, sites in new.items() if digest not in done], "turn")
                 done |= new.keys()
-            self.table.settled.append(digest)
+            self.table.settled.append(asked)
             write_table(self._file, self.table)
         return choose(self.times(only_measured=True))
 
 
 def measure_latency(
-    plans: Sequence[Plan],
+    plan: Plan,
     settings: LatencySettings,
     base: str | None = None,
     progress: Progress | None = None,
     cached: bool = True,
-) -> list[Plan]:
-    """Plans with their latency, each beside its own source, measured on this machine.
+) -> Plan:
+    """A plan with its latency beside its source, measured on this machine.
 
     Args:
-        base: `package.module:function` that makes the source of plans for models that timm does not know.
+        base: `package.module:function`, which makes the source where timm does not know it.
 
     Raises:
-        AugmentError: the device is not there, or a source cannot be made or is not the plan's.
+        AugmentError: the device is not there, or the source cannot be made or is not the plan's.
     """
-    found: dict[int, Plan] = {}
-    for sources, places in _by_source(plans).items():
-        first = plans[places[0]]
-        if first.base == "other" and base is None:
-            raise InputError(
-                f"{first.model} is not a model of timm: give what makes it as `base='package.module:function'`"
-            )
-        name = first.model if first.base == "timm" else base
-        source, analysis = look(str(name), dict(first.model_args), first.input_size[1:], cached)
-        timer = Timer(source, analysis, settings, partial(create, source), progress, cached)
-        members = [fit_plan(plans[i], analysis, f"the plan of {sources[0]}") for i in places]
-        found |= dict(zip(places, timer.measured(members), strict=True))
-    return [found[i] for i in range(len(plans))]
-
-
-def _by_source(plans: Sequence[Plan]) -> dict[tuple[Any, ...], list[int]]:
-    """The places of the plans for each source."""
-    places: dict[tuple[Any, ...], list[int]] = {}
-    for i, plan in enumerate(plans):
-        places.setdefault((plan.model, plan.model_args, plan.input_size, plan.base), []).append(i)
-    return places
+    if plan.base == "other" and base is None:
+        raise InputError(f"{plan.model} is not a model of timm: give `base='package.module:function'`, which makes it")
+    name = plan.model if plan.base == "timm" else str(base)
+    source, analysis = look(name, dict(plan.model_args), plan.input_size[1:], cached)
+    timer = Timer(source, analysis, settings, partial(create, source), progress, cached)
+    return timer.measured([fit_plan(plan, analysis, f"the plan of {plan.model}")])[0]
 
 
 def plan_within(

@@ -112,6 +112,21 @@ def test_an_amount_of_time_is_a_budget_too(timer_of, bench):
     assert bench.total < plan.latency.predicted <= most * 1e6 + 1
 
 
+def test_an_operator_without_a_distance_leaves_no_site_as_it_is(timer_of, monkeypatch):
+    monkeypatch.setattr(type(get_operator("aa")), "distance_left", lambda *_: None)
+    plan = planned(timer_of(), "budget.latency=+12%")
+    assert len(plan.sites) == len(plan_of(MODEL, "aa").sites)
+
+
+def test_what_happened_to_be_short_is_measured_again_before_it_is_believed(timer_of, bench, monkeypatch):
+    """Times with errors: the plan holds its budget by the true times to within what averaging leaves."""
+    rng, true = random.Random(0), bench.after
+    monkeypatch.setattr(bench, "after", lambda planned: true(planned) * rng.gauss(1, 0.05))
+    plan = planned(timer_of(), "budget.latency=+10%")
+    monkeypatch.setattr(bench, "after", true)
+    assert bench.change(plan.sites) / bench.total < 0.115
+
+
 def test_a_free_budget_measures_the_plan_as_it_is(timer_of, bench):
     plan = planned(timer_of())
     assert plan.sites == plan_of(MODEL, "aa", "budget.params=free").sites
@@ -128,6 +143,22 @@ def test_what_is_kept_is_not_measured_again(timer_of, bench, tmp_path, monkeypat
     assert (len(bench.timed), len(bench.run)) == (count_timed, count_run)
     planned(timer_of(cached=True, batch=2), "budget.latency=+10%")
     assert len(bench.timed) > count_timed
+
+
+def test_what_was_measured_before_an_interruption_is_kept(timer_of, bench, tmp_path, monkeypatch):
+    monkeypatch.setenv("AUGMENT_CACHE", str(tmp_path))
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    whole = bench.time_models
+    monkeypatch.setattr(bench, "time_models", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        planned(timer_of(cached=True), "budget.latency=+10%")
+    before = len(bench.timed)
+    monkeypatch.setattr(bench, "time_models", whole)
+    assert planned(timer_of(cached=True), "budget.latency=+10%").latency.measured
+    assert len(bench.timed) == before
 
 
 @pytest.mark.parametrize("damage", [b"", b"{}", b"00\n{}", None])
