@@ -24,8 +24,9 @@ from augment_cli.exporting.export import Exported
 from augment_cli.exporting.export import export as write_exported
 from augment_cli.files import check_output
 from augment_cli.formats import DETECTOR_KEY, read_tensor_metadata
+from augment_cli.latency.timer import Timer, measure_latency, plan_within
 from augment_cli.planning.plan import Plan, check_budget, fit_plan, make_plan, read_plan
-from augment_cli.planning.recipe import Recipe, load_recipe
+from augment_cli.planning.recipe import Recipe, latency_settings, load_recipe
 from augment_cli.reporting.output import check_target, write_model
 from augment_cli.reporting.printed import PrintedReport
 from augment_cli.seeds import preserved
@@ -42,7 +43,10 @@ Size = int | tuple[int, int] | tuple[int, int, int]
 def plan(
     model: Model, recipe: str | Recipe = "aa", *overrides: str, input_size: Size | None = None, **args: Any
 ) -> Plan:
-    """Plan the replacement of a model's convolutions. Needs no weights and computes nothing on images.
+    """Plan the replacement of a model's convolutions. Needs no weights, and computes nothing on images.
+
+    A budget of latency, such as "budget.latency=+5%", is the exception: the model is made and timed on this machine, as
+    the recipe's [latency] says, for a minute by default.
 
     Args:
         model: the name of a timm model, `package.module:function`, or a module, which is left as it is.
@@ -60,7 +64,7 @@ def plan(
         (4, True)
     """
     described, meta_model = _describe(model, input_size, args)
-    return _planned(described, analyze(meta_model, described.input_size), recipe, overrides)
+    return _planned(described, analyze(meta_model, described.input_size), recipe, overrides, model)
 
 
 def convert(
@@ -113,7 +117,7 @@ def convert(
     if isinstance(plan, Plan):
         made = _given(plan, described, graph)
     else:
-        made = _planned(described, graph, plan, overrides)
+        made = _planned(described, graph, plan, overrides, model)
     replace.verify(meta_model, made, graph)
     images = _images(calibrate, meta_model, made, calibrate_images, seed)
     with preserved():
@@ -233,24 +237,35 @@ def export(
         return write_exported(model, path, size, dynamic=dynamic, calibration=images, **options)
 
 
-def report(model: "nn.Module | Plan | str | Path") -> PrintedReport:
+def report(
+    model: "nn.Module | Plan | str | Path", latency: bool = False, base: str | None = None, **settings: Any
+) -> PrintedReport:
     """The numbers of a plan or of a converted model; print it, or take `to("html")` and other forms.
 
     Args:
         model: a converted model, its file or folder, a plan, or a plan's JSON file.
+        latency: measure the time of the model and its sites beside the source's, on this machine.
+        base: `package.module:function`, which makes the source of a model that timm does not know; for `latency`.
+        settings: how latency is measured: device, batch, threads, precision, mode, seconds, as in a recipe's [latency].
 
     Raises:
-        AugmentError: none of these.
+        AugmentError: none of these, or a latency that cannot be measured so.
     """
+    metadata = None
     if isinstance(model, Plan):
-        return PrintedReport.of(model)
-    if isinstance(model, nn.Module):
+        plan = model
+    elif isinstance(model, nn.Module):
         metadata = _metadata_of(model)
     elif Path(model).suffix == ".json":
-        return PrintedReport.of(read_plan(Path(model)))
+        plan = read_plan(Path(model))
     else:
         metadata = read_metadata(Path(model))
-    return PrintedReport.of(metadata.plan, metadata)
+    plan = metadata.plan if metadata else plan
+    if latency:
+        plan = measure_latency(plan, latency_settings(**settings), base)
+    elif settings or base:
+        raise InputError(f"{', '.join(settings) or 'base'}: for `latency=True`; add it, or leave them out")
+    return PrintedReport.of(plan, metadata)
 
 
 def _describe(model: Model, input_size: Size | None, args: dict[str, Any]) -> tuple[source.Source, nn.Module]:
@@ -264,14 +279,25 @@ def _describe(model: Model, input_size: Size | None, args: dict[str, Any]) -> tu
 
 
 def _planned(
-    described: source.Source, graph: ModelGraph, recipe: str | Path | Recipe, overrides: tuple[str, ...]
+    described: source.Source,
+    graph: ModelGraph,
+    recipe: str | Path | Recipe,
+    overrides: tuple[str, ...],
+    model: Model,
 ) -> Plan:
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(str(recipe), overrides)
     elif overrides:
         raise InputError("overrides are for a recipe's name or file: a recipe object is taken as it is")
-    made, _ = make_plan(described.name, graph, recipe, described.args, base=described.base)
-    return made
+    if recipe.budget.latency == "free":
+        made, _ = make_plan(described.name, graph, recipe, described.args, base=described.base)
+        return made
+
+    def make() -> nn.Module:
+        return source.create(described) if isinstance(model, str) else model
+
+    timer = Timer(described, graph, recipe.latency, make, cached=isinstance(model, str))
+    return plan_within(described, graph, recipe, timer)[0]
 
 
 def _given(plan: Plan, described: source.Source, graph: ModelGraph) -> Plan:

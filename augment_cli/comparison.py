@@ -1,9 +1,10 @@
 """Converted models, plans and models of timm, opened side by side; one analysis a model, however many plans."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from augment_cli import specs
 from augment_cli.analysis.cache import look
@@ -12,6 +13,7 @@ from augment_cli.checkpoint.metadata import metadata_of, read_metadata
 from augment_cli.errors import AugmentError, InputError
 from augment_cli.planning.frontier import Unit
 from augment_cli.planning.frontier import frontier as plans_along
+from augment_cli.planning.latency import LatencySettings
 from augment_cli.planning.plan import Plan, make_plan, read_plan
 from augment_cli.planning.recipe import UNITS, Recipe, load_recipe
 from augment_cli.reporting.comparison import Candidate, Comparison
@@ -20,6 +22,8 @@ from augment_cli.reporting.numbers import Change
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from augment_cli.latency.timer import Timer
 
     Model = str | Path | Plan | nn.Module
 
@@ -30,6 +34,7 @@ def compare(
     overrides: Sequence[str] = (),
     input_size: tuple[int, int] | None = None,
     cached: bool = True,
+    latency: bool = False,
     **args: Any,
 ) -> Comparison:
     """Compare converted models, plans and models as they are, or one model under several recipes and budgets.
@@ -41,6 +46,7 @@ def compare(
         overrides: values of the recipes; "budget.params=keep,-5%" asks for a plan with each.
         input_size: (height, width) of an image for names and modules. None takes the model's own.
         cached: keep what is found of timm's models in the user's cache folder.
+        latency: measure the time of each plan's model beside its source on this machine, as the first recipe says.
         args: arguments for timm.create_model or the function.
 
     Raises:
@@ -61,7 +67,8 @@ def compare(
     impossible: list[tuple[str, str]] = []
     for model in models:
         if _is_planned(model):
-            candidates.append(_open(model))
+            opened = _open(model)
+            candidates.append(_timed(opened, recipes, cached) if latency else opened)
             continue
         source, analysis = _look(model, args, input_size, cached)
         name = model if isinstance(model, str) else source.name
@@ -71,7 +78,7 @@ def compare(
                 " ".join((candidates[-1].model, *words)) if not isinstance(model, str) else " ".join((model, *words))
             )
             try:
-                plan, _ = make_plan(source.name, analysis, settings, source.args, base=source.base)
+                plan = _plan(model, source, analysis, settings, cached, latency)
             except AugmentError as error:
                 impossible.append((label, str(error)))
             else:
@@ -95,7 +102,7 @@ def frontier(
 
     Args:
         model, recipe, overrides: as for `plan`.
-        unit: "params" or "macs".
+        unit: "params", "macs" or "latency", which is measured on this machine.
         points: how many budgets, 2 or more; equal plans are one point.
         input_size, cached, args: as for `compare`.
 
@@ -111,7 +118,44 @@ def frontier(
         raise InputError(f"`unit` is one of {', '.join(UNITS)}, and `points` at least 2")
     source, analysis = _look(model, args, input_size, cached)
     settings = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
-    return Frontier(tuple(plans_along(source, analysis, settings, unit, points)), unit)
+    if unit != "latency" and settings.budget.latency == "free":
+        return Frontier(tuple(plans_along(source, analysis, settings, unit, points)), unit)
+    from augment_cli.latency.timer import frontier_within
+
+    timer = _timer(model, source, analysis, settings, cached)
+    return Frontier(tuple(frontier_within(source, analysis, settings, unit, points, timer)), unit)
+
+
+def _plan(
+    model: "Model", source: Source, analysis: Analysis, recipe: Recipe, cached: bool, latency: bool = False
+) -> Plan:
+    """A recipe's plan; its latency is measured on this machine for a budget of it, or where it is asked for."""
+    if recipe.budget.latency == "free" and not latency:
+        return make_plan(source.name, analysis, recipe, source.args, base=source.base)[0]
+    from augment_cli.latency.timer import plan_within
+
+    return plan_within(source, analysis, recipe, _timer(model, source, analysis, recipe, cached))[0]
+
+
+def _timer(model: "Model", source: Source, analysis: Analysis, recipe: Recipe, cached: bool) -> "Timer":
+    from augment_cli.analysis.source import create
+    from augment_cli.latency.timer import Timer
+
+    named = isinstance(model, (str, Path))
+
+    def make() -> "nn.Module":
+        return create(source) if named else cast("nn.Module", model)
+
+    return Timer(source, analysis, recipe.latency, make, cached=cached and named)
+
+
+def _timed(candidate: Candidate, recipes: list[tuple[list[str], Recipe]], cached: bool) -> Candidate:
+    """A candidate that was opened, with its latency on this machine, measured as the first recipe says."""
+    from augment_cli.latency.timer import measure_latency
+
+    assert candidate.plan is not None  # _open
+    settings = recipes[0][1].latency if recipes else LatencySettings()
+    return replace(candidate, plan=measure_latency(candidate.plan, settings, cached=cached))
 
 
 def check_models(models: Iterable[str]) -> None:

@@ -20,6 +20,7 @@ SLOW = (
     "cli/test_bad_input.py",
     "cli/test_escaping.py",
     "cli/test_fit.py",
+    "cli/test_latency.py",
     "cli/test_outputs.py",
     "detection",
     "docs/test_pages.py",

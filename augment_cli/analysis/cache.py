@@ -54,7 +54,7 @@ def look(
     if found is None:
         found = _find(name, args, image_size)
         if file and found.source.base == "timm" and _is_timms(name):
-            _write(file, found)
+            keep(file, json.dumps(asdict(found)))
     with boundary(f"the arguments of {name}"):
         frozen = dict(freeze_arguments(found.source.args))  # lists as tuples, from a file or not
     return replace(found.source, args=frozen), found.analysis
@@ -111,17 +111,26 @@ def _versions() -> list[str]:
 
 def _read(file: Path) -> _Found | None:
     """The answer in a file; None where there is none, or it is not whole and valid."""
+    text = kept(file)
+    if text is None:
+        return None
+    try:
+        found = TypeAdapter(_Found).validate_json(text)
+        _check(found)
+    except (AugmentError, ValueError, RecursionError):
+        return None
+    return found
+
+
+def kept(file: Path) -> str | None:
+    """The text that `keep` wrote there; None where there is none, or it is not whole."""
     try:
         if not file.is_file():
             return None
         digest, _, text = read_text(file, "cache", _LARGEST_FILE).partition("\n")
-        if digest != _digest(text):
-            return None
-        found = TypeAdapter(_Found).validate_json(text)
-        _check(found)
-    except (AugmentError, OSError, ValueError, RecursionError):
+    except (AugmentError, OSError):
         return None
-    return found
+    return text if digest == _digest(text) else None
 
 
 def _check(found: _Found) -> None:
@@ -140,14 +149,13 @@ def _check(found: _Found) -> None:
         raise ValueError("groups that do not divide the channels")
 
 
-def _write(file: Path, found: _Found) -> None:
-    """Keep an answer, and no more answers than the newest few hundred. A folder that refuses is no error."""
-    text = json.dumps(asdict(found))
+def keep(file: Path, text: str) -> None:
+    """Keep a text in a file, and in its folder only the newest few hundred. A folder that refuses is no error."""
     with suppress(AugmentError, OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
         write_file(file, lambda temporary: temporary.write_text(f"{_digest(text)}\n{text}", encoding="utf-8"))
-        kept = sorted(file.parent.glob("*.json"), key=lambda other: other.stat().st_mtime)
-        for old in kept[:-_MOST_FILES]:
+        files = sorted(file.parent.glob("*.json"), key=lambda other: other.stat().st_mtime)
+        for old in files[:-_MOST_FILES]:
             old.unlink(missing_ok=True)
 
 

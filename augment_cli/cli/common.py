@@ -15,8 +15,12 @@ from augment_cli.errors import InputError, boundary
 from augment_cli.terminal import echo, say
 
 if TYPE_CHECKING:
-    from augment_cli.analysis.facts import Analysis
+    from torch import nn
+
+    from augment_cli.analysis.facts import Analysis, Source
+    from augment_cli.latency.timer import Timer
     from augment_cli.planning.budget import Solution
+    from augment_cli.planning.latency import LatencySettings
     from augment_cli.planning.plan import Plan
     from augment_cli.planning.recipe import Recipe
 
@@ -160,10 +164,13 @@ def parse_arguments(pairs: list[str] | None) -> dict[str, Any]:
 def announce(analysis: "Analysis", plan: "Plan", solution: "Solution | None", recipe: "Recipe | None" = None) -> None:
     """Say what was found and solved, and what a user should know before relying on it."""
     from augment_cli.planning.selection import missing_kernels
+    from augment_cli.reporting.units import describe_latency
 
     say(f"{plan.model}: {len(analysis.sites)} convolutions, {len(plan.sites)} to replace (recipe {plan.recipe})")
     if solution is not None:
         say(solution.describe())
+    if plan.latency:
+        say(f"latency {describe_latency(plan.latency)}")
     for kernel in missing_kernels(analysis.sites, recipe.select) if recipe else ():
         say(f"note: select.kernel: no {kernel}x{kernel} convolution here")
     bare = [site.name for site in analysis.sites if site.norm is None and site.name in {s.name for s in plan.sites}]
@@ -202,6 +209,23 @@ def fit_given_plan(plan: "Plan", analysis: "Analysis", file: Path) -> "Plan":
     fitted = fit_plan(plan, analysis, f"plan {file}")
     check_budget(fitted, f"plan {file}")
     return fitted
+
+
+@contextmanager
+def timing(
+    source: "Source", analysis: "Analysis", settings: "LatencySettings", cached: bool = True
+) -> Iterator["Timer"]:
+    """What measures a model's latency; says so when there is something to measure."""
+    with working("importing torch"):
+        from augment_cli.analysis.source import create
+        from augment_cli.latency.timer import Timer
+
+    def make() -> "nn.Module":
+        say(f"measuring latency for about {settings.seconds:g} s: {settings.describe()}")
+        return create(source)
+
+    with bar("measuring") as progress:
+        yield Timer(source, analysis, settings, make, progress, cached)
 
 
 def load_named_recipe(name: str, overrides: list[str] | None) -> "Recipe":

@@ -38,6 +38,9 @@ def compare(
     overwrite: writing.Overwrite = False,
     full: Annotated[bool, typer.Option("--full", help="What differs site by site, however many there are.")] = False,
     cached: common.Cached = True,
+    latency: Annotated[
+        bool, typer.Option("--latency", help="Measure each plan's time beside its source's, on this machine.")
+    ] = False,
 ) -> None:
     """Show several models or plans side by side, or models under several recipes and budgets.
 
@@ -53,8 +56,14 @@ def compare(
     form = writing.check_form(form, output, overwrite, [Path(model) for model in models if Path(model).exists()])
     arguments, size = common.parse_arguments(model_args), common.parse_image_size(image_size)
     check_models(models)
-    with common.working("planning"):
+    with common.working("measuring" if latency else "planning"):
         found = compared(
-            *models, recipe=recipes or (), overrides=overrides or (), input_size=size, cached=cached, **arguments
+            *models,
+            recipe=recipes or (),
+            overrides=overrides or (),
+            input_size=size,
+            cached=cached,
+            latency=latency,
+            **arguments,
         )
     writing.write(form, output, lambda: found.table(full), found.to)

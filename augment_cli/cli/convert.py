@@ -2,12 +2,19 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from augment_cli.cli import common
 from augment_cli.errors import InputError
+
+if TYPE_CHECKING:
+    from augment_cli.analysis.facts import Source
+    from augment_cli.analysis.graph import ModelGraph
+    from augment_cli.planning.budget import Solution
+    from augment_cli.planning.plan import Plan
+    from augment_cli.planning.recipe import Recipe
 
 _FITTED = "Attention that is fitted to what it replaces"
 
@@ -102,7 +109,6 @@ def convert(
         from augment_cli import conversion
         from augment_cli.analysis import source
         from augment_cli.analysis.graph import analyze
-        from augment_cli.planning.plan import make_plan
         from augment_cli.reporting import Report
         from augment_cli.reporting.table import table
         from augment_cli.surgery import replace
@@ -111,10 +117,11 @@ def convert(
     with common.working(f"planning {model}"):
         described, meta_model = source.describe(model, arguments, size)
         graph = analyze(meta_model, described.input_size)
-        if given and plan_file:
-            plan, solution = common.fit_given_plan(given, graph, plan_file), None
-        else:
-            plan, solution = make_plan(described.name, graph, settings, described.args, base=described.base)
+    if given and plan_file:
+        plan, solution = common.fit_given_plan(given, graph, plan_file), None
+    else:
+        plan, solution = _planned(described, graph, settings)
+    with common.working(f"verifying {model}"):
         replace.verify(meta_model, plan, graph)
     common.announce(graph, plan, solution, None if given else settings)
     target = output or Path(common.file_name(plan.model, plan.recipe))
@@ -138,6 +145,18 @@ def convert(
     if checkpoint:
         common.say(f"source weights: {origin}")
     common.say(f"wrote {target}")
+
+
+def _planned(source: "Source", graph: "ModelGraph", recipe: "Recipe") -> "tuple[Plan, Solution]":
+    """The recipe's plan; a budget of latency is measured on this machine."""
+    from augment_cli.planning.plan import make_plan
+
+    if recipe.budget.latency == "free":
+        return make_plan(source.name, graph, recipe, source.args, base=source.base)
+    with common.timing(source, graph, recipe.latency) as timer:
+        from augment_cli.latency.timer import plan_within
+
+        return plan_within(source, graph, recipe, timer)
 
 
 def _check_calibration(init: Init, calibrate: str | None, images: int | None) -> None:

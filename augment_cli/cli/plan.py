@@ -12,6 +12,7 @@ from augment_cli.errors import InputError
 
 if TYPE_CHECKING:
     from augment_cli.analysis.facts import Analysis, Source
+    from augment_cli.planning.frontier import Unit
     from augment_cli.planning.plan import Plan, Sensitivity
     from augment_cli.planning.recipe import Recipe
     from augment_cli.reporting.frontier import Frontier
@@ -23,6 +24,7 @@ _along = partial(typer.Option, rich_help_panel="Frontier")
 class Count(StrEnum):
     params = "params"
     macs = "macs"
+    latency = "latency"
 
 
 def plan(
@@ -35,6 +37,9 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="The plan as JSON, to edit and give to convert.")] = False,
     full: Annotated[bool, typer.Option("--full", help="A line for every site, equal ones too.")] = False,
     cached: common.Cached = True,
+    latency: Annotated[
+        bool, typer.Option("--latency", help="Measure the plan's time on this machine, as the recipe's [latency] says.")
+    ] = False,
     sensitivity: Annotated[
         bool,
         _measured("--sensitivity", help="Measure what replacing each site alone does, and plan for the least of it."),
@@ -70,6 +75,8 @@ def plan(
     augment plan resnet50 --sensitivity --pretrained --calibrate photos --json > plan.json
 
     augment plan resnet50 --frontier params --plot front.png
+
+    augment plan resnet50 --set budget.latency=+5% --set latency.threads=1
     """
     from augment_cli import specs
 
@@ -83,7 +90,7 @@ def plan(
             option = "--sensitivity" if sensitivity else "--frontier"
             raise InputError(f"{option} plans anew, by a recipe: leave out --plan, or {option}")
         given = common.read_given_plan(plan_file, model, recipe, overrides, image_size, model_args)
-        made = _fitted(given, model or given.model, plan_file, cached)
+        made = _fitted(given, model or given.model, plan_file, cached, latency)
         if plot:
             _draw(made, plot, sensitivity=False)
         _show(made, as_json, full)
@@ -108,7 +115,7 @@ def plan(
             (model, arguments, size), settings, (calibrate, calibrate_images, seed), origin, checkpoint, ema
         )
     if frontier:
-        front = _frontier(described, analysis, settings, frontier, points, found)
+        front = _frontier(described, analysis, settings, frontier.value, points, found, latency, cached)
         if plot:
             front.draw(plot)
             common.say(f"wrote {plot}")
@@ -120,7 +127,13 @@ def plan(
             common.show(front.table())
             common.say("--point N shows one of the plans; with --json, as convert takes it")
         return
-    made, solution = make_plan(described.name, analysis, settings, described.args, found, described.base)
+    if latency or settings.budget.latency != "free":
+        with common.timing(described, analysis, settings.latency, cached) as timer:
+            from augment_cli.latency.timer import plan_within
+
+            made, solution = plan_within(described, analysis, settings, timer, found)
+    else:
+        made, solution = make_plan(described.name, analysis, settings, described.args, found, described.base)
     common.announce(analysis, made, solution, settings)
     if plot:
         _draw(made, plot, sensitivity)
@@ -131,15 +144,22 @@ def _frontier(
     source: "Source",
     analysis: "Analysis",
     settings: "Recipe",
-    unit: Count,
+    unit: "Unit",
     points: int,
     found: "dict[str, Sensitivity] | None",
+    latency: bool,
+    cached: bool,
 ) -> "Frontier":
     from augment_cli.planning.frontier import frontier
     from augment_cli.reporting.frontier import Frontier
 
+    if latency or unit == "latency" or settings.budget.latency != "free":
+        with common.timing(source, analysis, settings.latency, cached) as timer:
+            from augment_cli.latency.timer import frontier_within
+
+            return Frontier(tuple(frontier_within(source, analysis, settings, unit, points, timer, found)), unit)
     with common.working("planning"):
-        return Frontier(tuple(frontier(source, analysis, settings, unit.value, points, found)), unit.value)
+        return Frontier(tuple(frontier(source, analysis, settings, unit, points, found)), unit)
 
 
 def _point(front: "Frontier", number: int) -> "Plan":
@@ -161,12 +181,18 @@ def _draw(plan: "Plan", path: Path, sensitivity: bool) -> None:
     common.say(f"wrote {path}")
 
 
-def _fitted(given: "Plan", model: str, file: Path, cached: bool) -> "Plan":
-    """A plan that was read, held against its model and its budget."""
+def _fitted(given: "Plan", model: str, file: Path, cached: bool, latency: bool) -> "Plan":
+    """A plan that was read, held against its model and its budget; its latency measured anew where that is asked."""
     with common.working(f"looking into {model}"):
         from augment_cli.analysis.cache import look
+        from augment_cli.planning.latency import LatencySettings
+        from augment_cli.planning.plan import fit_plan
 
-        _, analysis = look(model, dict(given.model_args), given.input_size[1:], cached)
+        source, analysis = look(model, dict(given.model_args), given.input_size[1:], cached)
+    if latency:
+        settings = given.latency.settings if given.latency else LatencySettings()
+        with common.timing(source, analysis, settings, cached) as timer:
+            (given,) = timer.measured([fit_plan(given, analysis, f"plan {file}")])
     plan = common.fit_given_plan(given, analysis, file)
     common.announce(analysis, plan, None)
     return plan

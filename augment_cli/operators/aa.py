@@ -110,6 +110,9 @@ class AA(Operator[AASettings, AASplit]):
     def distance(self, site: ConvSite, split: AASplit, written: AASplit) -> float:
         return channel_distance(site, split, written)
 
+    def distance_left(self, site: ConvSite, written: AASplit) -> float:
+        return ratio_distance(site, (0, 0), written)
+
     def rank(self, split: AASplit) -> tuple[int, int]:
         return split.value_channels, split.key_channels
 
@@ -237,9 +240,15 @@ def channels_around(site: ConvSite, table: AATable, written: AASplit) -> tuple[l
 
 def channel_distance(site: Convolution, split: AASplit, written: AASplit) -> float:
     """The squared changes of kappa and upsilon."""
-    keys = (split.key_channels - written.key_channels) / site.out_channels
-    values = (split.value_channels - written.value_channels) / site.out_channels
-    return keys**2 + values**2
+    return ratio_distance(site, (split.key_channels, split.value_channels), written)
+
+
+def ratio_distance(site: Convolution, channels: tuple[int, int], written: AASplit) -> float:
+    """The same, for numbers of key and value channels; a convolution that is left as it is has none of either."""
+    keys, values = channels
+    kappa = (keys - written.key_channels) / site.out_channels
+    upsilon = (values - written.value_channels) / site.out_channels
+    return kappa**2 + upsilon**2
 
 
 def attention_params(site: Convolution, split: AASplit) -> int:

@@ -83,6 +83,9 @@ class AAAW(Operator[AAAWSettings, AAAWSplit]):
         channels = aa.channel_distance(site, split, written)
         return channels + aw.reduction_distance(split.reduction, written.reduction)
 
+    def distance_left(self, site: ConvSite, written: AAAWSplit) -> float:
+        return aa.ratio_distance(site, (0, 0), written) + aw.left_distance(site, written.reduction)
+
     def rank(self, split: AAAWSplit) -> tuple[int, int, int]:
         return split.value_channels, split.key_channels, -split.reduction
 

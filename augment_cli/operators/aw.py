@@ -74,6 +74,9 @@ class AW(Operator[AWSettings, AWSplit]):
     def distance(self, site: ConvSite, split: AWSplit, written: AWSplit) -> float:
         return reduction_distance(split.reduction, written.reduction)
 
+    def distance_left(self, site: ConvSite, written: AWSplit) -> float:
+        return left_distance(site, written.reduction)
+
     def rank(self, split: AWSplit) -> int:
         return -split.reduction
 
@@ -135,6 +138,11 @@ def reductions_around(site: Convolution, written: int) -> list[int]:
 def reduction_distance(reduction: int, written: int) -> float:
     """A tenth of an octave counts as much as 1% of the output channels; squared. [ours]"""
     return (0.1 * math.log2(reduction / written)) ** 2
+
+
+def left_distance(site: Convolution, written: int) -> float:
+    """To a kernel that is not attended: an octave beyond one map for all input channels. [ours]"""
+    return reduction_distance(2 * site.in_channels, written)
 
 
 def added_params(site: Convolution, filters: int, reduction: int) -> int:

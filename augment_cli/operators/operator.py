@@ -97,6 +97,10 @@ class Operator(ABC, Generic[SettingsT, SplitT]):
         """How far a split is from the written one; 0 for itself."""
         return 0.0 if split == written else 1.0
 
+    def distance_left(self, site: ConvSite, written: SplitT) -> float | None:
+        """How far it is from the written split to leave the convolution as it is; None: no budget leaves it."""
+        return None
+
     def rank(self, split: SplitT) -> Any:
         """A key to sort splits by: the more a split changes, the later it comes."""
         return self.given_up(split)

@@ -37,8 +37,9 @@ from augment_cli.bounds import (
 from augment_cli.errors import AugmentError, BudgetError, InputError, boundary, nearest
 from augment_cli.files import read_text
 from augment_cli.operators import Split, get_operator
-from augment_cli.planning.budget import Counts, Solution, solve
-from augment_cli.planning.recipe import UNITS, Budget, Recipe, describe_errors, resolve_amount
+from augment_cli.planning.budget import Counts, Solution, number, show, solve
+from augment_cli.planning.latency import PlanLatency, Times, predict, splits_digest
+from augment_cli.planning.recipe import Budget, Recipe, describe_errors, resolve_amount
 from augment_cli.planning.selection import obstacle, select
 
 SCHEMA = 1
@@ -198,7 +199,8 @@ class Plan(_Frozen):
 
     `base` says who makes the model: timm, by its name and arguments, or the user, for whom `model` is a description.
 
-    `params_after` and `macs_after` are always summed from the sites: a number given for them is not believed.
+    `params_after` and `macs_after` are always summed from the sites: a number given for them is not believed. `latency`
+    holds for the sites that it was measured for; where they were edited since, it is dropped.
     """
 
     schema_number: Annotated[Literal[1], Field(alias="schema")] = 1
@@ -215,6 +217,7 @@ class Plan(_Frozen):
     macs_after: Total = 0
     sites: Annotated[tuple[SitePlan, ...], Field(min_length=1, max_length=MOST_CONVOLUTIONS)]
     skipped: Annotated[tuple[Skipped, ...], Field(max_length=MOST_CONVOLUTIONS)] = ()
+    latency: PlanLatency | None = None
 
     @field_validator("model")
     @classmethod
@@ -244,6 +247,12 @@ class Plan(_Frozen):
             if replaced > before:
                 raise ValueError(f"{count}_before={before:,} is less than the {replaced:,} of its sites")
             object.__setattr__(self, f"{count}_after", before - replaced + added)
+        return self
+
+    @model_validator(mode="after")
+    def _latency_is_of_these_sites(self) -> "Plan":
+        if self.latency is not None and self.latency.splits != splits_digest(self.sites):
+            object.__setattr__(self, "latency", None)
         return self
 
     @property
@@ -278,6 +287,7 @@ def make_plan(
     model_args: dict[str, Any] | None = None,
     sensitivity: dict[str, Sensitivity] | None = None,
     base: Literal["timm", "other"] = "timm",
+    times: Times | None = None,
 ) -> tuple[Plan, Solution]:
     """The plan of a recipe for a model: sites selected, budget solved.
 
@@ -287,6 +297,7 @@ def make_plan(
         model_args: what the model is created with besides its name; JSON values.
         sensitivity: of every chosen site, by name; the budget's program then puts attention where it changes the
             model's output least.
+        times: of the model and its sites, which a budget of latency needs.
 
     Raises:
         AugmentError: no site, or a budget that cannot be met.
@@ -294,8 +305,12 @@ def make_plan(
     selection, found = select(graph.sites, recipe), sensitivity or {}
     by_name = {site.name: site for site in graph.sites}
     losses = {name: measured.divergence for name, measured in found.items()}
-    solution = solve(selection.chosen, recipe, Counts(graph.params, graph.macs), losses)
-    sites = tuple(_site_plan(site, split, recipe.operator, found.get(site.name)) for site, split in solution.splits)
+    solution = solve(selection.chosen, recipe, Counts(graph.params, graph.macs), losses, times)
+    sites = tuple(site_plan(site, split, recipe.operator, found.get(site.name)) for site, split in solution.splits)
+    skipped = (
+        *selection.skipped,
+        *((name, f"left as it is by budget.latency={recipe.budget.latency}") for name in solution.left),
+    )
     plan = Plan(
         base=base,
         model=model,
@@ -307,12 +322,21 @@ def make_plan(
         params_before=graph.params,
         macs_before=graph.macs,
         sites=sites,
-        skipped=tuple(Skipped.of(by_name[name], reason) for name, reason in selection.skipped),
+        skipped=tuple(Skipped.of(by_name[name], reason) for name, reason in skipped),
     )
-    return plan, solution
+    return (with_latency(plan, graph, times) if times else plan), solution
 
 
-def _site_plan(site: ConvSite, split: Split, operator: str, sensitivity: Sensitivity | None = None) -> SitePlan:
+def with_latency(plan: Plan, graph: Analysis, times: Times) -> Plan:
+    """A plan with the latency that the times of its sites predict."""
+    by_name = {site.name: site for site in graph.sites}
+    operators = {site.operator: get_operator(site.operator) for site in plan.sites}
+    predicted = predict([(by_name[site.name], site) for site in plan.sites], times, operators)
+    return plan.model_copy(update={"latency": predicted})
+
+
+def site_plan(site: ConvSite, split: Split, operator: str, sensitivity: Sensitivity | None = None) -> SitePlan:
+    """The entry of a plan for a convolution and its split, its counts made."""
     return SitePlan(
         name=site.name,
         operator=operator,
@@ -387,13 +411,20 @@ def check_budget(plan: Plan, origin: str) -> None:
     Raises:
         AugmentError: says by how much.
     """
-    for name, unit in UNITS.items():
-        asked, after = getattr(plan.budget, name), getattr(plan, f"{name}_after")
-        most = resolve_amount(asked, getattr(plan, f"{name}_before"))
+    if plan.latency is None and plan.budget.latency != "free":
+        raise BudgetError(
+            f"{origin} has budget.latency={plan.budget.latency}, and the latency of its sites as they are now was not "
+            f"measured: `augment plan --plan FILE --latency --json` measures it; or set budget.latency=free"
+        )
+    timed = (plan.latency.source, plan.latency.predicted) if plan.latency else (0, 0)
+    counts = {"params": (plan.params_before, plan.params_after), "macs": (plan.macs_before, plan.macs_after)}
+    for name, (before, after) in (counts | {"latency": timed}).items():
+        asked = getattr(plan.budget, name)
+        most = resolve_amount(asked, before)
         if most is not None and after > most:
             raise BudgetError(
-                f"{origin} has {after:,} {unit}, {after - most:,} more than its budget.{name}={asked} allows. Edit its "
-                f"sites or its budget, or set another one, such as budget.{name}=free"
+                f"{origin} has {show(name, after)}, {number(name, after - most)} more than its budget.{name}={asked} "
+                f"allows. Edit its sites or its budget, or set another one, such as budget.{name}=free"
             )
 
 
@@ -408,4 +439,4 @@ def _fit_site(entry: SitePlan, sites_of: dict[str, ConvSite], origin: str) -> Si
     operator = get_operator(entry.operator)
     if reason := obstacle(site, operator) or operator.idle(site, entry.split):
         raise InputError(f"{origin}: {entry.name} cannot be replaced: {reason}")
-    return _site_plan(site, entry.split, entry.operator, entry.sensitivity)
+    return site_plan(site, entry.split, entry.operator, entry.sensitivity)

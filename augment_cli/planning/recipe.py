@@ -6,7 +6,7 @@ import tomllib
 from collections import Counter
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, TypeVar, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model, field_validator
 from pydantic_core import ErrorDetails
@@ -24,7 +24,10 @@ from augment_cli.bounds import (
 from augment_cli.errors import InputError, boundary, nearest
 from augment_cli.files import read_text
 from augment_cli.operators import Settings, Table, get_operator, operator_names
+from augment_cli.planning.latency import LatencySettings
 from augment_cli.resources import resource
+
+TableT = TypeVar("TableT", bound=Table)
 
 
 def _as_tuple(value: Any) -> Any:
@@ -96,6 +99,8 @@ class Select(Table):
 _NUMBER = r"[0-9]{1,15}(?:\.[0-9]{1,15})?"
 _AMOUNT = re.compile(rf"(?P<number>{_NUMBER}) ?(?P<unit>[kKMGT]?)")
 _PERCENT = re.compile(rf"(?P<number>[+-]{_NUMBER}) ?%")
+_DURATION = re.compile(rf"(?P<number>{_NUMBER}) ?(?P<unit>ns|us|ms|s)")
+_NANOSECONDS = {"ns": 1, "us": 1e3, "ms": 1e6, "s": 1e9}
 _FACTORS = {"": 1, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 
 
@@ -108,22 +113,31 @@ def _check_amount(value: Any) -> Any:
     )
 
 
+def _check_duration(value: Any) -> Any:
+    text = str(value).strip()
+    if text in ("free", "keep") or _DURATION.fullmatch(text) or _PERCENT.fullmatch(text):
+        return text
+    raise ValueError(f"{text[:50]!r} is no budget: write free, keep, a change like +5% or -10%, or a time like 12ms")
+
+
 Amount = Annotated[str, BeforeValidator(_check_amount)]
+Duration = Annotated[str, BeforeValidator(_check_duration)]
 
 
 class Budget(Table):
-    """[budget]: the most parameters and multiply-adds of the converted model."""
+    """[budget]: the most parameters, multiply-adds and time of the converted model."""
 
     params: Annotated[Amount, Field(description="free, keep, 25.6M, +1%, -10%")] = "free"
     macs: Annotated[Amount, Field(description="the same, for multiply-adds")] = "free"
+    latency: Annotated[Duration, Field(description="free, keep, +5%, 12ms; measured as [latency] says")] = "free"
 
 
-UNITS = {"params": "parameters", "macs": "multiply-adds"}
-"""Units of the two budgets."""
+UNITS = {"params": "parameters", "macs": "multiply-adds", "latency": "nanoseconds"}
+"""Units of the budgets."""
 
 
 def resolve_amount(amount: str, source: int) -> int | None:
-    """The number that a budget stands for, given the source model's count; None where it is free."""
+    """The number that a budget stands for, given the source model's count or nanoseconds; None where it is free."""
     if amount == "free":
         return None
     if amount == "keep":
@@ -132,6 +146,8 @@ def resolve_amount(amount: str, source: int) -> int | None:
         return int(source * (1 + float(match["number"]) / 100) + 1e-6)
     if match := _AMOUNT.fullmatch(amount):
         return round(float(match["number"]) * _FACTORS[match["unit"]])
+    if match := _DURATION.fullmatch(amount):
+        return round(float(match["number"]) * _NANOSECONDS[match["unit"]])
     raise ValueError(f"{amount!r} is no budget")
 
 
@@ -154,10 +170,11 @@ class Recipe(Settings):
     paper: Paper | None = None
     select: Select = Select()
     budget: Budget = Budget()
+    latency: LatencySettings = LatencySettings()
 
     def digest(self) -> str:
-        """SHA-256 of the resolved recipe, overrides included."""
-        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+        """SHA-256 of the resolved recipe, overrides included; how latency is measured is no part of it."""
+        return hashlib.sha256(self.model_dump_json(exclude={"latency"}).encode()).hexdigest()
 
 
 @cache
@@ -224,15 +241,43 @@ def override_budget(budget: Budget, overrides: tuple[str, ...]) -> Budget:
     Raises:
         AugmentError: an override of something else, or a value that is no budget.
     """
-    data = {"budget": budget.model_dump()}
+    return _overridden("budget", budget, overrides, "only the budget of a plan can be set; edit its sites instead")
+
+
+def override_latency(settings: LatencySettings, overrides: tuple[str, ...]) -> LatencySettings:
+    """Settings of a measurement with `latency.key=value` overrides.
+
+    Raises:
+        AugmentError: an override of something else, or a value that does not fit.
+    """
+    return _overridden(
+        "latency", settings, overrides, "only how latency is measured can be set here, as latency.key=value"
+    )
+
+
+def _overridden(name: str, table: TableT, overrides: tuple[str, ...], refusal: str) -> TableT:
+    data = {name: table.model_dump()}
     for override in overrides:
         _override(data, override)
         if len(data) > 1:
-            raise InputError(f"{override[:100]}: only the budget of a plan can be set; edit its sites instead")
+            raise InputError(f"{override[:100]}: {refusal}")
+    return _validated(name, type(table), data[name])
+
+
+def latency_settings(**values: Any) -> LatencySettings:
+    """Settings of a measurement.
+
+    Raises:
+        AugmentError: an unknown key, or a value that does not fit.
+    """
+    return _validated("latency", LatencySettings, values)
+
+
+def _validated(name: str, table: type[TableT], values: dict[str, Any]) -> TableT:
     try:
-        return Budget.model_validate(data["budget"])
+        return table.model_validate(values)
     except ValidationError as error:
-        raise InputError(f"budget: {describe_errors(error, Budget)}") from error
+        raise InputError(f"{name}: {describe_errors(error, table)}") from error
 
 
 def _find(name: str) -> Path:

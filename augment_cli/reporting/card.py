@@ -8,7 +8,7 @@ from augment_cli.reporting.folding import Line, fold
 from augment_cli.reporting.numbers import Report
 from augment_cli.reporting.provenance import TRUST_TERMS, fidelity
 from augment_cli.reporting.text import code, escape, markdown_table, totals_table
-from augment_cli.reporting.units import counted, error, percent, share, size, span
+from augment_cli.reporting.units import counted, describe_latency, error, percent, share, size, span
 
 _TAGGED = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)+")
 
@@ -28,6 +28,7 @@ def model_card(report: Report) -> str:
         "## What it costs",
         totals_table(report),
         f"Multiply-adds are those of one image of {size(report.input_size)}; FLOPs = 2 x multiply-adds.",
+        *([f"Latency {describe_latency(report.timed)}."] if report.timed else []),
         "## What was replaced",
         "![The network: a band for each map size, a bar for each convolution, attention in colour](network.svg)",
         _sites(report),

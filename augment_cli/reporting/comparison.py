@@ -111,6 +111,7 @@ class Comparison(Sheets):
         columns = tuple(Column(title, is_text=title in ("Model or plan", "Images")) for title in used)
         notes = ["MACs are the multiply-adds of one image. % is the change against the source."]
         notes += ["Taken is the share of the sites' output channels that attention computes."] * ("Taken" in used)
+        notes += ["Time is the change against the source, predicted from the sites and measured."] * ("Time" in used)
         notes += ["KL in nats; predicted from the sites measured alone."] * ("KL predicted" in used)
         cells = tuple(tuple(row[title] or STAYS for title in used) for row in rows)
         return Sheet(
@@ -121,6 +122,8 @@ class Comparison(Sheets):
         planned, known = candidate.plan is not None, candidate.fidelity
         predicted, taken = candidate.predicted_divergence, candidate.given_up
         sizes = {other.input_size for other in self.candidates}
+        timed = candidate.plan.latency if candidate.plan else None
+        whole = timed.measured if timed else None
         return {
             "#": str(number),
             "Model or plan": candidate.label,
@@ -133,6 +136,8 @@ class Comparison(Sheets):
             "Taken": "" if taken is None else share(taken),
             "Agrees": share(known.agreement) if known else "",
             "KL": divergence(known.divergence) if known else "",
+            "Time": "" if timed is None else percent(100 * (timed.predicted_ratio - 1)),
+            "Measured": "" if whole is None else percent(100 * (whole.ratio.median - 1)),
             "KL predicted": "" if predicted is None else divergence(predicted),
         }
 
@@ -236,6 +241,7 @@ def _candidate(candidate: Candidate) -> dict[str, Any]:
         "given_up": candidate.given_up,
         "fidelity": candidate.fidelity.model_dump() if candidate.fidelity else None,
         "predicted_divergence": candidate.predicted_divergence,
+        "latency": plan.latency.model_dump(exclude={"sites", "splits"}) if plan and plan.latency else None,
         "sites": [
             {
                 "name": site.name,
@@ -255,16 +261,20 @@ def flat(candidate: Candidate) -> dict[str, Any]:
     data = _candidate(candidate)
     counts = {f"{name}_{side}": data[name][side] for name in ("params", "macs") for side in ("before", "after")}
     known = candidate.fidelity
+    timed = candidate.plan.latency if candidate.plan else None
     return {
         "label": cell(candidate.label),
         "model": cell(candidate.model),
         "recipe": cell(data["recipe"] or ""),
         "budget_params": (data["budget"] or {}).get("params"),
         "budget_macs": (data["budget"] or {}).get("macs"),
+        "budget_latency": (data["budget"] or {}).get("latency"),
         **counts,
         "sites": len(candidate.sites),
         "given_up": candidate.given_up,
         "agreement": known.agreement if known else None,
         "divergence": known.divergence if known else None,
         "predicted_divergence": candidate.predicted_divergence,
+        "predicted_time_ratio": timed.predicted_ratio if timed else None,
+        "measured_time_ratio": timed.measured.ratio.median if timed and timed.measured else None,
     }

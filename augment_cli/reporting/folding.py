@@ -40,6 +40,12 @@ class Line:
         """Multiply-adds of all sites together."""
         return Change.total(site.macs for site in self.sites)
 
+    @property
+    def latency(self) -> Change | None:
+        """Nanoseconds of all sites together; None where they were not measured."""
+        changes = [site.latency for site in self.sites if site.latency]
+        return Change.total(changes) if changes else None
+
 
 def unfolded(sites: Iterable[SiteRow]) -> tuple[Line, ...]:
     return tuple(Line(site.name, (site,)) for site in sites)

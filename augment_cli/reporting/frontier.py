@@ -14,6 +14,8 @@ from augment_cli.reporting.units import amount, divergence, percent, share
 
 SCHEMA = 1
 
+_NAMES = UNITS | {"latency": "predicted time"}
+
 
 @dataclass(frozen=True)
 class Frontier(Sheets):
@@ -25,25 +27,45 @@ class Frontier(Sheets):
     @property
     def heading(self) -> str:
         plan = self.points[0].plan
-        return f"{plan.model} with recipe {plan.recipe}: {UNITS[self.unit]} against {self.loss_name}"
+        return f"{plan.model} with recipe {plan.recipe}: {_NAMES[self.unit]} against {self.loss_name}"
 
     @property
     def measured(self) -> bool:
         return self.points[0].plan.predicted_divergence is not None
 
     @property
+    def timed(self) -> bool:
+        return self.points[0].plan.latency is not None
+
+    @property
     def loss_name(self) -> str:
         return "predicted divergence" if self.measured else "distance from the recipe"
 
     def sheets(self, full: bool = False) -> Iterator[Sheet]:
-        titles = ("#", "Parameters", "%", "MACs", "% ", "Taken", "KL predicted" if self.measured else "Distance")
+        times = ("Time", "Measured") if self.timed else ()
+        titles = (
+            "#",
+            "Parameters",
+            "%",
+            "MACs",
+            "% ",
+            *times,
+            "Taken",
+            "KL predicted" if self.measured else "Distance",
+        )
         note = "KL in nats." if self.measured else "Distance is the sum of squared changes of the recipe's ratios."
+        if timed := self.points[0].plan.latency:
+            note += f" Time is predicted from the sites: {timed.settings.describe()}; {timed.machine}."
         yield Sheet(self.heading, tuple(map(Column, titles)), tuple(map(self._row, range(len(self.points)))), note)
 
     def _row(self, i: int) -> tuple[str, ...]:
         point = self.points[i]
         row = Candidate.of("", point.plan)
+        counts: tuple[str, ...]
         counts = f"{row.params.after:,}", percent(row.params.percent), amount(row.macs.after), percent(row.macs.percent)
+        if timed := point.plan.latency:
+            whole = percent(100 * (timed.measured.ratio.median - 1)) if timed.measured else "-"
+            counts += percent(100 * (timed.predicted_ratio - 1)), whole
         return str(i + 1), *counts, share(row.given_up or 0), divergence(point.loss)
 
     def data(self) -> dict[str, Any]:
@@ -74,11 +96,16 @@ class Frontier(Sheets):
         axes.plot(counts, [point.loss for point in self.points], "o-", color="#0072b2")
         for i, (x, point) in enumerate(zip(counts, self.points, strict=True), 1):
             axes.annotate(str(i), (x, point.loss), xytext=(4, 4), textcoords="offset points", fontsize=8)
-        before = getattr(self.points[0].plan, f"{self.unit}_before") / 1e6
-        axes.axvline(before, color="#d55e00", linestyle="--", label="the source")
-        axes.set_xlabel(f"{UNITS[self.unit]}, millions")
+        plan = self.points[0].plan
+        before = (
+            (plan.latency.source if plan.latency else 0)
+            if self.unit == "latency"
+            else getattr(plan, f"{self.unit}_before")
+        )
+        axes.axvline(before / 1e6, color="#d55e00", linestyle="--", label="the source")
+        axes.set_xlabel(f"{_NAMES[self.unit]}, {'milliseconds' if self.unit == 'latency' else 'millions'}")
         axes.set_ylabel(f"{self.loss_name}{', nats' if self.measured else ''}")
-        axes.set_title(f"{self.points[0].plan.model}, recipe {self.points[0].plan.recipe}", fontsize=10)
+        axes.set_title(f"{plan.model}, recipe {plan.recipe}", fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
         write_file(path, lambda temporary: figure.savefig(temporary, format=path.suffix[1:], dpi=120))

@@ -8,7 +8,18 @@ from augment_cli.reporting.network import draw_network
 from augment_cli.reporting.numbers import Change, Limit, Report, SkippedGroup
 from augment_cli.reporting.provenance import TRUST_TERMS
 from augment_cli.reporting.sites_table import sites_table
-from augment_cli.reporting.units import amount, counted, error, percent, share, signed_amount, span
+from augment_cli.reporting.units import (
+    amount,
+    counted,
+    describe_latency,
+    duration,
+    error,
+    percent,
+    share,
+    signed_amount,
+    signed_duration,
+    span,
+)
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
@@ -85,13 +96,16 @@ def _change_card(title: str, change: Change, below: str) -> Markup:
 
 
 def _budget_card(report: Report) -> Markup:
-    """The tighter of the two budgets, by the share of it that is left."""
-    limits = {"parameters": report.params_limit, "multiply-adds": report.macs_limit}
+    """The tightest of the budgets, by the share of it that is left."""
+    limits = {"parameters": report.params_limit, "multiply-adds": report.macs_limit, "time": report.latency_limit}
     name, limit = min(limits.items(), key=lambda item: item[1].share_left)
     if limit.most is None or limit.left is None:
         return _card("Budget", "free", None, "no limit was asked for")
     under = "those of the source" if limit.asked == "keep" else minus(limit.asked) if "%" in limit.asked else "a limit"
-    return _card("Budget left", minus(f"{limit.left:,}"), None, f"{name}, under {under}: {amount(limit.most)}")
+    left, most = f"{limit.left:,}", amount(limit.most)
+    if name == "time":
+        left, most = duration(limit.left), duration(limit.most)
+    return _card("Budget left", minus(left), None, f"{name}, under {under}: {most}")
 
 
 def _notice(report: Report) -> Markup:
@@ -119,11 +133,15 @@ def _network(report: Report) -> Markup:
 
 def _totals(report: Report) -> Markup:
     titles = ("Count", "Before", "After", "Change", "%", "Budget", "At most", "Left")
-    rows = [
+    rows: list[tuple[str, Change, Callable[[int], str], Callable[[int], str], Limit | None]] = [
         ("Parameters", report.params, "{:,}".format, "{:+,}".format, report.params_limit),
         ("Multiply-adds", report.macs, amount, signed_amount, report.macs_limit),
         ("FLOPs", report.flops, amount, signed_amount, None),
     ]
+    if report.latency:
+        rows.append(("Predicted time", report.latency, duration, signed_duration, report.latency_limit))
+    if report.measured_latency:
+        rows.append(("Measured time", report.measured_latency, duration, signed_duration, None))
     body = (_total(*row) for row in rows)
     table = tag(
         "table",
@@ -137,6 +155,7 @@ def _totals(report: Report) -> Markup:
         "section",
         tag("h2", "The whole model"),
         tag("p", note, _ratios(report), class_="quiet"),
+        tag("p", f"Latency {describe_latency(report.timed)}.", class_="quiet") if report.timed else None,
         scroll(table, "The whole model"),
     )
 

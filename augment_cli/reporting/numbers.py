@@ -10,6 +10,7 @@ from typing import Any, Self
 from augment_cli.analysis.site import Size
 from augment_cli.checkpoint.metadata import Metadata
 from augment_cli.operators import Operator, Split, get_operator
+from augment_cli.planning.latency import PlanLatency, SiteLatency
 from augment_cli.planning.plan import Plan, Sensitivity, SitePlan
 from augment_cli.planning.recipe import resolve_amount
 from augment_cli.reporting.network import Mark, marks
@@ -102,6 +103,7 @@ class SiteRow:
     given_up: int = 0
     inheritance: Inheritance | None = None
     sensitivity: Sensitivity | None = None
+    latency: Change | None = None  # nanoseconds, as predicted
 
     @property
     def error(self) -> float | None:
@@ -114,7 +116,9 @@ class SiteRow:
         return get_operator(self.operator).columns(self.split)
 
     @classmethod
-    def of(cls, site: SitePlan, inheritance: Inheritance | None = None) -> "SiteRow":
+    def of(
+        cls, site: SitePlan, inheritance: Inheritance | None = None, latency: SiteLatency | None = None
+    ) -> "SiteRow":
         shape = ("name", "operator", "in_channels", "out_channels", "kernel_size", "stride", "groups", "resolution")
         ratios = get_operator(site.operator).ratios(site, site.split)
         return cls(
@@ -126,6 +130,7 @@ class SiteRow:
             macs=Change(site.macs_before, site.macs_after),
             inheritance=inheritance,
             sensitivity=site.sensitivity,
+            latency=Change(latency.before, latency.after) if latency else None,
         )
 
 
@@ -151,6 +156,7 @@ class Report:
     macs: Change
     params_limit: Limit
     macs_limit: Limit
+    latency_limit: Limit
     sites: tuple[SiteRow, ...]
     skipped: tuple[SkippedGroup, ...]
     weights: str | None
@@ -158,6 +164,7 @@ class Report:
     versions: dict[str, str]
     fidelity: Fidelity | None = None
     marks: tuple[Mark, ...] = ()
+    timed: PlanLatency | None = None
 
     @classmethod
     def of(cls, plan: Plan, metadata: Metadata | None = None) -> Self:
@@ -165,6 +172,8 @@ class Report:
         inherited = {record.name: record for record in metadata.inheritance} if metadata else {}
         params = Change(plan.params_before, plan.params_after)
         macs = Change(plan.macs_before, plan.macs_after)
+        timed = plan.latency
+        times = {site.name: site for site in timed.sites} if timed else {}
         return cls(
             base=plan.base,
             model=plan.model,
@@ -176,14 +185,35 @@ class Report:
             macs=macs,
             params_limit=Limit.of(plan.budget.params, params),
             macs_limit=Limit.of(plan.budget.macs, macs),
-            sites=tuple(SiteRow.of(site, inherited.get(site.name)) for site in plan.sites),
+            latency_limit=Limit.of(plan.budget.latency, _predicted(timed)) if timed else Limit("free", None, None),
+            sites=tuple(SiteRow.of(site, inherited.get(site.name), times.get(site.name)) for site in plan.sites),
             skipped=_by_reason(plan),
             weights=metadata.weights if metadata else None,
             source_sha256=metadata.source_sha256 if metadata else None,
             versions=dict(metadata.versions) if metadata else {},
             fidelity=metadata.fidelity if metadata else None,
             marks=marks(plan),
+            timed=timed,
         )
+
+    @property
+    def latency(self) -> Change | None:
+        """Nanoseconds of a pass, as predicted; None where it was not measured."""
+        return _predicted(self.timed) if self.timed else None
+
+    @property
+    def measured_latency(self) -> Change | None:
+        """Nanoseconds of a pass of the source, run as a whole, and of the model by the median of their ratios."""
+        whole = self.timed.measured if self.timed else None
+        if whole is None:
+            return None
+        return Change(round(whole.before.median), round(whole.before.median * whole.ratio.median))
+
+    @cached_property
+    def sites_latency(self) -> Change | None:
+        """Nanoseconds of the replaced convolutions alone."""
+        changes = [site.latency for site in self.sites if site.latency]
+        return Change.total(changes) if changes else None
 
     @property
     def flops(self) -> Change:
@@ -250,6 +280,10 @@ class Report:
     def exact(self) -> bool:
         """Whether the converted model computes what its source computes: no site gives up a filter."""
         return not any(site.given_up for site in self.sites)
+
+
+def _predicted(timed: PlanLatency) -> Change:
+    return Change(timed.source, timed.predicted)
 
 
 def _by_reason(plan: Plan) -> tuple[SkippedGroup, ...]:

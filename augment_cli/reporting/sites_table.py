@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from augment_cli.reporting.markup import DASH, TIMES, Markup, minus, tag
 from augment_cli.reporting.numbers import Change, Report, SiteRow
-from augment_cli.reporting.units import amount, error, kernel, percent, share, size
+from augment_cli.reporting.units import amount, duration, error, kernel, percent, share, size
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,8 @@ def _groups(report: Report) -> Iterator[_Columns]:
         ("Multiply-adds", amount, lambda site: site.macs, report.sites_macs),
     ):
         yield _change_columns(heading, show, counts, total)
+    if total_time := report.sites_latency:
+        yield _change_columns("Time", duration, lambda site: site.latency or Change(0, 0), total_time)
     if report.inheritance:
         yield _Columns("Inherited", ("Kind", "Filters", "Share", "Error"), _inherited)
 

@@ -18,12 +18,15 @@ from augment_cli.reporting.provenance import fidelity
 from augment_cli.reporting.units import (
     amount,
     counted,
+    describe_latency,
     divergence,
+    duration,
     error,
     kernel,
     percent,
     share,
     signed_amount,
+    signed_duration,
     size,
     span,
 )
@@ -128,13 +131,17 @@ def _becomes(report: Report) -> list[_Columns]:
 
 
 def _costs(report: Report) -> list[_Columns]:
-    """Columns of parameters, multiply-adds, kept filters and sensitivity."""
+    """Columns of parameters, multiply-adds, kept filters, time and sensitivity."""
     params = _change_columns("Params", lambda line: line.params, report.sites_params)
     macs = _change_columns("MACs", lambda line: line.macs, report.sites_macs)
     kept = [_Column("Kept", _kept)] if report.inheritance else []
     kept += [_Column("Error", _error, error(report.error))] if report.error is not None else []
-    alone = list(_sensitivity_columns()) if any(site.sensitivity for site in report.sites) else []
-    return [list(params), [*macs, *kept], alone] if alone else [list(params), [*macs, *kept]]
+    groups = [list(params), [*macs, *kept]]
+    if total := report.sites_latency:
+        groups.append(list(_change_columns("Time", lambda line: line.latency or Change(0, 0), total, duration)))
+    if any(site.sensitivity for site in report.sites):
+        groups.append(list(_sensitivity_columns()))
+    return groups
 
 
 def _sensitivity_columns() -> Iterator[_Column]:
@@ -166,9 +173,11 @@ def _operator_cell(title: str, line: Line) -> str:
     return line.site.columns.get(title, "-")
 
 
-def _change_columns(title: str, counts: Callable[[Line], Change], total: Change) -> Iterator[_Column]:
-    yield _Column(f"{title}\nbefore", lambda line: amount(counts(line).before), amount(total.before))
-    yield _Column("\nafter", lambda line: amount(counts(line).after), amount(total.after))
+def _change_columns(
+    title: str, counts: Callable[[Line], Change], total: Change, show: Callable[[int], str] = amount
+) -> Iterator[_Column]:
+    yield _Column(f"{title}\nbefore", lambda line: show(counts(line).before), show(total.before))
+    yield _Column("\nafter", lambda line: show(counts(line).after), show(total.after))
     yield _Column("\nchange", lambda line: percent(counts(line).percent), percent(total.percent))
 
 
@@ -210,11 +219,18 @@ def _totals(report: Report) -> Table:
     result.add_row("Parameters", *_change(report.params, "{:,}".format), *_limit(report.params_limit, "{:,}".format))
     result.add_row("Multiply-adds (MACs)", *_change(report.macs, amount), *_limit(report.macs_limit, amount))
     result.add_row("FLOPs", *_change(report.flops, amount), "", "")
+    if report.latency:
+        result.add_row("Predicted time", *_change(report.latency, duration), *_limit(report.latency_limit, duration))
+    if report.measured_latency:
+        result.add_row("Measured time", *_change(report.measured_latency, duration), "", "")
     return result
 
 
+_SIGNED = {amount: signed_amount, duration: signed_duration}
+
+
 def _change(change: Change, show: Callable[[int], str]) -> tuple[str | Text, ...]:
-    delta = f"{change.delta:+,}" if show is not amount else signed_amount(change.delta)
+    delta = _SIGNED.get(show, "{:+,}".format)(change.delta)
     return show(change.before), Text(show(change.after), style="bold"), delta, percent(change.percent)
 
 
@@ -237,6 +253,8 @@ def _notes(report: Report) -> Text:
         notes.append(
             "Error is the fitted channels' mean squared error over their variance, on images held out of the fit."
         )
+    if report.timed:
+        notes.append(f"Latency {describe_latency(report.timed)}.")
     if report.fidelity:
         notes.append(fidelity(report.fidelity))
     if report.weights:

@@ -11,7 +11,20 @@ from typing import Any
 from augment_cli.reporting.folding import fold_names
 from augment_cli.reporting.numbers import Change, Limit, Report, SiteRow
 from augment_cli.reporting.provenance import fidelity
-from augment_cli.reporting.units import UNITS, amount, counted, error, kernel, percent, share, signed_amount, size
+from augment_cli.reporting.units import (
+    UNITS,
+    amount,
+    counted,
+    describe_latency,
+    duration,
+    error,
+    kernel,
+    percent,
+    share,
+    signed_amount,
+    signed_duration,
+    size,
+)
 from augment_cli.terminal import plain
 
 SCHEMA = 1
@@ -38,6 +51,7 @@ def to_json(report: Report) -> str:
             "params": _change(report.params) | _limit(report.params_limit),
             "macs": _change(report.macs) | _limit(report.macs_limit),
             "flops": _change(report.flops),
+            "latency": _change(report.latency) | _limit(report.latency_limit) if report.latency else None,
         },
         "sites_totals": {
             "sites": len(report.sites),
@@ -49,6 +63,7 @@ def to_json(report: Report) -> str:
             "error": report.error,
         },
         "sites": [_site(site) for site in report.sites],
+        "latency": report.timed.model_dump(exclude={"sites", "splits"}) if report.timed else None,
         "fidelity": report.fidelity.model_dump() if report.fidelity else None,
         "skipped": [
             {"reason": group.reason, "count": len(group.names), "names": group.names} for group in report.skipped
@@ -71,6 +86,7 @@ def _limit(limit: Limit) -> dict[str, Any]:
 
 def _site(site: SiteRow) -> dict[str, Any]:
     data = asdict(site) | {"params": _change(site.params), "macs": _change(site.macs), "ratios": dict(site.ratios)}
+    data["latency"] = _change(site.latency) if site.latency else None
     data["sensitivity"] = site.sensitivity.model_dump() if site.sensitivity else None
     data["inheritance"] = site.inheritance.model_dump(exclude={"name"}) if site.inheritance else None
     return data
@@ -96,6 +112,7 @@ def _csv_row(site: SiteRow) -> dict[str, Any]:
         change = getattr(site, key)
         row |= {f"{key}_before": change.before, f"{key}_after": change.after, f"{key}_delta": change.delta}
         del row[key]
+    latency = row.pop("latency")
     record, alone = row.pop("inheritance"), row.pop("sensitivity")
     del row["ratios"], row["given_up"]
     row["name"] = cell(row["name"])
@@ -107,6 +124,8 @@ def _csv_row(site: SiteRow) -> dict[str, Any]:
         "error": site.error,
         "agreement_alone": alone.agreement if alone else None,
         "divergence_alone": alone.divergence if alone else None,
+        "nanoseconds_before": latency["before"] if latency else None,
+        "nanoseconds_after": latency["after"] if latency else None,
     }
 
 
@@ -129,6 +148,7 @@ def to_markdown(report: Report) -> str:
         f"for images of {size(report.input_size)}.",
         totals_table(report),
         "Multiply-adds are those of one image; FLOPs = 2 x multiply-adds.",
+        *([f"Latency {describe_latency(report.timed)}."] if report.timed else []),
         *([fidelity(report.fidelity)] if report.fidelity else []),
         f"## {counted(len(report.sites), 'site')}",
         _sites_table(report),
@@ -147,11 +167,21 @@ def totals_table(report: Report) -> str:
         ("Multiply-adds", *_amounts(report.macs), *_markdown_limit(report.macs_limit)),
         ("FLOPs", *_amounts(report.flops), "", ""),
     ]
+    if report.latency:
+        left = report.latency_limit.left
+        limit = report.latency_limit.asked, "" if left is None else duration(left)
+        rows.append(("Predicted time", *_durations(report.latency), *limit))
+    if report.measured_latency:
+        rows.append(("Measured time", *_durations(report.measured_latency), "", ""))
     return markdown_table(("Whole model", "Before", "After", "Change", "%", "Budget", "Left"), rows)
 
 
 def _amounts(change: Change) -> tuple[str, ...]:
     return amount(change.before), amount(change.after), signed_amount(change.delta), percent(change.percent)
+
+
+def _durations(change: Change) -> tuple[str, ...]:
+    return duration(change.before), duration(change.after), signed_duration(change.delta), percent(change.percent)
 
 
 def _markdown_limit(limit: Limit) -> tuple[str, str]:
@@ -161,6 +191,7 @@ def _markdown_limit(limit: Limit) -> tuple[str, str]:
 def _sites_table(report: Report) -> str:
     titles = ["Site", "Operator", "In", "Out", "Kernel", "Map", *report.columns]
     titles += ["Parameters before", "Parameters after", "%", "Multiply-adds before", "Multiply-adds after", "%"]
+    titles += ["Time before", "Time after", "%"] if report.timed else []
     inherited = bool(report.inheritance)
     titles += ["Inherited", "Filters", "Importance", "Error"] if inherited else []
     return markdown_table(titles, (_markdown_row(site, report.columns, inherited) for site in report.sites), left=2)
@@ -172,6 +203,8 @@ def _markdown_row(site: SiteRow, columns: tuple[str, ...], inherited: bool) -> l
     row += [site.columns.get(title, "-") for title in columns]
     row += [f"{site.params.before:,}", f"{site.params.after:,}", percent(site.params.percent)]
     row += [amount(site.macs.before), amount(site.macs.after), percent(site.macs.percent)]
+    if site.latency:
+        row += [duration(site.latency.before), duration(site.latency.after), percent(site.latency.percent)]
     if inherited:
         record = site.inheritance
         kept = f"{record.kept} of {record.kept + record.given_up}" if record else ""

@@ -1,6 +1,10 @@
 """Numbers and names as text for people. All views of a report use these functions, so that they agree."""
 
 from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from augment_cli.planning.latency import PlanLatency
 
 _SIZES = ((10**12, "T"), (10**9, "G"), (10**6, "M"), (10**3, "k"))
 
@@ -8,6 +12,7 @@ UNITS = {
     "params": "parameters",
     "macs": "multiply-adds of one image",
     "flops": "floating-point operations of one image; FLOPs = 2 x multiply-adds",
+    "latency": "nanoseconds of one pass over a batch",
 }
 
 
@@ -25,6 +30,33 @@ def amount(number: int) -> str:
 
 def signed_amount(number: int) -> str:
     return f"{'+' if number > 0 else ''}{amount(number)}"
+
+
+def duration(nanoseconds: int) -> str:
+    """A time in milliseconds, to four digits.
+
+    >>> duration(12_345_678), duration(-4_321), duration(0)
+    ('12.35 ms', '-0.004321 ms', '0 ms')
+    """
+    return f"{nanoseconds / 1e6:#.4g} ms" if nanoseconds else "0 ms"
+
+
+def signed_duration(nanoseconds: int) -> str:
+    return f"{'+' if nanoseconds > 0 else ''}{duration(nanoseconds)}"
+
+
+def describe_latency(latency: "PlanLatency") -> str:
+    """The latency of a plan's model beside its source's, as predicted and as measured, and how that was done."""
+
+    def change(ratio: float) -> str:
+        return percent(100 * (ratio - 1))
+
+    error = 100 * latency.error / latency.source if latency.source else 0.0
+    text = f"predicted {change(latency.predicted_ratio)} (standard error {error:.1f}%)"
+    if latency.measured:
+        ratio, rounds = latency.measured.ratio, counted(latency.measured.rounds, "round")
+        text += f", measured {change(ratio.median)} (quartiles {change(ratio.low)} to {change(ratio.high)}, {rounds})"
+    return f"{text}: {latency.settings.describe()}; {latency.machine}"
 
 
 def percent(value: float | None) -> str:

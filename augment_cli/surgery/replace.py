@@ -5,7 +5,7 @@ to find the sites before and to prove the result after.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Protocol
 
@@ -50,7 +50,12 @@ def apply_plan(model: nn.Module, plan: Plan, keep: KeepFilters = keep_first) -> 
     Raises:
         AugmentError: a site that the model does not have or has in another shape.
     """
-    for site in plan.sites:
+    apply_sites(model, plan.sites, keep)
+
+
+def apply_sites(model: nn.Module, sites: Iterable[SitePlan], keep: KeepFilters = keep_first) -> None:
+    """Replace some sites, as `apply_plan` does a plan's."""
+    for site in sites:
         conv = find_conv(model, site)
         model.set_submodule(site.name, replacement(conv, site, keep))
         keep_unfolded(model, site.name)
