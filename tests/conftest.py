@@ -23,6 +23,7 @@ SLOW = (
     "cli/test_outputs.py",
     "detection",
     "docs/test_pages.py",
+    "doors",
     "examples",
     "exporting",
     "families",
