@@ -31,6 +31,7 @@ SLOW = (
     "layers/native/test_library.py",
     "layers/test_in_torch.py",
     "operators",
+    "publishing",
     "surgery/inherit/test_fit.py",
     "test_comparison.py",
     "test_dataset.py",

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from augment_cli import hub
 from augment_cli.bounds import MOST_CONVOLUTIONS, Name, Sha256, Text
 from augment_cli.errors import FileError, boundary
 from augment_cli.formats import METADATA_KEY, read_tensor_metadata
@@ -54,11 +55,13 @@ def attach(model: object, metadata: Metadata) -> None:
 
 
 def weights_file(path: Path) -> Path:
-    """The safetensors file of a converted model, given it or its folder.
+    """The safetensors file of a converted model, given it, its folder, or hf-hub:NAME, from which it is downloaded.
 
     Raises:
         AugmentError: there is none.
     """
+    if hub.is_hub_name(path):
+        return hub.fetch(path, WEIGHTS)
     file = path / WEIGHTS if path.is_dir() else path
     if not file.is_file():
         raise FileError(f"{path}: no {WEIGHTS} in this folder" if path.is_dir() else f"{path}: no such file")

@@ -11,6 +11,7 @@ from timm.layers import DropPath
 from timm.models import get_model_args
 from torch import nn
 
+from augment_cli import hub
 from augment_cli.analysis import source
 from augment_cli.analysis.functions import resolve
 from augment_cli.analysis.graph import analyze, count_classes
@@ -19,7 +20,7 @@ from augment_cli.checkpoint import rebuild
 from augment_cli.checkpoint.files import load
 from augment_cli.checkpoint.metadata import WEIGHTS, Metadata, read_metadata
 from augment_cli.compat import pretrained_cfg, set_pretrained_cfg
-from augment_cli.errors import AugmentError
+from augment_cli.errors import AugmentError, FileError
 from augment_cli.files import read_text, write_folder
 from augment_cli.formats import ARCHITECTURE
 from augment_cli.planning.plan import Plan, fit_plan
@@ -63,7 +64,8 @@ def open_model(
     """Open a model by its file, its folder, or its name in timm.
 
     Args:
-        spec: a converted model's file or folder, a folder that timm's `local-dir:` loads, or a timm model's name.
+        spec: a converted model's file or folder or its hf-hub:NAME, a folder that timm's `local-dir:` loads, or a timm
+            model's name.
         pretrained, weights, args: for a name: timm's weights, a file's, and arguments of timm.create_model.
         ema: as in `source.load_checkpoint`.
         base: `package.module:function` that makes the source of a converted model that timm does not know.
@@ -72,7 +74,7 @@ def open_model(
     Raises:
         AugmentError: there is no such model, the weights do not fit, or an option is for names alone.
     """
-    path, spec = Path(spec), str(spec)
+    path, spec = _on_hub(spec) if hub.is_hub_name(spec) else Path(spec), str(spec)
     if not path.exists():
         if path.suffix == ".safetensors" or spec.startswith((".", "/")):
             raise AugmentError(f"{spec}: no such file or folder")
@@ -88,6 +90,15 @@ def open_model(
     return Opened(
         load(path, resolve(base) if base else None), metadata.plan.model, metadata, metadata.plan.input_size, fresh
     )
+
+
+def _on_hub(name: str | Path) -> Path:
+    """Where a converted model of the hub lies after its download; the name itself where the hub holds another model."""
+    try:
+        folder = hub.fetch(name, "config.json").parent
+    except FileError:  # one that timm does not know
+        return hub.fetch(name, WEIGHTS)
+    return hub.fetch(name, WEIGHTS).parent if _architecture(folder) == ARCHITECTURE else Path(name)
 
 
 def open_companion(spec: str, weights: str | Path | None) -> Opened:
