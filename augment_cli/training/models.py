@@ -11,16 +11,15 @@ from timm.layers import DropPath
 from timm.models import get_model_args
 from torch import nn
 
-from augment_cli import hub
 from augment_cli.analysis import source
 from augment_cli.analysis.functions import resolve
 from augment_cli.analysis.graph import analyze, count_classes
 from augment_cli.analysis.weights import classifier_prefixes
 from augment_cli.checkpoint import rebuild
 from augment_cli.checkpoint.files import load
-from augment_cli.checkpoint.metadata import WEIGHTS, Metadata, read_metadata
+from augment_cli.checkpoint.metadata import WEIGHTS, Metadata, architecture_of, locate, read_metadata
 from augment_cli.compat import pretrained_cfg, set_pretrained_cfg
-from augment_cli.errors import AugmentError, FileError
+from augment_cli.errors import AugmentError
 from augment_cli.files import read_text, write_folder
 from augment_cli.formats import ARCHITECTURE
 from augment_cli.planning.plan import Plan, fit_plan
@@ -74,7 +73,7 @@ def open_model(
     Raises:
         AugmentError: there is no such model, the weights do not fit, or an option is for names alone.
     """
-    path, spec = _on_hub(spec) if hub.is_hub_name(spec) else Path(spec), str(spec)
+    path, spec = locate(spec), str(spec)
     if not path.exists():
         if path.suffix == ".safetensors" or spec.startswith((".", "/")):
             raise AugmentError(f"{spec}: no such file or folder")
@@ -83,7 +82,7 @@ def open_model(
         raise AugmentError(f"{spec} has its own weights: leave out `{given[0]}`")
     if args:
         raise AugmentError(f"{spec} knows its own arguments: leave out `model_args`")
-    if path.is_dir() and _architecture(path) not in (None, ARCHITECTURE):
+    if path.is_dir() and architecture_of(path) not in (None, ARCHITECTURE):
         return _by_name(f"local-dir:{spec}", True, None, None, {}, seed)
     metadata = read_metadata(path)
     fresh = frozenset(metadata.fresh)
@@ -92,26 +91,9 @@ def open_model(
     )
 
 
-def _on_hub(name: str | Path) -> Path:
-    """Where a converted model of the hub lies after its download; the name itself where the hub holds another model."""
-    try:
-        folder = hub.fetch(name, "config.json").parent
-    except FileError:  # one that timm does not know
-        return hub.fetch(name, WEIGHTS)
-    return hub.fetch(name, WEIGHTS).parent if _architecture(folder) == ARCHITECTURE else Path(name)
-
-
 def open_companion(spec: str, weights: str | Path | None) -> Opened:
     """Open a teacher or a model to compare with: a name gets timm's weights unless a file of weights is given."""
     return open_model(spec, pretrained=not (Path(spec).exists() or weights), weights=weights)
-
-
-def _architecture(folder: Path) -> str | None:
-    """The architecture that timm's config.json in a folder names; None without one."""
-    try:
-        return json.loads(read_text(folder / "config.json", "config", 2**25))["architecture"]
-    except Exception:  # no file, or not a config of timm's: opening the model reports it
-        return None
 
 
 def _by_name(

@@ -105,6 +105,10 @@ def test_commands_take_a_name_on_the_hub(hub, environment, model):
     assert run(environment, *program, "check", "hf-hub:me/aa").returncode == 0
     reported = run(environment, *program, "report", "hf-hub:me/aa", "-f", "json")
     assert json.loads(reported.stdout) == json.loads((model / "report.json").read_text())
+    compared = run(environment, *program, "compare", "hf-hub:me/aa", model, "-f", "json")
+    assert compared.returncode == 0, compared.stderr
+    differing = run(environment, *program, "diff", "hf-hub:me/aa", model, "-f", "json")
+    assert differing.returncode == 0, differing.stderr
 
 
 PLAIN = """
