@@ -2,7 +2,6 @@
 
 import json
 import os
-import pty
 import shutil
 import signal
 import subprocess
@@ -226,7 +225,7 @@ def test_a_name_that_cannot_be_read_says_why(hub, environment, model, name, toke
 
 def at_a_terminal(environment: dict[str, str], model: Path, typed: bytes) -> tuple[int, str]:
     """Exit code and output of a push that is asked for at a terminal, where `typed` is typed."""
-    leader, follower = pty.openpty()
+    leader, follower = pytest.importorskip("pty").openpty()
     command = [sys.executable, "-m", "augment_cli", "push", str(model), "me/aa"]
     options = {"stdin": follower, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "start_new_session": True}
     take = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
@@ -255,6 +254,7 @@ def test_nobody_to_ask_is_an_error(hub, environment, model):
     assert "--yes" in done.stderr
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="a process cannot be sent Ctrl-C there")
 def test_ctrl_c_ends_an_upload(hub, environment, model):
     hub.stall = "/large/"
     command = [sys.executable, "-m", "augment_cli", "push", str(model), "me/aa", "--yes"]
