@@ -62,6 +62,10 @@ def _explained(model: str, error: Exception) -> AugmentError:
         return InputError(f"{where}: {_of_status(error.response.status_code, first_line(error))}")
     if isinstance(error, errors.OfflineModeIsEnabled) or constants.HF_HUB_OFFLINE:
         return InputError(f"{where} is not asked, since HF_HUB_OFFLINE is set: unset it")
+    if isinstance(error, ValueError):  # such as a model card whose front matter the hub refuses
+        return InputError(f"{where}: {' '.join(str(error).split())}")
+    if isinstance(error, OSError) and error.errno:  # such as a full disk
+        return FileError(f"{where}: {error.strerror}: {error.filename}")
     return InputError(f"{where} cannot be reached: {first_line(error)}. Look at the connection, and at HF_ENDPOINT")
 
 

@@ -204,6 +204,15 @@ def test_an_upload_that_fails_says_how_to_go_on(hub, environment, model):
     assert sorted(hub.repositories["me/aa"].files) == OWN_FILES
 
 
+def test_a_card_that_the_hub_refuses_is_named(hub, environment, model, tmp_path):
+    shutil.copytree(model, tmp_path / "m")
+    (tmp_path / "m" / "README.md").write_text("# mine")
+    refused = push(environment, tmp_path / "m", "me/aa", "--yes")
+    assert refused.returncode == 2
+    assert "README.md" in refused.stderr.splitlines()[-1]
+    assert "no front matter" in refused.stderr.splitlines()[-1]
+
+
 @pytest.mark.parametrize(
     ("name", "token", "word"),
     [
