@@ -8,7 +8,7 @@
     model = augment.load("resnet50-aa")
 
 Importing this package is cheap. As soon as timm is imported, before or after, timm.create_model knows converted models:
-timm.create_model("local-dir:DIR", pretrained=True).
+timm.create_model("local-dir:DIR", pretrained=True), or "hf-hub:NAME".
 """
 
 import importlib
@@ -21,7 +21,7 @@ from augment_cli.errors import AugmentError, BudgetError, FileError, InputError
 
 if TYPE_CHECKING:
     from augment_cli import detection
-    from augment_cli.api import check, convert, export, load, plan, report, save
+    from augment_cli.api import check, convert, export, load, plan, push, report, save
     from augment_cli.attention.looking import attention_maps
     from augment_cli.comparison import compare, frontier
     from augment_cli.difference import diff
@@ -47,6 +47,7 @@ _HOMES = {
     "load_recipe": "planning.recipe",
     "param_groups": "training.groups",
     "plan": "api",
+    "push": "api",
     "report": "api",
     "save": "api",
 }
@@ -71,6 +72,7 @@ __all__ = [
     "load_recipe",
     "param_groups",
     "plan",
+    "push",
     "report",
     "save",
 ]

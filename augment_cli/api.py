@@ -7,6 +7,7 @@ changes the caller's random state, loggers or signal handlers.
 import copy
 from collections.abc import Iterable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ from augment_cli.formats import DETECTOR_KEY, read_tensor_metadata
 from augment_cli.latency.timer import Timer, measure_latency, plan_within
 from augment_cli.planning.plan import Plan, check_budget, fit_plan, make_plan, read_plan
 from augment_cli.planning.recipe import Recipe, latency_settings, load_recipe
+from augment_cli.publishing import pack, send
 from augment_cli.reporting.output import check_target, write_model
 from augment_cli.reporting.printed import PrintedReport
 from augment_cli.seeds import preserved
@@ -154,13 +156,39 @@ def save(model: nn.Module, path: str | Path, overwrite: bool = False) -> None:
     write_model(model, metadata, target)
 
 
+def push(model: "nn.Module | str | Path", name: str, *, public: bool = False, overwrite: bool = False) -> str:
+    """Push a converted model to the Hugging Face hub, where timm and `load` take it as "hf-hub:NAME".
+
+    The token is that of `hf auth login`, or HF_TOKEN.
+
+    Args:
+        model: the folder of one, of which only the files that augment wrote are sent; or a model, which is saved first.
+        name: OWNER/NAME, or NAME for the token's owner.
+        public: let everyone see it. A repository that exists keeps its visibility.
+        overwrite: commit to a repository that exists.
+
+    Returns:
+        The address of its page.
+
+    Raises:
+        AugmentError: not a converted model's folder, no token, no right to write, no connection, or a repository that
+            exists.
+    """
+    if not isinstance(model, nn.Module):
+        return send(pack(Path(model), name), public=public, overwrite=overwrite)
+    with TemporaryDirectory() as folder:
+        write_model(model, _metadata_of(model), Path(folder, "model"))
+        return send(pack(Path(folder, "model"), name), public=public, overwrite=overwrite)
+
+
 def load(path: str | Path, base: "Base | None" = None) -> nn.Module:
-    """The converted model of a file, or of a folder with `model.safetensors` in it, or a detector; in train mode.
+    """The converted model of a file, a folder with `model.safetensors` in it or the hub, or a detector; in train mode.
 
     A converted timm model comes back as a timm model, and a detector as torchvision's. Of any other model the file
     holds no code: `base` makes it.
 
     Args:
+        path: of the file or folder, or "hf-hub:NAME" for a model on the Hugging Face hub.
         base: the source's architecture, for a model that timm does not know: a module, which is left as it is, or a
             function that makes one, called with the plan's `model_args`. Its weights do not matter.
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 from augment_cli import specs
 from augment_cli.analysis.cache import look
 from augment_cli.analysis.facts import Analysis, Source
-from augment_cli.checkpoint.metadata import metadata_of, read_metadata
+from augment_cli.checkpoint.metadata import locate, metadata_of, read_metadata
 from augment_cli.errors import AugmentError, InputError
 from augment_cli.planning.frontier import Unit
 from augment_cli.planning.frontier import frontier as plans_along
@@ -206,7 +206,7 @@ def alternatives(override: str) -> list[str]:
 def _is_planned(model: "Model") -> bool:
     """Whether a model is a plan or a converted model."""
     if isinstance(model, (str, Path)):
-        return Path(model).exists() or Path(model).suffix in (".json", ".safetensors")
+        return locate(model).exists() or Path(model).suffix in (".json", ".safetensors")
     return isinstance(model, Plan) or metadata_of(model) is not None
 
 

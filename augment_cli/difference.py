@@ -13,7 +13,7 @@ from augment_cli.analysis import source
 from augment_cli.analysis.functions import resolve
 from augment_cli.analysis.graph import count_classes
 from augment_cli.checkpoint.files import load
-from augment_cli.checkpoint.metadata import Metadata, metadata_of, read_metadata
+from augment_cli.checkpoint.metadata import Metadata, locate, metadata_of, read_metadata
 from augment_cli.errors import InputError
 from augment_cli.formats import METADATA_KEY, read_tensor_metadata
 from augment_cli.planning.plan import Plan
@@ -78,7 +78,7 @@ def _converted(model: Model, base: str | None) -> _Side | None:
     if isinstance(model, nn.Module):
         metadata = metadata_of(model)
         return _Side(_label(model), model, metadata) if metadata else None
-    path = Path(model)
+    path = locate(model)
     if not path.exists() or not (path.is_dir() or _says_plan(path)):
         return None
     return _Side(str(model), load(path, resolve(base) if base else None), read_metadata(path))

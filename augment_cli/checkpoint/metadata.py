@@ -10,9 +10,11 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from augment_cli import hub
 from augment_cli.bounds import MOST_CONVOLUTIONS, Name, Sha256, Text
 from augment_cli.errors import FileError, boundary
-from augment_cli.formats import METADATA_KEY, read_tensor_metadata
+from augment_cli.files import read_text
+from augment_cli.formats import ARCHITECTURE, METADATA_KEY, read_tensor_metadata
 from augment_cli.planning.plan import Plan, check_schema
 from augment_cli.planning.recipe import describe_errors
 from augment_cli.surgery.records import Fidelity, Inheritance
@@ -54,15 +56,42 @@ def attach(model: object, metadata: Metadata) -> None:
 
 
 def weights_file(path: Path) -> Path:
-    """The safetensors file of a converted model, given it or its folder.
+    """The safetensors file of a converted model, given it, its folder, or hf-hub:NAME, from which it is downloaded.
 
     Raises:
         AugmentError: there is none.
     """
+    if hub.is_hub_name(path):
+        return hub.fetch(path, WEIGHTS)
     file = path / WEIGHTS if path.is_dir() else path
     if not file.is_file():
         raise FileError(f"{path}: no {WEIGHTS} in this folder" if path.is_dir() else f"{path}: no such file")
     return file
+
+
+def locate(model: str | Path) -> Path:
+    """Where a converted model lies: a path as it is, and of hf-hub:NAME what was downloaded to the hub's cache.
+
+    The name of a model on the hub that is not converted comes back as it is, which is no path that exists.
+
+    Raises:
+        AugmentError: the hub has no such model, or cannot be reached.
+    """
+    if not hub.is_hub_name(model):
+        return Path(model)
+    try:
+        folder = hub.fetch(model, "config.json").parent
+    except FileError:  # timm does not know the model
+        return weights_file(Path(model))
+    return weights_file(Path(model)).parent if architecture_of(folder) == ARCHITECTURE else Path(model)
+
+
+def architecture_of(folder: Path) -> str | None:
+    """The architecture that timm's config.json in a folder names; None without one."""
+    try:
+        return json.loads(read_text(folder / "config.json", "config", 2**25))["architecture"]
+    except Exception:  # no file, or not a config of timm's: opening the model reports it
+        return None
 
 
 def read_metadata(path: Path) -> Metadata:

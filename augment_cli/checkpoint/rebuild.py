@@ -11,6 +11,7 @@ import torch
 from timm.models import build_model_with_cfg, get_pretrained_cfg
 from torch import Tensor, nn
 
+from augment_cli import hub
 from augment_cli.analysis.guard import Limit, limited
 from augment_cli.checkpoint.metadata import WEIGHTS, parse_metadata
 from augment_cli.compat import pretrained_cfg, set_pretrained_cfg, update_model_args
@@ -126,18 +127,30 @@ def create(pretrained: bool, plan: dict[str, Any] | None, **kwargs: Any) -> nn.M
     checked = _checked(plan)
     with limited(checked.model):
         kwargs["pretrained_cfg"] = kwargs.get("pretrained_cfg") or _own_cfg(checked)
-        _check_folder(checked, kwargs["pretrained_cfg"], kwargs.get("pretrained_model_args"))
+        file = _weights_beside(kwargs["pretrained_cfg"], pretrained, kwargs.get("cache_dir"))
+        _check_folder(checked, kwargs["pretrained_cfg"], kwargs.get("pretrained_model_args"), file)
         if kwargs.pop("features_only", False):
             return _features(checked, pretrained, kwargs)
         return build_model_with_cfg(partial(_construct, checked), ARCHITECTURE, pretrained, **kwargs)
 
 
-def _check_folder(plan: Plan, cfg: Any, arguments: dict[str, Any] | None) -> None:
+def _weights_beside(cfg: Any, pretrained: bool, cache_dir: str | None) -> Path | None:
+    """The weights beside the config.json that timm took cfg from, in a folder or, if it will load them, on the hub."""
+    source = cfg.get("source") if isinstance(cfg, dict) else None
+    if source == "local-dir":
+        file = Path(cfg["file"]) / WEIGHTS
+        return file if file.is_file() else None
+    if source == "hf-hub" and pretrained:
+        try:
+            return hub.fetch(cfg["hf_hub_id"], WEIGHTS, cache_dir)
+        except FileError:  # weights in another form, which timm finds
+            return None
+    return None
+
+
+def _check_folder(plan: Plan, cfg: Any, arguments: dict[str, Any] | None, file: Path | None) -> None:
     """Hold config.json of a folder, out of which timm took plan, cfg and arguments, against the weights beside it."""
-    if arguments is None or not isinstance(cfg, dict) or cfg.get("source") != "local-dir":
-        return
-    file = Path(cfg["file"]) / WEIGHTS
-    if not file.is_file():
+    if arguments is None or file is None:
         return
     text = read_tensor_metadata(file).get(METADATA_KEY)  # none where timm saved the folder
     if text is not None and parse_metadata(text, file).plan != plan:

@@ -20,6 +20,7 @@ from augment_cli.cli import (
     finetune,
     models,
     plan,
+    push,
     recipes,
     report,
     timm,
@@ -77,6 +78,7 @@ app.command("diff")(diff.diff)
 app.command("attention")(attention.attention)
 app.command("check")(check.check)
 app.command("export")(export.export)
+app.command("push")(push.push)
 app.command("finetune")(finetune.finetune)
 app.command("evaluate")(evaluate.evaluate)
 app.add_typer(detect.app, name="detect")

@@ -39,6 +39,7 @@ def attention(
     augment attention tuned/best dog.jpg -o dog.html
     """
     from augment_cli import specs
+    from augment_cli.checkpoint.metadata import locate
     from augment_cli.files import check_output, write_file
 
     place, size = _place(at), common.parse_image_size(image_size)
@@ -52,7 +53,7 @@ def attention(
         specs.check_file("image", image)
     models = [name for name in (model, beside) if name]
     for name in models:
-        if not Path(name).exists():
+        if not locate(name).exists():
             raise InputError(f"{name}: no such file or folder; attention is looked at in a converted model")
     with common.working("looking"):
         from augment_cli.attention.looking import attention_maps

@@ -40,12 +40,13 @@ def model_card(report: Report) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-_LOADING = """With augment-cli installed, from this folder, here called `DIR`:
+_LOADING = """With augment-cli installed, from this folder, here called `DIR`, or from the hub:
 
 ```python
-import augment_cli, timm
+import augment_cli, timm  # with augment_cli imported, timm knows the architecture
 
 model = timm.create_model("local-dir:DIR", pretrained=True)
+model = timm.create_model("hf-hub:OWNER/NAME", pretrained=True)
 ```
 
 or from the file alone:
@@ -56,11 +57,11 @@ import augment_cli
 model = augment_cli.load("model.safetensors")
 ```
 
-Either gives a timm model, with timm's usual methods."""
+Each gives a timm model, with timm's usual methods."""
 
 
-_LOADING_ON_BASE = """The file holds no code. With augment-cli installed, from this folder, here called `DIR`, and a
-function `make_source` that makes the source's architecture:
+_LOADING_ON_BASE = """The file holds no code. With augment-cli installed, from this folder, here called `DIR`, or by its
+name on the hub, `hf-hub:OWNER/NAME`, and a function `make_source` that makes the source's architecture:
 
 ```python
 import augment_cli

@@ -20,7 +20,7 @@ from augment_cli.reporting.network import network_picture
 if TYPE_CHECKING:
     from torch import nn
 
-_FILES = (WEIGHTS, "config.json", "plan.json", "README.md", "report.json", "report.html", "network.svg")
+FOLDER_FILES = (WEIGHTS, "config.json", "plan.json", "README.md", "report.json", "report.html", "network.svg")
 _OTHER_FORMATS = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".onnx", ".json", ".html", ".toml")
 
 
@@ -100,7 +100,7 @@ def _is_own(file: Path) -> bool:
             return json.loads(file.read_text(encoding="utf-8")).get("architecture") == "augmented"
     except (AugmentError, OSError, ValueError, AttributeError):
         return False
-    return file.name in _FILES and not os.path.isdir(file)
+    return file.name in FOLDER_FILES and not os.path.isdir(file)
 
 
 def _fill(folder: Path, model: "nn.Module", metadata: Metadata) -> None:

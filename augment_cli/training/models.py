@@ -17,7 +17,7 @@ from augment_cli.analysis.graph import analyze, count_classes
 from augment_cli.analysis.weights import classifier_prefixes
 from augment_cli.checkpoint import rebuild
 from augment_cli.checkpoint.files import load
-from augment_cli.checkpoint.metadata import WEIGHTS, Metadata, read_metadata
+from augment_cli.checkpoint.metadata import WEIGHTS, Metadata, architecture_of, locate, read_metadata
 from augment_cli.compat import pretrained_cfg, set_pretrained_cfg
 from augment_cli.errors import AugmentError
 from augment_cli.files import read_text, write_folder
@@ -63,7 +63,8 @@ def open_model(
     """Open a model by its file, its folder, or its name in timm.
 
     Args:
-        spec: a converted model's file or folder, a folder that timm's `local-dir:` loads, or a timm model's name.
+        spec: a converted model's file or folder or its hf-hub:NAME, a folder that timm's `local-dir:` loads, or a timm
+            model's name.
         pretrained, weights, args: for a name: timm's weights, a file's, and arguments of timm.create_model.
         ema: as in `source.load_checkpoint`.
         base: `package.module:function` that makes the source of a converted model that timm does not know.
@@ -72,7 +73,7 @@ def open_model(
     Raises:
         AugmentError: there is no such model, the weights do not fit, or an option is for names alone.
     """
-    path, spec = Path(spec), str(spec)
+    path, spec = locate(spec), str(spec)
     if not path.exists():
         if path.suffix == ".safetensors" or spec.startswith((".", "/")):
             raise AugmentError(f"{spec}: no such file or folder")
@@ -81,7 +82,7 @@ def open_model(
         raise AugmentError(f"{spec} has its own weights: leave out `{given[0]}`")
     if args:
         raise AugmentError(f"{spec} knows its own arguments: leave out `model_args`")
-    if path.is_dir() and _architecture(path) not in (None, ARCHITECTURE):
+    if path.is_dir() and architecture_of(path) not in (None, ARCHITECTURE):
         return _by_name(f"local-dir:{spec}", True, None, None, {}, seed)
     metadata = read_metadata(path)
     fresh = frozenset(metadata.fresh)
@@ -93,14 +94,6 @@ def open_model(
 def open_companion(spec: str, weights: str | Path | None) -> Opened:
     """Open a teacher or a model to compare with: a name gets timm's weights unless a file of weights is given."""
     return open_model(spec, pretrained=not (Path(spec).exists() or weights), weights=weights)
-
-
-def _architecture(folder: Path) -> str | None:
-    """The architecture that timm's config.json in a folder names; None without one."""
-    try:
-        return json.loads(read_text(folder / "config.json", "config", 2**25))["architecture"]
-    except Exception:  # no file, or not a config of timm's: opening the model reports it
-        return None
 
 
 def _by_name(

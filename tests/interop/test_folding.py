@@ -8,8 +8,7 @@ import pytest
 import timm
 import torch
 from timm.models import reparameterize_model
-from torch import fx, nn
-from torch.fx.experimental.optimization import fuse
+from torch import nn
 from torch.nn.utils import fuse_conv_bn_eval
 
 from augment_cli.layers import AAConv2d
@@ -100,9 +99,3 @@ def test_torch_folds_a_norm_into_aw_exactly_and_refuses_aa():
     assert isinstance(site, AAConv2d)
     with pytest.raises((AttributeError, RuntimeError)):
         fuse_conv_bn_eval(site, nn.BatchNorm2d(site.out_channels).eval())
-
-
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_torch_fx_fuses_no_model_that_it_cannot_trace(recipe):
-    with pytest.raises(fx.proxy.TraceError):
-        fuse(converted("test_resnet", recipe))

@@ -1,4 +1,4 @@
-"""Converted models under torch: compilation, tracing, copies, other types, other memory formats."""
+"""Converted models under torch: tracing, copies, other types, other memory formats."""
 
 import copy
 import io
@@ -8,29 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from tests.interop.models import RECIPES, assert_gradients_near, assert_near, converted, gradients, images
-from tests.layers.test_in_torch import compiler
+from tests.interop.models import RECIPES, assert_near, converted, images
 
 MODELS = ["test_resnet", "test_efficientnet", "test_nfnet"]  # plain, Conv2dSame, ScaledStdConv2d with its gains
 every_recipe = pytest.mark.parametrize("recipe", RECIPES)
-
-
-@pytest.mark.parametrize("recipe", ["aa", "aw"])
-def test_compiled_whole_for_any_batch(recipe):
-    model = converted("test_resnet", recipe, "select.names=layer4.*")
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    with torch.no_grad():
-        for batch in (2, 3):
-            x = images(batch, 3, 64, 64)
-            torch._dynamo.mark_dynamic(x, 0)
-            assert_near(compiled(x), model(x))
-
-
-def test_compiled_training_has_the_same_gradients():
-    model, x = converted("test_resnet", "aa-aw", "select.names=layer4.*"), images(2, 3, 64, 64)
-    expected = gradients(model, x)
-    found = gradients(torch.compile(model, backend=compiler(), fullgraph=True), x)
-    assert_gradients_near({name.removeprefix("_orig_mod."): g for name, g in found.items()}, expected)
 
 
 @pytest.mark.parametrize("name", MODELS)

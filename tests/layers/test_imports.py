@@ -9,7 +9,7 @@ import pytest
 import augment_cli.layers
 
 LAYERS = Path(augment_cli.layers.__file__).parent
-MAY_IMPORT = {"aa": {"aa", "native", "dispatch"}, "aw": {"aw", "native", "dispatch", "geometry"}}
+MAY_IMPORT = {"aa": {"aa", "native", "dispatch", "leaf"}, "aw": {"aw", "native", "dispatch", "geometry", "leaf"}}
 MAY_IMPORT |= {"native": {"native", "geometry"}}
 
 

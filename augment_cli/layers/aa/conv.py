@@ -6,17 +6,19 @@ Status: exact by the paper's formulas; what the paper leaves open is marked [our
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
+from torch.fx import Proxy
 
 from augment_cli.compat import pair
 from augment_cli.layers.aa.attention import Backend, attention
 from augment_cli.layers.aa.pooling import average_pool
 from augment_cli.layers.aa.relative import resize_table, table_rows
+from augment_cli.layers.leaf import record_call, refuse_old_onnx, refuse_script
 
 
 class AAConv2d(nn.Module):
@@ -136,6 +138,10 @@ class AAConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Shapes: x (N, in_channels, H, W) to (N, out_channels, H', W'), H' and W' as `nn.Conv2d` gives them."""
+        if isinstance(x, Proxy):
+            return record_call(self, x)
+        if torch.jit.is_tracing():
+            refuse_old_onnx(self)
         convolved = None if self.conv is None else self.conv(x)  # first, while x is in the cache
         reduced = self.reduce_to_output(x)
         attended = self.attend(self.pool_for_attention(reduced))
@@ -148,6 +154,9 @@ class AAConv2d(nn.Module):
         if torch.jit.is_tracing() or torch.compiler.is_compiling():  # both reject a Function that defines jvp
             return out.index_select(1, self.channel_order)
         return _reorder(out, self.channel_order)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        refuse_script(self)
 
     def reduce_to_output(self, x: Tensor) -> Tensor:
         """Input at the resolution of the output map. Shapes: x (N, in_channels, H, W) to (N, in_channels, H', W')."""

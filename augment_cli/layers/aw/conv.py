@@ -6,16 +6,18 @@ residual follow the paper; widths, groups and reduction are [ours].
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from augment_cli.layers.aw.attended import attended_conv, choose_backend
 from augment_cli.layers.aw.backend import Backend
 from augment_cli.layers.aw.per_sample import conv_of_each
 from augment_cli.layers.geometry import Geometry, Pair
+from augment_cli.layers.leaf import record_call, refuse_old_onnx, refuse_script
 
 
 class AWConv2d(nn.Conv2d):
@@ -35,13 +37,13 @@ class AWConv2d(nn.Conv2d):
     channel's kernel has a map of its own, scaled from one that r channels share. [ours]
 
     Args:
-        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias: as in `nn.Conv2d`, except that
-            padding="same" is TensorFlow's, for any stride.
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype: as
+            in `nn.Conv2d` and in its order, except that padding="same" is TensorFlow's, for any stride.
         reduction: r, the number of input channels that share a map. `fitting_reduction` may lower it.
         standardize: weight standardisation, applied to the kernel before the attention; None for none.
 
     Raises:
-        ValueError: `reduction` is less than 1.
+        ValueError: `reduction` is less than 1, or `padding_mode` is not "zeros".
 
     Example:
         >>> layer = AWConv2d(32, 48, 3, padding=1)
@@ -62,17 +64,20 @@ class AWConv2d(nn.Conv2d):
         in_channels: int,
         out_channels: int,
         kernel_size: int | tuple[int, int],
-        *,
         stride: int | tuple[int, int] = 1,
         padding: int | tuple[int, int] | str = 0,
         dilation: int | tuple[int, int] = 1,
         groups: int = 1,
         bias: bool = True,
-        reduction: int = 16,
-        standardize: nn.Module | None = None,
+        padding_mode: str = "zeros",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        reduction: int = 16,
+        standardize: nn.Module | None = None,
     ) -> None:
+        if padding_mode != "zeros":
+            raise ValueError(f"padding_mode={padding_mode!r}: attended kernels pad with zeros only")
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.same_pad = padding == "same"
         fixed_padding = 0 if self.same_pad else padding
@@ -99,6 +104,10 @@ class AWConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Shapes: x (N, C1, H, W) to (N, C2, H', W'), H' and W' as `nn.Conv2d` gives them."""
+        if isinstance(x, Proxy):
+            return record_call(self, x)
+        if torch.jit.is_tracing():
+            refuse_old_onnx(self)
         scales, kernel = self.scales(x), self.static_kernel()
         if self.same_pad:
             x = _pad_same(x, self.kernel_size, self.stride, self.dilation)
@@ -111,6 +120,9 @@ class AWConv2d(nn.Conv2d):
             mixing = self.expand.weight.view(-1, self.out_channels)  # C1/r, C2
             out = attended_conv(x, kernel, mixing, scales, self.geometry, backend)
         return out if self.bias is None else out + self.bias.to(out.dtype)[:, None, None]
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        refuse_script(self)
 
     @property
     def geometry(self) -> Geometry:

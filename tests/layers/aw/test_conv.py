@@ -157,3 +157,17 @@ def test_attention_of_a_grouped_kernel_meets_its_own_group_only(groups, reductio
     """60 to 30 channels: with r = 15, 6, 12 and 4, an output channel meets 4, 2, 1 and 1 maps."""
     layer = AWConv2d(60, 30, 3, groups=groups, reduction=reduction, bias=False, device="meta")
     assert sum(p.numel() for p in layer.parameters()) - layer.weight.numel() == expected
+
+
+def test_arguments_are_those_of_a_convolution_in_its_order():
+    given = (4, 6, (3, 1), (2, 1), (1, 0), (1, 2), 2, False, "zeros", "cpu", torch.float64)
+    layer, plain = AWConv2d(*given), nn.Conv2d(*given)
+    plain.load_state_dict({"weight": layer.weight.detach()})
+    x = normal(2, 4, 7, 5, seed=1)
+    assert layer.bias is None
+    assert_equal(layer(x), plain(x), 1e-12)
+
+
+def test_padding_with_anything_but_zeros_is_named():
+    with pytest.raises(ValueError, match="padding_mode='reflect'"):
+        AWConv2d(4, 3, 3, padding=1, padding_mode="reflect")
