@@ -1,0 +1,73 @@
+"""Triton kernels of the layers, for NVIDIA GPUs. Triton comes with torch on Linux.
+
+Nothing here imports Triton before a kernel is called: `attention` does. With TRITON_INTERPRET=1 in the environment
+before Triton is imported, the same kernels run in its interpreter, on CPU tensors, slowly.
+"""
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+
+from augment_cli.compat import are_functorch_transforms_active
+
+LEAST_CAPABILITY = 8, 0
+"""Compute capability from which on tensor cores take bfloat16."""
+DTYPES = torch.float32, torch.bfloat16, torch.float16
+
+
+@cache
+def is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def is_interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def reason_against(*tensors: Tensor) -> str | None:
+    """Why the kernels cannot take these tensors; None where they can."""
+    if not is_installed():
+        return "Triton is not installed"
+    dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in tensors if t.dtype not in DTYPES})
+    if dtypes:
+        return f"they take float32, bfloat16 and float16, not {', '.join(dtypes)}"
+    device = tensors[0].device
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        return None if capability >= LEAST_CAPABILITY else f"{device} has compute capability {capability}, below 8.0"
+    return None if is_interpreted() and device.type == "cpu" else f"they run on CUDA, not on {device.type}"
+
+
+def takes(*tensors: Tensor) -> bool:
+    """Whether "auto" may choose the kernels: plain CUDA tensors that they can take, and no transform of torch.func.
+
+    Under torch.compile they are used, as operators. Exporters and tracers do not get them, so that what they record
+    runs without this package. (torch 2.9 reports exporting under torch.compile too.)
+    """
+    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+        return False
+    if not torch.compiler.is_compiling() and are_functorch_transforms_active():
+        return False
+    plain = all(type(t) in (Tensor, nn.Parameter) and t.device.type == "cuda" for t in tensors)
+    return plain and reason_against(*tensors) is None
+
+
+@contextmanager
+def on_device_of(tensor: Tensor) -> Iterator[None]:
+    """Launch kernels on the tensor's device: Triton launches them on the current one."""
+    if tensor.device.type == "cuda":
+        with torch.cuda.device(tensor.device):
+            yield
+    else:
+        yield
+
+
+def padded(channels: int) -> int:
+    """Channels as a matrix product takes them: a power of two, 16 at least."""
+    return max(16, 1 << (channels - 1).bit_length())
