@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 from augment_cli.layers import triton
 from augment_cli.layers.aa.compiled import backward_flops, flops
-from augment_cli.layers.aa.first_order import WAY_OUT, refuse_second_derivatives
+from augment_cli.layers.aa.first_order import WAY_OUT, FirstOrder, Gradients, refuse_second_derivatives
 from augment_cli.layers.aa.relative import resize_table
 from augment_cli.layers.dispatch import differentiate, operator
 
@@ -23,8 +24,8 @@ def triton_relative_attention(q: Tensor, k: Tensor, v: Tensor, rel_height: Tenso
 
     In float32 products are exact to rounding, unless torch allows TF32 for matrix products. In half precision the
     factors of products have the inputs' dtype, as in torch's fused attention, and sums are float32. The result has v's
-    dtype, and autocast has no effect. Only gradients of first order: second derivatives and forward mode raise a
-    RuntimeError.
+    dtype, and autocast has no effect. Only gradients of first order, also by `torch.func.grad` and `torch.func.vmap`:
+    second derivatives and forward mode raise a RuntimeError.
 
     Shapes: q, k (N, heads, H, W, d); v (N, heads, H, W, e); tables (2 S - 1, d); result (N, heads, H, W, e).
 
@@ -38,7 +39,8 @@ def triton_relative_attention(q: Tensor, k: Tensor, v: Tensor, rel_height: Tenso
     with torch.autocast(q.device.type, enabled=False):
         maps = (t.to(dtype).movedim(-1, 2).flatten(3) for t in (q, k, v))  # N, heads, channels, HW
         tables = (resize_table(t, s).contiguous() for t, s in ((rel_height, height), (rel_width, width)))
-        out, _, _ = _attention(*maps, *tables)
+        run = _attention if torch.compiler.is_compiling() else _Attention.apply  # compilers reject a Function with vmap
+        out, _, _ = run(*maps, *tables)
     return out.unflatten(3, size).movedim(2, -1).to(v.dtype)
 
 
@@ -54,24 +56,81 @@ def takes_attention(q: Tensor, v: Tensor) -> bool:
     return max(q.shape[-1], v.shape[-1]) <= MOST_CHANNELS and triton.takes(q, v)
 
 
-def _run(*inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+Results = tuple[Tensor, ...]
+Mapped = tuple[Results, tuple[int, ...]]
+"""Results, and the axis of each that `torch.func.vmap` maps."""
+
+
+class _Attention(FirstOrder):
+    """The operator with the derivatives and the rule for `torch.func.vmap` that it has. Shapes: as for the operator."""
+
+    @staticmethod
+    def forward(*tensors: Tensor) -> Results:
+        return _attention(*tensors)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Results) -> None:
+        ctx.save_for_backward(*inputs, *output)
+        ctx.mark_non_differentiable(*output[1:])
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor, *_: Tensor) -> Results:
+        return _Gradients.apply(d_out, *ctx.saved_tensors)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *tensors: Tensor) -> Mapped:
+        """Samples of the mapped axis are samples of one call, unless their tables differ."""
+        size = info.batch_size
+        if in_dims[3:] != (None, None):
+            return _one_by_one(_Attention, size, in_dims, tensors)
+        maps = (
+            t.expand(size, *t.shape) if i is None else t.movedim(i, 0)
+            for t, i in zip(tensors[:3], in_dims[:3], strict=True)
+        )
+        results = _Attention.apply(*(t.flatten(0, 1) for t in maps), *tensors[3:])
+        return tuple(t.unflatten(0, (size, -1)) for t in results), (0, 0, 0)
+
+
+class _Gradients(Gradients):
+    """Gradients of `_Attention`."""
+
+    @staticmethod
+    def forward(*tensors: Tensor) -> Results:
+        return _attention_backward(*tensors)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *tensors: Tensor) -> Mapped:
+        return _one_by_one(_Gradients, info.batch_size, in_dims, tensors)
+
+
+def _one_by_one(call: type[Function], size: int, in_dims: tuple[int | None, ...], tensors: Results) -> Mapped:
+    """One call for each element of the mapped axis."""
+    elements = [
+        call.apply(*(t if i is None else t.select(i, n) for t, i in zip(tensors, in_dims, strict=True)))
+        for n in range(size)
+    ]
+    results = tuple(torch.stack(parts) for parts in zip(*elements, strict=True))
+    return results, (0,) * len(results)
+
+
+def _run(*inputs: Tensor) -> Results:
     from augment_cli.layers.triton import attention
 
     return attention.forward(*inputs)
 
 
-def _run_backward(*inputs: Tensor) -> tuple[Tensor, ...]:
+def _run_backward(*inputs: Tensor) -> Results:
     from augment_cli.layers.triton import attention
 
     return attention.backward(*inputs)
 
 
-def _results(q: Tensor, k: Tensor, v: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _results(q: Tensor, k: Tensor, v: Tensor, *_: Tensor) -> Results:
     shifts, sums = (q.new_empty(*q.shape[:2], q.shape[3], dtype=torch.float32) for _ in range(2))
     return v.new_empty(v.shape), shifts, sums
 
 
-def _gradient_results(d_out: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+def _gradient_results(d_out: Tensor, *inputs: Tensor) -> Results:
     return tuple(t.new_empty(t.shape) for t in inputs[:5])
 
 

@@ -8,7 +8,6 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +16,8 @@ from augment_cli.compat import are_functorch_transforms_active
 
 LEAST_CAPABILITY = 8, 0
 """Compute capability from which on tensor cores take bfloat16."""
+INSTALLED = importlib.util.find_spec("triton") is not None
 DTYPES = torch.float32, torch.bfloat16, torch.float16
-
-
-@cache
-def is_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 def is_interpreted() -> bool:
@@ -32,7 +27,7 @@ def is_interpreted() -> bool:
 
 def reason_against(*tensors: Tensor) -> str | None:
     """Why the kernels cannot take these tensors; None where they can."""
-    if not is_installed():
+    if not INSTALLED:
         return "Triton is not installed"
     dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in tensors if t.dtype not in DTYPES})
     if dtypes:

@@ -5,16 +5,17 @@
 
 for each of N samples and heads, with d key channels and e value channels, on a map of H x W positions. B is N heads.
 
-- The map is cut into tiles of T = TY x TX positions, for queries and for keys. Between two tiles there are 2 TY - 1
-  different row offsets, and 2 TX - 1 column offsets. So the relative logits of a pair of tiles are two products of its
-  queries with a window of each table, (T, 2 TY) and (T, 2 TX), and no relative logit is ever in global memory.
+- The map is cut into tiles of queries, QY rows of QX positions, and tiles of keys, KY rows of KX positions. Between two
+  tiles there are QY + KY - 1 different row offsets, and QX + KX - 1 column offsets. So the relative logits of a pair of
+  tiles are picked from two products of its queries with a window of each table, of PY and PX rows. No relative logit is
+  ever in global memory.
 - The forward pass is one kernel, for a tile of queries, over all tiles of keys. The backward pass has two that form the
   logits again: `queries_backward` for a tile of queries gives d_q, and `keys_backward` for a tile of keys gives d_k and
   d_v. Each number is written by one program and summed in one order: there are no atomics, and results repeat bit for
   bit.
-- The tables' gradients need sums over all pairs of tiles. In `queries_backward` the loop over columns of tiles is the
-  outer one, so a program's sums for one window of rel_width are complete when the column is done; in `keys_backward` the
-  loop over rows is the outer one, for rel_height. The programs' sums, (B, tiles, windows, window, d) in float32, are
+- The tables' gradients are sums over all pairs of tiles. In `queries_backward` the loop over columns of tiles is the
+  outer one, so a program's sums for one window of rel_width are complete when the column is done. In `keys_backward`
+  the loop over rows is the outer one, for rel_height. The programs' sums, (B, tiles, windows, P, d) in float32, are
   added up afterwards.
 - Shift, a query's largest logit, and sum are separate numbers, and logits are scaled after the shift is subtracted: one
   float32 log-sum-exp of magnitude 10^8 would be rounded to a multiple of 8. The three kernels form logits by the same
@@ -33,8 +34,7 @@ def _product(a, b, PRECISION: tl.constexpr, more=None):
     if PRECISION == "interpreted":  # the interpreter multiplies the bit patterns of bfloat16
         a, b = a.to(tl.float32), b.to(tl.float32)
         return tl.dot(a, b, more, input_precision="ieee")
-    else:
-        return tl.dot(a, b, more, input_precision=PRECISION)
+    return tl.dot(a, b, more, input_precision=PRECISION)
 
 
 @triton.jit
@@ -63,8 +63,9 @@ def _store(maps, at, inside, channel_step, values, C: tl.constexpr, PADDED: tl.c
 
 @triton.jit
 def _window(table, size, offset, like, D: tl.constexpr, PADDED: tl.constexpr, Q: tl.constexpr, P: tl.constexpr):
-    """Rows of a table (2 size - 1, d) for a tile of Q lines of queries and one of keys `offset` lines behind it: row p is
-    for the offset p + `offset` - (Q - 1), and zero where there is none. Shape: (P, PADDED).
+    """Rows of a table (2 size - 1, d) for Q lines of queries, and keys from `offset` lines behind them: (P, PADDED).
+
+    Row p is for the offset p + `offset` - (Q - 1), and zero where there is none.
     """
     row, c = offset + size - Q + tl.arange(0, P), tl.arange(0, PADDED)
     inside = (row >= 0) & (row < 2 * size - 1)
@@ -74,7 +75,7 @@ def _window(table, size, offset, like, D: tl.constexpr, PADDED: tl.constexpr, Q:
 
 @triton.jit
 def _by_line(products, of_query, Q: tl.constexpr, K: tl.constexpr):
-    """Products with a window, (T, P), to logits of each of K lines of keys, (T, K); of_query (T,) are queries' lines."""
+    """Products with a window, (T, P), to logits of K lines of keys, (T, K); of_query (T,) are the queries' lines."""
     line = tl.arange(0, K)
     return tl.gather(products, line[None, :] - of_query[:, None] + (Q - 1), axis=1)
 
@@ -152,7 +153,7 @@ def queries_backward(
     QY: tl.constexpr, QX: tl.constexpr, KY: tl.constexpr, KX: tl.constexpr, PY: tl.constexpr, PX: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A tile of queries: d_q (B, d, HW), deltas (B, HW), and its sums for rel_width, d_windows (B, tiles, across, PX, d).
+    """A tile of queries: d_q (B, d, HW), deltas (B, HW), and sums for rel_width, d_windows (B, tiles, windows, PX, d).
 
     d_out and out are dense, (B, e, HW). `d_scale` is d^(-1/2).
     """
@@ -213,7 +214,7 @@ def keys_backward(
     QY: tl.constexpr, QX: tl.constexpr, KY: tl.constexpr, KX: tl.constexpr, PY: tl.constexpr, PX: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A tile of keys: d_k (B, d, HW), d_v (B, e, HW), and its sums for rel_height, d_windows (B, tiles, down, PY, d)."""
+    """A tile of keys: d_k (B, d, HW), d_v (B, e, HW), and sums for rel_height, d_windows (B, tiles, windows, PY, d)."""
     T: tl.constexpr = QY * QX
     KEYS: tl.constexpr = KY * KX
     across = tl.cdiv(width, KX)
@@ -252,7 +253,9 @@ def keys_backward(
             d_keys = _product(tl.trans(d_logits.to(queries.dtype)), queries, PRECISION, d_keys)
             d_rows = _by_offset(tl.sum(tl.reshape(d_logits, (T, KY, KX)), 2), of_y, QY, KY, PY)
             d_window = _product(tl.trans(d_rows.to(queries.dtype)), queries, PRECISION, d_window)
-        _store_window(d_windows, (task * tiles + tile) * tl.cdiv(height, QY) + y // QY, d_window * d_scale, D, PADDED_D, PY)
+        _store_window(
+            d_windows, (task * tiles + tile) * tl.cdiv(height, QY) + y // QY, d_window * d_scale, D, PADDED_D, PY
+        )
     _store(d_k + task * D * positions, at, inside, positions, d_keys * d_scale, D, PADDED_D)
     _store(d_v + task * E * positions, at, inside, positions, d_values, E, PADDED_E)
 
