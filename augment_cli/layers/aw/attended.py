@@ -31,9 +31,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from augment_cli.layers import triton
 from augment_cli.layers.aw.backend import Backend, ConvBackend, Sums
 from augment_cli.layers.aw.chunked import KERNELS_BYTES, Chunked
 from augment_cli.layers.aw.compiled import Native
+from augment_cli.layers.aw.implicit import Triton
 from augment_cli.layers.aw.unfolded import Static, Unfolded
 from augment_cli.layers.dispatch import differentiate, operator
 from augment_cli.layers.geometry import Geometry
@@ -46,7 +48,9 @@ machine of benchmarks/results/layers-1-thread.json."""
 FEW_POSITIONS = 32
 """Largest number of output positions for which "static" is the fastest. Chosen like LEAST_BYTES."""
 
-BACKENDS: dict[str, type[ConvBackend]] = {backend.name: backend for backend in (Chunked, Unfolded, Static, Native)}
+BACKENDS: dict[str, type[ConvBackend]] = {
+    backend.name: backend for backend in (Chunked, Unfolded, Static, Native, Triton)
+}
 """All but "grouped", which is `per_sample.conv_of_each` of the layer's kernels."""
 
 
@@ -72,6 +76,8 @@ def attended_conv(
             f"there is no compiled kernel for a convolution of {x.dtype} on {x.device.type} from {kernel.shape[1]} to "
             f"{len(kernel)} channels with {len(mixing)} maps, or not under autocast or transforms: use 'chunked'"
         )
+    if backend == "triton" and (reason := triton.reason_against(x, kernel)):
+        raise ValueError(f"there are no Triton kernels for this convolution: {reason}; use 'grouped' or 'auto'")
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         x, scales = x.to(torch.get_autocast_dtype(device)), scales.to(kernel.dtype)
@@ -99,6 +105,8 @@ def choose_backend(x: Tensor, kernel: Tensor, geometry: Geometry, groups: int) -
     """
     if attended.takes_convolution(x, kernel, geometry, groups):
         return "native"
+    if geometry.groups == 1 and triton.takes(x, kernel):
+        return "triton"
     plain = type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu"
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or not plain or geometry.groups > 1:
         return "grouped"

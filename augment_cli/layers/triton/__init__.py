@@ -63,6 +63,6 @@ def on_device_of(tensor: Tensor) -> Iterator[None]:
         yield
 
 
-def padded(channels: int) -> int:
+def padded(channels: int, least: int = 16) -> int:
     """Channels as a matrix product takes them: a power of two, 16 at least."""
-    return max(16, 1 << (channels - 1).bit_length())
+    return max(least, 1 << (channels - 1).bit_length())

@@ -126,7 +126,7 @@ def kernel_options(dtype: torch.dtype, d: int, e: int, height: int, width: int) 
     (qy, qx), (ky, kx) = tile_for(q, height, width), tile_for(k, height, width)
     constants = {"D": d, "E": e, "PADDED_D": padded(d), "PADDED_E": padded(e), "PRECISION": precision}
     constants |= {"QY": qy, "QX": qx, "KY": ky, "KX": kx, "PY": padded(qy + ky), "PX": padded(qx + kx)}
-    return {**constants, "num_warps": warps, "num_stages": 1}
+    return {**constants, "num_warps": warps, "num_stages": 1, "enable_fp_fusion": True}
 
 
 def _from_windows(sums: Tensor, q: int, k: int, size: int) -> Tensor:

@@ -1,0 +1,148 @@
+"""What the Triton kernels take of a GPU: registers, spilled bytes, shared memory. Needs no GPU.
+
+    python benchmarks/kernels.py [--arch 80 90 100] [--json FILE]
+
+Triton compiles for a GPU that is not there, by its own ptxas. Each kernel is compiled as the layers launch it, which is
+recorded from a call with tensors on the CPU; so the tiles, warps and argument types are those of training.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+os.environ.pop("TRITON_INTERPRET", None)  # before Triton is imported, which torch.utils.flop_counter does
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32"}
+PRECISIONS = {
+    "fp32": (torch.float32, "ieee"),
+    "tf32": (torch.float32, "tf32"),
+    "bf16": (torch.bfloat16, "ieee"),
+    "fp16": (torch.float16, "ieee"),
+}
+ATTENTION = {"14x14, 20 and 8": (14, 14, 20, 8), "50x84, 12 and 6": (50, 84, 12, 6), "7x7, 64 and 64": (7, 7, 64, 64)}
+CONVOLUTIONS = {"14x14, 256": (256, 14, 1), "56x56, 64": (64, 56, 1), "7x7, 512, stride 2": (512, 14, 2)}
+
+
+def attention(height: int, width: int, d: int, e: int, dtype: torch.dtype) -> None:
+    """Both passes of AA, for heads of d key and e value channels."""
+    from augment_cli.layers.triton.attention import backward, forward
+
+    maps = torch.zeros(2, 8 * (2 * d + e), height * width, dtype=dtype).split([8 * d, 8 * d, 8 * e], dim=1)
+    inputs = [t.unflatten(1, (8, -1)) for t in maps] + [torch.zeros(2 * size - 1, d) for size in (height, width)]
+    results = forward(*inputs)
+    backward(results[0], *inputs, *results)
+
+
+def convolution(channels: int, size: int, stride: int, dtype: torch.dtype) -> None:
+    """Both passes of AW, for a 3x3 kernel of as many input as output channels."""
+    from augment_cli.layers.geometry import Geometry
+    from augment_cli.layers.triton.attended import forward, kernel_backward, maps_backward
+
+    geometry, groups = Geometry((3, 3), (stride, stride), (1, 1), (1, 1)), channels // 16
+    x = torch.zeros(2, channels, size, size, dtype=dtype).to(memory_format=torch.channels_last)
+    kernel, mixing, scales = (
+        torch.zeros(channels, 9, groups, 16),
+        torch.zeros(channels, groups),
+        torch.zeros(2, 9, groups),
+    )
+    out = torch.zeros(2, channels, *geometry.out_size(x), dtype=dtype).to(memory_format=torch.channels_last)
+    forward(x, kernel, mixing, scales, geometry, out)
+    maps_backward(out, (x, kernel, mixing, scales), geometry, x)
+    kernel_backward(out, (x, kernel, mixing, scales), geometry)
+
+
+Launch = tuple[JITFunction, tuple, dict]
+
+
+def launches(call: Callable[[], None]) -> list[Launch]:
+    """Kernels that a call launches, with their arguments. None of them runs."""
+    seen: list[Launch] = []
+    run = JITFunction.run
+    JITFunction.run = lambda self, *args, grid, warmup, **options: seen.append((self, args, options))
+    try:
+        call()
+    finally:
+        JITFunction.run = run
+    return seen
+
+
+def source(kernel: JITFunction, args: tuple, options: dict) -> tuple[ASTSource, dict]:
+    """A launch as the compiler takes it, and the options that are no arguments of the kernel."""
+    named = dict(zip(kernel.arg_names, args, strict=False)) | {
+        n: v for n, v in options.items() if n in kernel.arg_names
+    }
+    signature, constants, attributes = {}, {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        value, divisible = named[name], False
+        if kernel.params[i].is_constexpr or (isinstance(value, int) and value == 1):
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name], divisible = f"*{DTYPES[value.dtype]}", value.data_ptr() % 16 == 0
+        elif isinstance(value, int):
+            signature[name], divisible = "i32", value % 16 == 0
+        else:
+            signature[name] = "fp32"
+        if divisible:
+            attributes[i,] = [["tt.divisibility", 16]]
+    rest = {n: v for n, v in options.items() if n not in kernel.arg_names}
+    return ASTSource(kernel, signature, constants, attributes), rest
+
+
+def resources(launch: Launch, arch: int) -> dict[str, int]:
+    """Compile a launch for an architecture, and read what it takes from the binary."""
+    made, options = source(*launch)
+    compiled = triton.compile(made, target=GPUTarget("cuda", arch, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        shown = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers, spilled = (int(re.search(rf"{name}:(\d+)", shown)[1]) for name in ("REG", "STACK"))
+    found = {"registers": registers, "spilled": spilled, "shared": compiled.metadata.shared}
+    return {**found, "warps": compiled.metadata.num_warps}
+
+
+def rows(archs: list[int], precisions: list[str], quick: bool) -> Iterator[dict]:
+    for layer, call, cases in (("AA", attention, ATTENTION), ("AW", convolution, CONVOLUTIONS)):
+        for name, sizes in list(cases.items())[: 1 if quick else None]:
+            for precision in precisions:
+                dtype, products = PRECISIONS[precision]
+                torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = products
+                for launch in launches(lambda call=call, sizes=sizes, dtype=dtype: call(*sizes, dtype)):
+                    for arch in archs:
+                        which = {"layer": layer, "case": name, "kernel": launch[0].__name__, "precision": precision}
+                        yield {**which, "arch": arch, **resources(launch, arch)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--arch", type=int, nargs="+", default=[80, 90, 100], help="compute capabilities, without a dot"
+    )
+    parser.add_argument("--precision", choices=PRECISIONS, nargs="+", default=["fp32", "tf32", "bf16"])
+    parser.add_argument("--quick", action="store_true", help="the first case of each layer only")
+    parser.add_argument("--json", type=Path, help="write the rows to this file too")
+    args = parser.parse_args()
+    found = []
+    for row in rows(args.arch, args.precision, args.quick):
+        if not found:
+            print(" | ".join(row))
+        print(" | ".join(str(value) for value in row.values()), flush=True)
+        found.append(row)
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
