@@ -113,8 +113,10 @@ def resources(launch: Launch, arch: int) -> dict[str, int]:
     return {**found, "warps": compiled.metadata.num_warps}
 
 
-def rows(archs: list[int], precisions: list[str], quick: bool) -> Iterator[dict]:
+def rows(wanted: str | None, archs: list[int], precisions: list[str], quick: bool) -> Iterator[dict]:
     for layer, call, cases in (("AA", attention, ATTENTION), ("AW", convolution, CONVOLUTIONS)):
+        if wanted not in (None, layer):
+            continue
         for name, sizes in list(cases.items())[: 1 if quick else None]:
             for precision in precisions:
                 dtype, products = PRECISIONS[precision]
@@ -130,12 +132,13 @@ def main() -> None:
     parser.add_argument(
         "--arch", type=int, nargs="+", default=[80, 90, 100], help="compute capabilities, without a dot"
     )
+    parser.add_argument("--layer", choices=("AA", "AW"), help="one of the layers only")
     parser.add_argument("--precision", choices=PRECISIONS, nargs="+", default=["fp32", "tf32", "bf16"])
     parser.add_argument("--quick", action="store_true", help="the first case of each layer only")
     parser.add_argument("--json", type=Path, help="write the rows to this file too")
     args = parser.parse_args()
     found = []
-    for row in rows(args.arch, args.precision, args.quick):
+    for row in rows(args.layer, args.arch, args.precision, args.quick):
         if not found:
             print(" | ".join(row))
         print(" | ".join(str(value) for value in row.values()), flush=True)

@@ -32,6 +32,7 @@ SLOW = (
     "interop",
     "layers/native/test_library.py",
     "layers/test_in_torch.py",
+    "layers/triton",
     "operators",
     "surgery/inherit/test_fit.py",
     "test_comparison.py",

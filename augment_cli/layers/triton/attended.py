@@ -14,6 +14,14 @@ PROGRAMS = 1024
 """Programs that fill a large GPU several times over: where a kernel has fewer blocks, its gradient is summed over parts
 of the batch. Arithmetic (132 SMs of an H100), not measured."""
 
+# Positions, output channels and input channels in a block, by how products are computed. The axis that a kernel sums
+# over is the shortest. The blocks are about as large as registers allow (benchmarks/kernels.py). Nothing has been timed.
+_BLOCKS = {
+    "conv_forward": {"ieee": (64, 32, 16), "tf32": (128, 64, 32), "half": (128, 64, 32)},
+    "maps_backward": {"ieee": (64, 16, 32), "tf32": (128, 32, 64), "half": (128, 32, 64)},
+    "kernel_backward": {"ieee": (32, 32, 32), "tf32": (32, 64, 32), "half": (64, 64, 64)},
+}
+
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
 KernelGradients = tuple[Tensor, Tensor, Tensor]
 
@@ -24,82 +32,66 @@ def forward(x: Tensor, kernel: Tensor, mixing: Tensor, scales: Tensor, geometry:
     Shapes: x (N, C1, H, W), out (N, C2, H', W'), of any strides; dense are K (C2, T, G, r), s (C2, G), A2 (N, T, G).
     """
     if out.numel():
-        call = _Call((x, kernel, mixing, scales), geometry)
-        positions = math.prod(geometry.out_size(x))
-        options = call.options(positions)
-        grid = len(x) * -(-positions // options["BP"]) * call.blocks_of_outputs
-        strides = *x.stride(), *out.stride()
-        call.run(kernels.conv_forward, grid, (x, kernel, mixing, scales, out), strides, options)
+        call = _Call(kernels.conv_forward, (x, kernel, mixing, scales), geometry, math.prod(geometry.out_size(x)))
+        grid = len(x) * call.blocks_of_positions * call.blocks_of_outputs
+        call.run(grid, (x, kernel, mixing, scales, out), (*x.stride(), *out.stride()))
 
 
 def maps_backward(d_out: Tensor, inputs: Inputs, geometry: Geometry, dx: Tensor) -> None:
     """Write the gradient of x to `dx`, of any strides. Shapes: as for `forward`."""
-    if not dx.numel():
-        return
-    x, *rest = inputs
-    call = _Call(inputs, geometry)
-    positions = math.prod(x.shape[2:])
-    options = call.options(positions)
-    grid = len(x) * -(-positions // options["BP"]) * call.blocks_of_inputs
-    call.run(kernels.maps_backward, grid, (d_out, *rest, dx), (*d_out.stride(), *dx.stride()), options)
+    if dx.numel():
+        x, *rest = inputs
+        call = _Call(kernels.maps_backward, inputs, geometry, math.prod(x.shape[2:]))
+        grid = len(x) * call.blocks_of_positions * call.blocks_of_inputs
+        call.run(grid, (d_out, *rest, dx), (*d_out.stride(), *dx.stride()))
 
 
 def kernel_backward(d_out: Tensor, inputs: Inputs, geometry: Geometry) -> KernelGradients:
     """Gradients of K, s and A2, float32, in their shapes. Shapes: as for `forward`."""
     x, kernel, mixing, scales = inputs
-    call = _Call(inputs, geometry)
+    if not len(x):
+        return torch.zeros_like(kernel).float(), torch.zeros_like(mixing).float(), torch.zeros_like(scales).float()
+    call = _Call(kernels.kernel_backward, inputs, geometry, math.prod(geometry.out_size(x)))
     programs = call.blocks_of_inputs * call.blocks_of_outputs * call.taps
-    splits = max(1, min(len(x), PROGRAMS // programs))
-    samples = -(-len(x) // splits)
-    splits = -(-len(x) // max(samples, 1))
-    outputs, groups = mixing.shape
-    of_kernel, of_mixing, of_scales = (
-        torch.empty(shape, dtype=torch.float32, device=x.device)
-        for shape in (
-            (splits, *kernel.shape),
-            (splits * call.taps * call.parts, outputs, groups),
-            (call.blocks_of_outputs * call.parts, *scales.shape),
-        )
+    samples = -(-len(x) // max(1, min(len(x), PROGRAMS // programs)))  # that one program sums over
+    splits = -(-len(x) // samples)
+    shapes = (
+        (splits, *kernel.shape),
+        (splits * call.taps * call.parts, *mixing.shape),
+        (call.blocks_of_outputs * call.parts, *scales.shape),
     )
-    if len(x):
-        tensors = d_out, x, kernel, mixing, scales, of_kernel, of_mixing, of_scales
-        options = call.options(math.prod(d_out.shape[2:]))
-        strides = *d_out.stride(), *x.stride(), len(x)
-        call.run(kernels.kernel_backward, splits * programs, tensors, strides, options, samples)
+    of_kernel, of_mixing, of_scales = (torch.empty(s, dtype=torch.float32, device=x.device) for s in shapes)
+    tensors = d_out, x, kernel, mixing, scales, of_kernel, of_mixing, of_scales
+    call.run(splits * programs, tensors, (*d_out.stride(), *x.stride(), len(x)), samples)
     return of_kernel.sum(0), of_mixing.sum(0), of_scales.sum(0)
 
 
 class _Call:
-    """Sizes of one call, and the arguments that all three kernels take."""
+    """A launch of one of the kernels: its blocks, constants and the arguments that all of them take."""
 
-    def __init__(self, inputs: Inputs, geometry: Geometry) -> None:
-        x, kernel, mixing, _ = self.inputs = inputs
-        self.geometry, self.taps = geometry, math.prod(geometry.size)
-        self.r, self.groups = kernel.shape[3], mixing.shape[1]
-        self.exact = x.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision != "tf32"
-        # Blocks of output channels and of input channels: the largest whose numbers stay in registers, or nearly so
-        # (benchmarks/kernels.py). Nothing here has been timed.
-        self.outputs, inputs_at_once = (32, 16) if self.exact else (64, 32)
-        self.channels = min(inputs_at_once, padded(self.r, 1))
-        self.groups_at_once = inputs_at_once // self.channels
-        self.parts = -(-self.r // self.channels)
-        self.blocks_of_outputs = -(-len(kernel) // self.outputs)
-        self.blocks_of_inputs = -(-self.groups // self.groups_at_once) * self.parts
+    def __init__(self, kernel: Any, inputs: Inputs, geometry: Geometry, positions: int) -> None:
+        x, weight, _, _ = inputs
+        outputs, _, groups, r = weight.shape
+        products = "half" if x.dtype != torch.float32 else "tf32" if _allows_tf32() else "ieee"
+        block, of_outputs, of_inputs = _BLOCKS[kernel.__name__][products]
+        block, channels = min(padded(positions), block), min(padded(r, 1), of_inputs)
+        self.kernel, self.geometry, self.taps = kernel, geometry, math.prod(geometry.size)
+        self.parts = -(-r // channels)  # of a group
+        self.blocks_of_positions, self.blocks_of_outputs = -(-positions // block), -(-outputs // of_outputs)
+        self.blocks_of_inputs = -(-groups // (of_inputs // channels)) * self.parts
+        self.sizes = groups * r, outputs, *x.shape[2:], *geometry.out_size(x), groups, r, self.taps, geometry.size[1]
+        precision = "interpreted" if is_interpreted() else "tf32" if products == "tf32" else "ieee"
+        constants = {"BP": block, "BO": of_outputs, "BG": of_inputs // channels, "BR": channels, "PRECISION": precision}
+        stages = 1 if products == "ieee" else 3
+        self.options = {**constants, "num_warps": 4, "num_stages": stages, "enable_fp_fusion": True}
 
-    def options(self, positions: int) -> dict[str, Any]:
-        """Constants that a kernel is compiled for, and the options of its launch."""
-        precision = "interpreted" if is_interpreted() else "ieee" if self.exact else "tf32"
-        sizes = {"BP": min(padded(positions), 64), "BO": self.outputs}
-        sizes |= {"BG": self.groups_at_once, "BR": self.channels, "PRECISION": precision}
-        return {**sizes, "num_warps": 4, "num_stages": 1 if self.exact else 2, "enable_fp_fusion": True}
-
-    def run(
-        self, kernel: Any, grid: int, tensors: tuple[Tensor, ...], strides: tuple[int, ...], options: dict, *more: int
-    ) -> None:
-        """Launch a kernel of `grid` programs."""
-        x, weight, _, _ = self.inputs
-        c1, c2 = x.shape[1], len(weight)
-        sizes = c1, c2, *x.shape[2:], *self.geometry.out_size(x), self.groups, self.r, self.taps, self.geometry.size[1]
+    def run(self, grid: int, tensors: tuple[Tensor, ...], strides: tuple[int, ...], *more: int) -> None:
+        """Launch `grid` programs."""
         over = [n for pair in self.geometry.options for n in pair]
-        with on_device_of(x):
-            kernel[(grid,)](*tensors, *strides, *sizes, *over, *more, **options)
+        with on_device_of(tensors[0]):
+            self.kernel[(grid,)](*tensors, *strides, *self.sizes, *over, *more, **self.options)
+
+
+def _allows_tf32() -> bool:
+    """Whether torch allows TF32 in convolutions, which AW's is one of; by default it does."""
+    return torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]

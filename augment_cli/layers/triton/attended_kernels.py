@@ -5,8 +5,8 @@
 for N samples, C1 input and C2 output channels, maps of H x W, results of H' x W' = P positions, kernels of T taps, and
 G = C1 / r groups of input channels. A kernel is (C2, T, G, r), mixing (C2, G) and scales (N, T, G), all dense.
 
-- No K_n is ever in global memory: a block of K is multiplied by its factors, in K's dtype, when it is loaded, and then
-  rounded to x's.
+- No K_n is ever in global memory: a block of K is multiplied by its factors when it is loaded, in float32, and rounded
+  to x's dtype.
 - Products are of a block of positions, a block of output channels, and a block of input channels: BG groups and BR
   channels of each, padded where r is not a power of two.
 - The kernels' gradient is summed over the samples in the program that holds a block of it. What is left to add up
@@ -41,6 +41,7 @@ def _factors(mixing, scales, o, o_inside, group, groups, BG: tl.constexpr):
     inside = g < groups
     of_mixing = tl.load(mixing + o[:, None] * groups + g[None, :], mask=o_inside[:, None] & inside[None, :], other=0.0)
     of_scales = tl.load(scales + g, mask=inside, other=0.0)
+    of_mixing, of_scales = of_mixing.to(tl.float32), of_scales.to(tl.float32)
     return 1 + of_mixing * of_scales[None, :], of_mixing, of_scales
 
 
@@ -48,7 +49,7 @@ def _factors(mixing, scales, o, o_inside, group, groups, BG: tl.constexpr):
 def _formed(kernels, factors, BG: tl.constexpr, BR: tl.constexpr):
     """A block of K (outputs, BG BR) times its factors (outputs, BG)."""
     outputs: tl.constexpr = kernels.shape[0]
-    groups = tl.reshape(kernels, (outputs, BG, BR)) * factors[:, :, None]
+    groups = tl.reshape(kernels.to(tl.float32), (outputs, BG, BR)) * factors[:, :, None]
     return tl.reshape(groups, (outputs, BG * BR))
 
 
@@ -146,10 +147,9 @@ def kernel_backward(
     positions = out_height * out_width
     parts, blocks_o = tl.cdiv(r, BR), tl.cdiv(c2, BO)
     blocks_c = tl.cdiv(groups, BG) * parts
-    place = tl.program_id(0)
-    block_c, place = place % blocks_c, place // blocks_c
-    block_o, place = place % blocks_o, place // blocks_o
-    t, split = place % taps, (place // taps).to(tl.int64)
+    block_c, rest = tl.program_id(0) % blocks_c, tl.program_id(0) // blocks_c
+    block_o, rest = rest % blocks_o, rest // blocks_o
+    t, split = rest % taps, (rest // taps).to(tl.int64)
     part, group = block_c % parts, block_c // parts * BG
     c, c_inside = _channels(group, part * BR, groups, r, BG, BR)
     o = block_o * BO + tl.arange(0, BO)
@@ -175,15 +175,14 @@ def kernel_backward(
             places = n * d_out_n + y[:, None] * d_out_y + column[:, None] * d_out_x + o[None, :] * d_out_c
             grads = tl.load(d_out + places, mask=p_inside[:, None] & o_inside[None, :], other=0.0)
             of_sample = _product(tl.trans(grads), seen, PRECISION, of_sample)
-        place = (n * taps + t) * groups
-        factors, by_output, by_group = _factors(mixing, scales + place, o, o_inside, group, groups, BG)
+        at_scales = (n * taps + t) * groups
+        factors, by_output, by_group = _factors(mixing, scales + at_scales, o, o_inside, group, groups, BG)
         of_kernel += _formed(of_sample, factors, BG, BR)
         of_factors = tl.sum(tl.reshape(of_sample * kernels, (BO, BG, BR)), 2)
         of_mixing += of_factors * by_group[None, :]
         of_scales = tl.sum(of_factors * by_output, 0)
-        place = ((block_o * parts + part) * batch * taps).to(tl.int64) * groups + place
-        tl.store(d_scales + place + g, of_scales, mask=g < groups)
+        at_scales += (block_o * parts + part).to(tl.int64) * batch * taps * groups
+        tl.store(d_scales + at_scales + g, of_scales, mask=g < groups)
     tl.store(d_kernel + split * c2 * taps * c1 + in_kernel, of_kernel, mask=mask)
-    place = ((split * taps + t) * parts + part) * c2 * groups
-    inside = o_inside[:, None] & (g < groups)[None, :]
-    tl.store(d_mixing + place + o[:, None] * groups + g[None, :], of_mixing, mask=inside)
+    in_mixing = (((split * taps + t) * parts + part) * c2 + o[:, None]) * groups + g[None, :]
+    tl.store(d_mixing + in_mixing, of_mixing, mask=o_inside[:, None] & (g < groups)[None, :])

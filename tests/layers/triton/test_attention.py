@@ -15,8 +15,7 @@ from augment_cli.layers.aa.tiled import triton_relative_attention
 from tests.layers.aa import test_backends
 from tests.layers.aa.test_backends import assert_same, gradients
 from tests.layers.aa.test_large_logits import close_together, far_apart
-from tests.layers.helpers import seeds
-from tests.layers.triton.helpers import DEVICE, needs_triton
+from tests.layers.helpers import DEVICE, needs_triton, seeds
 
 pytestmark = needs_triton
 drawn = settings(derandomize=True, deadline=None, max_examples=12)
