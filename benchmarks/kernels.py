@@ -2,8 +2,8 @@
 
     python benchmarks/kernels.py [--arch 80 90 100] [--json FILE]
 
-Triton compiles for a GPU that is not there, by its own ptxas. Each kernel is compiled as the layers launch it, which is
-recorded from a call with tensors on the CPU; so the tiles, warps and argument types are those of training.
+Triton compiles for a GPU that is not there, by its own ptxas. Each kernel is compiled as the layers launch it, from a
+call with tensors on the CPU, so the tiles, warps and argument types are those of training.
 """
 
 import argparse
@@ -20,11 +20,11 @@ os.environ.pop("TRITON_INTERPRET", None)  # before Triton is imported, which tor
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import CompiledKernel
+from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32"}
 PRECISIONS = {
     "fp32": (torch.float32, "ieee"),
     "tf32": (torch.float32, "tf32"),
@@ -63,54 +63,48 @@ def convolution(channels: int, size: int, stride: int, dtype: torch.dtype) -> No
     kernel_backward(out, (x, kernel, mixing, scales), geometry)
 
 
-Launch = tuple[JITFunction, tuple, dict]
+class Absent:
+    """A GPU that is not there, as Triton's driver."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_device(self) -> int:
+        return self.arch
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
 
 
-def launches(call: Callable[[], None]) -> list[Launch]:
-    """Kernels that a call launches, with their arguments. None of them runs."""
-    seen: list[Launch] = []
+def compiled(call: Callable[[], None], arch: int) -> list[CompiledKernel]:
+    """Kernels that a call launches, compiled for an architecture. None of them runs."""
+    found = []
     run = JITFunction.run
-    JITFunction.run = lambda self, *args, grid, warmup, **options: seen.append((self, args, options))
+
+    def compile_only(self: JITFunction, *args, grid: tuple, warmup: bool, **options) -> None:
+        found.append(run(self, *args, grid=grid, warmup=True, **options))
+
+    driver.set_active(Absent(arch))
+    JITFunction.run = compile_only
     try:
         call()
     finally:
         JITFunction.run = run
-    return seen
+    return found
 
 
-def source(kernel: JITFunction, args: tuple, options: dict) -> tuple[ASTSource, dict]:
-    """A launch as the compiler takes it, and the options that are no arguments of the kernel."""
-    named = dict(zip(kernel.arg_names, args, strict=False)) | {
-        n: v for n, v in options.items() if n in kernel.arg_names
-    }
-    signature, constants, attributes = {}, {}, {}
-    for i, name in enumerate(kernel.arg_names):
-        value, divisible = named[name], False
-        if kernel.params[i].is_constexpr or (isinstance(value, int) and value == 1):
-            signature[name], constants[name] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            signature[name], divisible = f"*{DTYPES[value.dtype]}", value.data_ptr() % 16 == 0
-        elif isinstance(value, int):
-            signature[name], divisible = "i32", value % 16 == 0
-        else:
-            signature[name] = "fp32"
-        if divisible:
-            attributes[i,] = [["tt.divisibility", 16]]
-    rest = {n: v for n, v in options.items() if n not in kernel.arg_names}
-    return ASTSource(kernel, signature, constants, attributes), rest
-
-
-def resources(launch: Launch, arch: int) -> dict[str, int]:
-    """Compile a launch for an architecture, and read what it takes from the binary."""
-    made, options = source(*launch)
-    compiled = triton.compile(made, target=GPUTarget("cuda", arch, 32), options=options)
+def resources(kernel: CompiledKernel) -> dict[str, int]:
+    """Read what a kernel takes from its binary."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+        file.write(kernel.asm["cubin"])
         file.flush()
         shown = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
     registers, spilled = (int(re.search(rf"{name}:(\d+)", shown)[1]) for name in ("REG", "STACK"))
-    found = {"registers": registers, "spilled": spilled, "shared": compiled.metadata.shared}
-    return {**found, "warps": compiled.metadata.num_warps}
+    found = {"registers": registers, "spilled": spilled, "shared": kernel.metadata.shared}
+    return {**found, "warps": kernel.metadata.num_warps}
 
 
 def rows(wanted: str | None, archs: list[int], precisions: list[str], quick: bool) -> Iterator[dict]:
@@ -121,10 +115,10 @@ def rows(wanted: str | None, archs: list[int], precisions: list[str], quick: boo
             for precision in precisions:
                 dtype, products = PRECISIONS[precision]
                 torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = products
-                for launch in launches(lambda call=call, sizes=sizes, dtype=dtype: call(*sizes, dtype)):
-                    for arch in archs:
-                        which = {"layer": layer, "case": name, "kernel": launch[0].__name__, "precision": precision}
-                        yield {**which, "arch": arch, **resources(launch, arch)}
+                for arch in archs:
+                    for kernel in compiled(lambda call=call, sizes=sizes, dtype=dtype: call(*sizes, dtype), arch):
+                        which = {"layer": layer, "case": name, "kernel": kernel.metadata.name, "precision": precision}
+                        yield {**which, "arch": arch, **resources(kernel)}
 
 
 def main() -> None:

@@ -56,7 +56,7 @@ def choose_backend(q: Tensor, v: Tensor) -> Backend:
 
     - native: on a CPU, with compiled kernels and at most 32 bits; under torch.compile too, as one operator;
     - triton: on CUDA, with Triton, at most 32 bits and 128 channels a head; under torch.compile too, as one operator.
-      (Chosen by arithmetic, not by measurements: docs/speed.md.)
+      (Chosen by arithmetic, not by measurements: docs/gpu.md.)
     - fused: under torch.compile and torch.export otherwise, which can follow it, and on CUDA;
     - blocked: on a CPU, from 2^18 logits on, or 2^16 where no gradients are wanted;
     - reference: few logits, the meta device, fake tensors, other devices, and inside transforms of torch.func, for

@@ -15,11 +15,14 @@ numbers of a kernel. With U_n for the unfolding of a sample, (H'W', C1 h w), the
   samples at once. Twice the multiply-adds, but no work of a kernel's size for a sample.
 - native: a compiled kernel, which multiplies K by its factors when it loads K, so that no K_n is ever formed. It takes
   about a plain convolution's time; float32 only, where there are kernels (`augment_cli.layers.native`).
+- triton: the same on NVIDIA GPUs, in float32, bfloat16 and float16 (`augment_cli.layers.triton`). It uses TF32 where
+  torch allows it in convolutions.
 
-The last four recompute in the backward pass what the forward pass formed, so what they hold beside inputs, results and
+The last five recompute in the backward pass what the forward pass formed, so what they hold beside inputs, results and
 gradients does not grow with the batch. It is at most: the kernels of a chunk, five times (chunked); a copy of K, two
 blocks of it, and a chunk's unfolding four times (unfolded); eight kernels and a chunk's unfolding five times (static);
-two copies of K, 4 MB or one sample's inputs and outputs, and about 1 MB for each thread (native). Second derivatives,
+two copies of K, 4 MB or one sample's inputs and outputs, and about 1 MB for each thread (native); a copy of K, and its
+gradient in float32 as often as it takes to fill the GPU (triton). Second derivatives,
 `torch.func.vmap` and forward mode use the grouped convolution, whose memory does grow.
 """
 
@@ -90,12 +93,15 @@ def attended_conv(
 
 
 def choose_backend(x: Tensor, kernel: Tensor, geometry: Geometry, groups: int) -> Backend:
-    """The backend that "auto" takes, by measurements on a CPU in float32. All backends compute the same function.
+    """The backend that "auto" takes. All backends compute the same function.
+
+    The rule is from measurements on a CPU in float32, and for CUDA from arithmetic: docs/gpu.md.
 
     `groups` is C1/r, the number of groups of input channels that have scales.
 
     - native: wherever the compiled kernel takes the case. (On 56x56 maps of up to 8 samples, and on one 28x28 map,
       "grouped" is faster by a tenth to a quarter; this rule ignores it.)
+    - triton: on CUDA, wherever its kernels take the case; under torch.compile too, as one operator.
     - grouped: under compilers and tracers, off the CPU, and for grouped kernels, where the others may not work; also
       where the kernels of all samples fit one chunk of "chunked", and for one sample without gradients.
     - chunked, unfolded, static: "chunked" rearranges kernels, of C2 C1 h w numbers, and the other two unfoldings, of

@@ -1,13 +1,15 @@
 """Triton kernels of the layers, for NVIDIA GPUs. Triton comes with torch on Linux.
 
-Nothing here imports Triton before a kernel is called: `attention` does. With TRITON_INTERPRET=1 in the environment
-before Triton is imported, the same kernels run in its interpreter, on CPU tensors, slowly.
+Triton is imported when a layer on a GPU first asks whether it works, or calls a kernel. With TRITON_INTERPRET=1 in the
+environment before that, the same kernels run in its interpreter, on CPU tensors, slowly.
 """
 
 import importlib.util
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -34,9 +36,36 @@ def reason_against(*tensors: Tensor) -> str | None:
         return f"they take float32, bfloat16 and float16, not {', '.join(dtypes)}"
     device = tensors[0].device
     if device.type == "cuda":
-        capability = torch.cuda.get_device_capability(device)
-        return None if capability >= LEAST_CAPABILITY else f"{device} has compute capability {capability}, below 8.0"
+        return _reason_against_gpu(device.index)
     return None if is_interpreted() and device.type == "cpu" else f"they run on CUDA, not on {device.type}"
+
+
+@torch.compiler.assume_constant_result
+def _reason_against_gpu(index: int) -> str | None:
+    return _check_gpu(index)
+
+
+@cache
+def _check_gpu(index: int) -> str | None:
+    """Why the kernels do not run on a GPU. Triton compiles its launcher when it starts, with a C compiler."""
+    if torch.version.hip:
+        return "they are written for NVIDIA GPUs"
+    capability = torch.cuda.get_device_capability(index)
+    if capability < LEAST_CAPABILITY:
+        return "the GPU's compute capability is {}.{}, below {}.{}".format(*capability, *LEAST_CAPABILITY)
+    try:
+        _start()
+    except Exception as error:
+        reason = f"Triton does not start on this machine ({error})"
+        warnings.warn(f"{reason}: the layers use torch's operations, which are slower", stacklevel=2)
+        return reason
+    return None
+
+
+def _start() -> None:
+    from triton.runtime import driver
+
+    driver.active.get_current_device()
 
 
 def takes(*tensors: Tensor) -> bool:

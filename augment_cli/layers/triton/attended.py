@@ -15,7 +15,7 @@ PROGRAMS = 1024
 of the batch. Arithmetic (132 SMs of an H100), not measured."""
 
 # Positions, output channels and input channels in a block, by how products are computed. The axis that a kernel sums
-# over is the shortest. The blocks are about as large as registers allow (benchmarks/kernels.py). Nothing has been timed.
+# over is the shortest. Blocks are about as large as registers allow (benchmarks/kernels.py). Nothing has been timed.
 _BLOCKS = {
     "conv_forward": {"ieee": (64, 32, 16), "tf32": (128, 64, 32), "half": (128, 64, 32)},
     "maps_backward": {"ieee": (64, 16, 32), "tf32": (128, 32, 64), "half": (128, 32, 64)},

@@ -11,12 +11,12 @@ from augment_cli.layers.triton import is_interpreted, on_device_of, padded
 
 _LOG2_E = 1.4426950408889634
 
-# Positions in a tile of queries and of keys, and warps, by whether products are exact in float32, which tensor cores
-# cannot do, and by the padded channels of a head. These are the largest tiles whose numbers stay in registers, or
-# nearly so (benchmarks/kernels.py shows the registers). Nothing here has been timed.
+# Positions in a tile of queries and of keys, and warps, by how products are computed and by the padded channels of a
+# head: the largest tiles whose numbers stay in registers, or nearly so (benchmarks/kernels.py). Nothing has been timed.
 _SIZES = {
-    True: {32: (64, 16, 8), 64: (32, 16, 8), 128: (16, 16, 8)},
-    False: {32: (64, 64, 4), 64: (64, 32, 8), 128: (32, 32, 8)},
+    "ieee": {32: (64, 16, 8), 64: (32, 16, 8), 128: (16, 16, 8)},
+    "tf32": {32: (64, 32, 8), 64: (32, 32, 8), 128: (32, 16, 8)},
+    "half": {32: (64, 64, 4), 64: (64, 32, 8), 128: (32, 32, 8)},
 }
 
 Results = tuple[Tensor, ...]
@@ -65,7 +65,8 @@ def backward(
     if not out.numel():
         return tuple(torch.zeros_like(t) for t in (q, k, v, rel_height, rel_width))
     d_q, d_k, d_v, d_height, d_width = empty_gradients(q, k, v, rel_height, rel_width)
-    call, deltas, d_out = _Call(q, k, v, rel_height, rel_width), torch.empty_like(sums), d_out.contiguous()
+    d_out, out, shifts, sums = (t.contiguous() for t in (d_out, out, shifts, sums))
+    call, deltas = _Call(q, k, v, rel_height, rel_width), torch.empty_like(sums)
     of_width = call.empty_windows("Q", call.tiles("K")[1], "X")
     of_height = call.empty_windows("K", call.tiles("Q")[0], "Y")
     call.run(kernels.queries_backward, "Q", out, shifts, sums, d_out, deltas, d_q, of_width, scales=2)
@@ -119,10 +120,10 @@ class _Call:
 
 def kernel_options(dtype: torch.dtype, d: int, e: int, height: int, width: int) -> dict[str, Any]:
     """Constants that the kernels are compiled for, and the options of their launch."""
-    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    precision = "interpreted" if is_interpreted() else "tf32" if tf32 else "ieee"
-    exact = dtype == torch.float32 and not tf32
-    q, k, warps = _SIZES[exact][max(padded(d), padded(e), 32)]
+    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    products = "half" if dtype != torch.float32 else "tf32" if tf32 else "ieee"
+    precision = "interpreted" if is_interpreted() else "tf32" if products == "tf32" else "ieee"
+    q, k, warps = _SIZES[products][max(padded(d), padded(e), 32)]
     (qy, qx), (ky, kx) = tile_for(q, height, width), tile_for(k, height, width)
     constants = {"D": d, "E": e, "PADDED_D": padded(d), "PADDED_E": padded(e), "PRECISION": precision}
     constants |= {"QY": qy, "QX": qx, "KY": ky, "KX": kx, "PY": padded(qy + ky), "PX": padded(qx + kx)}

@@ -1,5 +1,7 @@
 """On CUDA "auto" takes Triton's kernels, and a compiler finds one graph. Fake tensors need no GPU for it."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
@@ -31,21 +33,40 @@ def compiled_operators(name: str) -> list[str]:
 
 
 @pytest.fixture(autouse=True)
-def _fresh_compiler() -> None:
+def _gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A GPU on which Triton works."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(triton, "_start", lambda: None)
+    triton._check_gpu.cache_clear()
     torch.compiler.reset()
+    yield
+    triton._check_gpu.cache_clear()
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_a_gpu_with_triton(name, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+def test_a_gpu_with_triton(name):
     assert compiled_operators(name) == [OPERATORS[name]]
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_a_gpu_without_triton_or_too_old_for_it(name, monkeypatch):
+def test_a_gpu_that_is_too_old(name, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
     assert not compiled_operators(name)
-    torch.compiler.reset()
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    assert "7.5, below 8.0" in triton._check_gpu(0)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_no_triton(name, monkeypatch):
     monkeypatch.setattr(triton, "INSTALLED", False)
+    assert not compiled_operators(name)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_triton_without_its_compiler(name, monkeypatch):
+    def fail() -> None:
+        raise RuntimeError("Failed to find C compiler.")
+
+    monkeypatch.setattr(triton, "_start", fail)
+    with pytest.warns(UserWarning, match=r"does not start on this machine \(Failed to find C compiler"):
+        assert not compiled_operators(name)
     assert not compiled_operators(name)
