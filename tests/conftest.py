@@ -5,6 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
+if not torch.cuda.is_available():  # Triton reads it when it is imported, as torch.utils.flop_counter does
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from augment_cli.analysis import source
 from augment_cli.analysis.graph import ModelGraph, analyze
 from augment_cli.planning.plan import Plan, make_plan
@@ -31,6 +34,7 @@ SLOW = (
     "interop",
     "layers/native/test_library.py",
     "layers/test_in_torch.py",
+    "layers/triton",
     "operators",
     "publishing",
     "surgery/inherit/test_fit.py",

@@ -1,7 +1,7 @@
 """Helpers that the layers' tests share."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.profiler import ProfilerActivity, profile
 
-from augment_cli.layers import native
+from augment_cli.layers import native, triton
 from augment_cli.layers.aa.blocked import free_blocks
 
 seeds = st.integers(0, 2**31)
@@ -18,6 +18,18 @@ needs_kernels = pytest.mark.skipif(
     native.library is None and os.environ.get("AUGMENT_NATIVE") != "1",
     reason="no kernels were compiled; AUGMENT_NATIVE=1 makes that an error",
 )
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+needs_triton = pytest.mark.skipif(not triton.INSTALLED, reason="Triton is not installed")
+needs_interpreter = pytest.mark.skipif(
+    not (triton.INSTALLED and triton.is_interpreted()), reason="only Triton's interpreter takes CPU tensors"
+)
+
+
+def for_cpu(names: Iterable[str]) -> list:
+    """Names of backends as a test's parameters: those that this machine has no kernels for are skipped on CPUs."""
+    marks = {"native": needs_kernels, "triton": needs_interpreter}
+    return [pytest.param(name, marks=marks.get(name.split()[-1], ())) for name in names]
 
 
 def pairs(*values: int) -> st.SearchStrategy:

@@ -12,7 +12,7 @@ from augment_cli.layers import AAConv2d, AWConv2d, ScaledStandardize
 from augment_cli.layers.aa.attention import BACKENDS as AA_BACKENDS
 from augment_cli.layers.aa.blocked import free_blocks
 from augment_cli.layers.aw.attended import BACKENDS as AW_BACKENDS
-from tests.layers.helpers import needs_kernels, normal, randomised
+from tests.layers.helpers import for_cpu, needs_kernels, normal, randomised
 
 SHAPE = (2, 32, 9, 7)
 
@@ -62,10 +62,7 @@ LAYERS = {
     **{f"aa {backend}": (aa_layer, backend) for backend in AA_BACKENDS},
     **{f"aw {backend}": (aw_layer, backend) for backend in ("grouped", *AW_BACKENDS)},
 }
-every_layer = pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=needs_kernels) if "native" in name else name for name in LAYERS],
-)
+every_layer = pytest.mark.parametrize("name", for_cpu(LAYERS))
 
 
 def layer_of(name: str) -> nn.Module:

@@ -7,14 +7,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from augment_cli.layers import AAConv2d, AWConv2d, native
 from augment_cli.layers.aw.attended import BACKENDS
-from tests.layers.helpers import needs_kernels, randomised
+from tests.layers.helpers import for_cpu, randomised
 
-AA_BACKENDS, AW_BACKENDS = ("auto", "native", "blocked", "reference"), ("auto", "grouped", *BACKENDS)
-
-
-def marked(names: tuple) -> list:
-    """Skip "native" where there are no kernels."""
-    return [pytest.param(name, marks=needs_kernels) if name == "native" else name for name in names]
+AA_BACKENDS, AW_BACKENDS = ("auto", "native", "triton", "blocked", "reference"), ("auto", "grouped", *BACKENDS)
 
 
 def flops(layer: nn.Module, x: Tensor, backward: bool = False) -> int:
@@ -30,7 +25,7 @@ def aa_layer(stride: int = 1, pool: int = 1, **options) -> AAConv2d:
     return AAConv2d(32, 64, 3, stride=stride, padding=1, **split, reorder=True, **options)
 
 
-@pytest.mark.parametrize("backend", marked(AA_BACKENDS))
+@pytest.mark.parametrize("backend", for_cpu(AA_BACKENDS))
 @pytest.mark.parametrize(("stride", "pool"), [(1, 1), (2, 1), (1, 2), (2, 3)])
 def test_aa_counts_as_on_the_meta_device(backend, stride, pool):
     layer, x = aa_layer(stride, pool), torch.randn(2, 32, 14, 14)
@@ -41,7 +36,7 @@ def test_aa_counts_as_on_the_meta_device(backend, stride, pool):
         assert flops(layer, x) == expected
 
 
-@pytest.mark.parametrize("backend", marked(AA_BACKENDS))
+@pytest.mark.parametrize("backend", for_cpu(AA_BACKENDS))
 def test_aa_counts_the_backward_pass_of_plain_operations(backend):
     found, expected = (aa_layer(2, 2) for _ in range(2))
     found.backend, expected.backend = backend, "reference"
@@ -53,7 +48,7 @@ def aw_layer(in_channels: int = 32, reduction: int = 16, **options) -> AWConv2d:
     return AWConv2d(in_channels, 64, 3, stride=(2, 1), padding=1, reduction=reduction, **options)
 
 
-@pytest.mark.parametrize("backend", marked(AW_BACKENDS))
+@pytest.mark.parametrize("backend", for_cpu(AW_BACKENDS))
 @pytest.mark.parametrize("batch", [1, 3])
 def test_aw_counts_as_on_the_meta_device(backend, batch):
     layer, x = randomised(aw_layer(), 0), torch.randn(batch, 32, 9, 9)
@@ -64,7 +59,7 @@ def test_aw_counts_as_on_the_meta_device(backend, batch):
         assert flops(layer, x) == expected
 
 
-@pytest.mark.parametrize("backend", marked(AW_BACKENDS))
+@pytest.mark.parametrize("backend", for_cpu(AW_BACKENDS))
 def test_aw_counts_the_backward_pass_of_plain_operations(backend):
     """One sample and one map: of a convolution in groups torch counts too much, the kernel's gradient as if dense."""
     channels = 2 * native.library.lanes if native.library else 32
@@ -74,7 +69,7 @@ def test_aw_counts_the_backward_pass_of_plain_operations(backend):
     assert flops(found, x, backward=True) == flops(expected, x, backward=True)
 
 
-@pytest.mark.parametrize("backend", marked(tuple(BACKENDS)))
+@pytest.mark.parametrize("backend", for_cpu(BACKENDS))
 def test_aw_counts_a_backward_pass_in_proportion_to_the_batch(backend):
     layer = randomised(aw_layer(), 0)
     layer.backend = backend
@@ -82,7 +77,7 @@ def test_aw_counts_a_backward_pass_in_proportion_to_the_batch(backend):
     assert three == 3 * one
 
 
-@pytest.mark.parametrize("backend", marked(tuple(BACKENDS)))
+@pytest.mark.parametrize("backend", for_cpu(BACKENDS))
 def test_aw_counts_only_the_gradients_that_are_made(backend):
     layer, x = randomised(aw_layer(), 0), torch.randn(2, 32, 9, 9)
     layer.backend = backend

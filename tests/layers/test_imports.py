@@ -1,5 +1,5 @@
-"""The layers' folders: aa and aw do not import each other, native imports neither, and compat is all that they share
-with the rest of the package."""
+"""The layers' folders: aa and aw do not import each other, native and triton import neither. Of the rest of the package
+they import compat only."""
 
 import ast
 from pathlib import Path
@@ -9,8 +9,11 @@ import pytest
 import augment_cli.layers
 
 LAYERS = Path(augment_cli.layers.__file__).parent
-MAY_IMPORT = {"aa": {"aa", "native", "dispatch", "leaf"}, "aw": {"aw", "native", "dispatch", "geometry", "leaf"}}
-MAY_IMPORT |= {"native": {"native", "geometry"}}
+MAY_IMPORT = {
+    "aa": {"aa", "native", "triton", "dispatch", "leaf"},
+    "aw": {"aw", "native", "triton", "dispatch", "geometry", "leaf"},
+}
+MAY_IMPORT |= {"native": {"native", "geometry"}, "triton": {"triton", "geometry"}}
 
 
 def imported(path: Path) -> set[str]:

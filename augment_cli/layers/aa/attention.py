@@ -16,8 +16,9 @@ from augment_cli.layers.aa.blocked import blocked_relative_attention
 from augment_cli.layers.aa.compiled import native_relative_attention
 from augment_cli.layers.aa.fused import fused_relative_attention
 from augment_cli.layers.aa.relative import relative_logits
+from augment_cli.layers.aa.tiled import takes_attention, triton_relative_attention
 
-Backend = Literal["auto", "reference", "blocked", "fused", "native"]
+Backend = Literal["auto", "reference", "blocked", "fused", "native", "triton"]
 
 # Fewest logits of a call, with gradients and without, for which blocks save more than they cost: measured on maps of
 # 7x7, 10x10 and 14x14 with one and two threads, on the machine of benchmarks/results/layers-1-thread.json.
@@ -46,13 +47,16 @@ BACKENDS: dict[str, Callable[..., Tensor]] = {
     "blocked": blocked_relative_attention,
     "fused": fused_relative_attention,
     "native": native_relative_attention,
+    "triton": triton_relative_attention,
 }
 
 
-def choose_backend(q: Tensor) -> Backend:
-    """The backend that "auto" takes for a query (N, heads, H, W, d). All backends compute the same function.
+def choose_backend(q: Tensor, v: Tensor) -> Backend:
+    """The backend that "auto" takes for q (N, heads, H, W, d) and v (N, heads, H, W, e). All compute the same function.
 
     - native: on a CPU, with compiled kernels and at most 32 bits; under torch.compile too, as one operator;
+    - triton: on CUDA, with Triton, at most 32 bits and 128 channels a head; under torch.compile too, as one operator.
+      (Chosen by arithmetic, not by measurements: docs/gpu.md.)
     - fused: under torch.compile and torch.export otherwise, which can follow it, and on CUDA;
     - blocked: on a CPU, from 2^18 logits on, or 2^16 where no gradients are wanted;
     - reference: few logits, the meta device, fake tensors, other devices, and inside transforms of torch.func, for
@@ -60,6 +64,8 @@ def choose_backend(q: Tensor) -> Backend:
     """
     if native.takes(q, dtypes=(torch.float32, torch.bfloat16, torch.float16)):
         return "native"
+    if takes_attention(q, v):
+        return "triton"
     if torch.compiler.is_compiling():
         return "fused"
     if type(q) is not Tensor or are_functorch_transforms_active():
@@ -79,7 +85,7 @@ def attention(
     Raises:
         ValueError: no such backend.
     """
-    chosen = choose_backend(q) if backend == "auto" else backend
+    chosen = choose_backend(q, v) if backend == "auto" else backend
     if chosen not in BACKENDS:
         raise ValueError(f"there is no backend {backend!r}: use 'auto', {', '.join(map(repr, BACKENDS))}")
     return BACKENDS[chosen](q, k, v, rel_height, rel_width)

@@ -50,16 +50,16 @@ def _channels_first(maps: Tensor) -> Tensor:
 Shape = tuple[int, ...]
 
 
-def _flops(q_shape: Shape, k_shape: Shape, v_shape: Shape, height_shape: Shape, width_shape: Shape, **_: Any) -> int:
+def flops(q_shape: Shape, k_shape: Shape, v_shape: Shape, height_shape: Shape, width_shape: Shape, **_: Any) -> int:
     """Products of queries with keys and with the tables' rows, and of weights with values."""
     batch, heads, d, positions = q_shape
     lines = (height_shape[0] + 1) // 2 + (width_shape[0] + 1) // 2
     return 2 * batch * heads * positions * (positions * (d + v_shape[2]) + lines * d)
 
 
-def _backward_flops(d_out_shape: Shape, *shapes: Shape, **_: Any) -> int:
+def backward_flops(d_out_shape: Shape, *shapes: Shape, **_: Any) -> int:
     """Twice the forward pass: each product has two in its derivative. Recomputed logits are not counted."""
-    return 2 * _flops(*shapes[:5])
+    return 2 * flops(*shapes[:5])
 
 
 def _gradient_results(d_out: Tensor, *inputs_and_results: Tensor) -> attention.Gradients:
@@ -71,7 +71,7 @@ _attention = operator(
     f"relative_attention({_TENSORS}) -> (Tensor, Tensor, Tensor)",
     attention.forward,
     attention.empty_results,
-    _flops,
+    flops,
     "CPU",
 )
 _attention_backward = operator(
@@ -79,7 +79,7 @@ _attention_backward = operator(
     "(Tensor, Tensor, Tensor, Tensor, Tensor)",
     attention.backward,
     _gradient_results,
-    _backward_flops,
+    backward_flops,
     "CPU",
 )
 

@@ -14,7 +14,7 @@ class FirstOrder(Function):
     """An attention backend with a backward pass of its own. It has no `torch.func.vmap` and no forward mode."""
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple, *inputs: Any) -> NoReturn:
+    def vmap(info: Any, in_dims: tuple, *inputs: Any) -> Any:
         raise RuntimeError(f"this attention backend has no rule for torch.func.vmap; {WAY_OUT}")
 
     @staticmethod

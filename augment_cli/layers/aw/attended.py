@@ -15,11 +15,14 @@ numbers of a kernel. With U_n for the unfolding of a sample, (H'W', C1 h w), the
   samples at once. Twice the multiply-adds, but no work of a kernel's size for a sample.
 - native: a compiled kernel, which multiplies K by its factors when it loads K, so that no K_n is ever formed. It takes
   about a plain convolution's time; float32 only, where there are kernels (`augment_cli.layers.native`).
+- triton: the same on NVIDIA GPUs, in float32, bfloat16 and float16 (`augment_cli.layers.triton`). It uses TF32 where
+  torch allows it in convolutions.
 
-The last four recompute in the backward pass what the forward pass formed, so what they hold beside inputs, results and
+The last five recompute in the backward pass what the forward pass formed, so what they hold beside inputs, results and
 gradients does not grow with the batch. It is at most: the kernels of a chunk, five times (chunked); a copy of K, two
 blocks of it, and a chunk's unfolding four times (unfolded); eight kernels and a chunk's unfolding five times (static);
-two copies of K, 4 MB or one sample's inputs and outputs, and about 1 MB for each thread (native). Second derivatives,
+two copies of K, 4 MB or one sample's inputs and outputs, and about 1 MB for each thread (native); a copy of K, and its
+gradient in float32 as often as it takes to fill the GPU (triton). Second derivatives,
 `torch.func.vmap` and forward mode use the grouped convolution, whose memory does grow.
 """
 
@@ -31,9 +34,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from augment_cli.layers import triton
 from augment_cli.layers.aw.backend import Backend, ConvBackend, Sums
 from augment_cli.layers.aw.chunked import KERNELS_BYTES, Chunked
 from augment_cli.layers.aw.compiled import Native
+from augment_cli.layers.aw.implicit import Triton
 from augment_cli.layers.aw.unfolded import Static, Unfolded
 from augment_cli.layers.dispatch import differentiate, operator
 from augment_cli.layers.geometry import Geometry
@@ -46,7 +51,9 @@ machine of benchmarks/results/layers-1-thread.json."""
 FEW_POSITIONS = 32
 """Largest number of output positions for which "static" is the fastest. Chosen like LEAST_BYTES."""
 
-BACKENDS: dict[str, type[ConvBackend]] = {backend.name: backend for backend in (Chunked, Unfolded, Static, Native)}
+BACKENDS: dict[str, type[ConvBackend]] = {
+    backend.name: backend for backend in (Chunked, Unfolded, Static, Native, Triton)
+}
 """All but "grouped", which is `per_sample.conv_of_each` of the layer's kernels."""
 
 
@@ -72,6 +79,8 @@ def attended_conv(
             f"there is no compiled kernel for a convolution of {x.dtype} on {x.device.type} from {kernel.shape[1]} to "
             f"{len(kernel)} channels with {len(mixing)} maps, or not under autocast or transforms: use 'chunked'"
         )
+    if backend == "triton" and (reason := triton.reason_against(x, kernel)):
+        raise ValueError(f"there are no Triton kernels for this convolution: {reason}; use 'grouped' or 'auto'")
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         x, scales = x.to(torch.get_autocast_dtype(device)), scales.to(kernel.dtype)
@@ -84,12 +93,15 @@ def attended_conv(
 
 
 def choose_backend(x: Tensor, kernel: Tensor, geometry: Geometry, groups: int) -> Backend:
-    """The backend that "auto" takes, by measurements on a CPU in float32. All backends compute the same function.
+    """The backend that "auto" takes. All backends compute the same function.
+
+    The rule is from measurements on a CPU in float32, and for CUDA from arithmetic: docs/gpu.md.
 
     `groups` is C1/r, the number of groups of input channels that have scales.
 
     - native: wherever the compiled kernel takes the case. (On 56x56 maps of up to 8 samples, and on one 28x28 map,
       "grouped" is faster by a tenth to a quarter; this rule ignores it.)
+    - triton: on CUDA, wherever its kernels take the case; under torch.compile too, as one operator.
     - grouped: under compilers and tracers, off the CPU, and for grouped kernels, where the others may not work; also
       where the kernels of all samples fit one chunk of "chunked", and for one sample without gradients.
     - chunked, unfolded, static: "chunked" rearranges kernels, of C2 C1 h w numbers, and the other two unfoldings, of
@@ -99,6 +111,8 @@ def choose_backend(x: Tensor, kernel: Tensor, geometry: Geometry, groups: int) -
     """
     if attended.takes_convolution(x, kernel, geometry, groups):
         return "native"
+    if geometry.groups == 1 and triton.takes(x, kernel):
+        return "triton"
     plain = type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu"
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or not plain or geometry.groups > 1:
         return "grouped"

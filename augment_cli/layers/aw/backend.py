@@ -9,7 +9,7 @@ from torch import Tensor
 from augment_cli.layers.aw.per_sample import conv_of_each
 from augment_cli.layers.geometry import Geometry
 
-Backend = Literal["auto", "grouped", "chunked", "unfolded", "static", "native"]
+Backend = Literal["auto", "grouped", "chunked", "unfolded", "static", "native", "triton"]
 
 Arranged = tuple[Tensor, Tensor, Tensor]
 """Kernel, mixing and scales in a backend's order of axes, in which mixing * scales[n] broadcasts to the kernel."""

@@ -199,7 +199,7 @@ def _product(a: Tensor, b: Tensor, more: Tensor | None = None) -> Tensor:
 
     Shapes: a (P, Q), b (R, Q), more (P, R); result (P, R).
     """
-    if linear_pointwise and a.dtype == torch.float32 and len(a) and torch.backends.mkldnn.enabled:
+    if linear_pointwise and a.is_cpu and a.dtype == torch.float32 and len(a) and torch.backends.mkldnn.enabled:
         if more is None:
             return linear_pointwise(a, b, None, "none", [], "")
         return linear_pointwise(a, more, b, None, "add")

@@ -16,9 +16,8 @@ from tests.layers import oracles
 from tests.layers.aw.test_conv import cases
 from tests.layers.helpers import assert_equal, assert_gradients, normal, peak_bytes, randomised, seeds
 
-FAST = tuple(
-    backend for backend in attended.BACKENDS if backend != "native"
-)  # which is for float32: native/test_attended.py
+# The two others are for at most 32 bits: native/test_attended.py, triton/test_attended.py.
+FAST = tuple(backend for backend in attended.BACKENDS if backend not in ("native", "triton"))
 each_backend = pytest.mark.parametrize("backend", FAST)
 drawn = partial(settings, derandomize=True, deadline=None)
 

@@ -127,8 +127,8 @@ def test_attention_trains_in_a_hundredth_of_the_memory():
 
 def test_the_rule_takes_the_kernel_for_attention():
     q = make_inputs(dtype=torch.float32)[0]
-    assert choose_backend(q) == choose_backend(q.bfloat16()) == "native"
-    assert choose_backend(q.double()) == choose_backend(q.to("meta")) == "reference"
+    assert choose_backend(q, q) == choose_backend(q.bfloat16(), q) == "native"
+    assert choose_backend(q.double(), q) == choose_backend(q.to("meta"), q) == "reference"
 
 
 def test_empty_batch():

@@ -1,0 +1,52 @@
+"""Triton's kernels compile for GPUs, with none here, and what they take of one fits every card from the A100 on."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.layers.helpers import needs_triton
+
+ROOT = Path(__file__).parents[3]
+CUOBJDUMP = Path("backends", "nvidia", "bin", "cuobjdump")
+
+
+def compiler_is_there() -> bool:
+    found = importlib.util.find_spec("triton")
+    return found is not None and (Path(found.origin).parent / CUOBJDUMP).exists()
+
+
+pytestmark = [needs_triton, pytest.mark.skipif(not compiler_is_there(), reason="this Triton has no compiler for CUDA")]
+
+SHARED = 99 * 1024
+"""Bytes of shared memory that a block may have on the smallest GPUs: compute capability 8.6 and 8.9."""
+SPILLED = 64
+"""Bytes a thread may keep in local memory: a few numbers of many, mostly addresses that the loops do not use."""
+
+
+@pytest.mark.parametrize(("precision", "archs"), [("fp32", {80}), ("bf16", {80, 90, 100})], ids=["fp32", "bf16"])
+def test_kernels_compile_and_keep_their_numbers_in_registers(precision, archs, tmp_path):
+    rows = tmp_path / "rows.json"
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path / "cache"), "TRITON_INTERPRET": "0"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, "benchmarks/kernels.py", "--quick", "--precision", precision, "--json", str(rows)]
+    command += ["--arch", *map(str, archs)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert not done.returncode, done.stderr
+    found = json.loads(rows.read_text())
+    assert {row["arch"] for row in found} == archs
+    assert {row["kernel"] for row in found} == {
+        "attention_forward",
+        "queries_backward",
+        "keys_backward",
+        "conv_forward",
+        "maps_backward",
+        "kernel_backward",
+    }
+    for row in found:
+        assert row["shared"] <= SHARED, row
+        assert row["spilled"] <= SPILLED, row
