@@ -293,7 +293,8 @@ def report(
         plan = measure_latency(plan, latency_settings(**settings), base)
     elif settings or base:
         raise InputError(f"{', '.join(settings) or 'base'}: for `latency=True`; add it, or leave them out")
-    return PrintedReport.of(plan, metadata)
+    path = None if isinstance(model, (Plan, nn.Module)) else Path(model)
+    return PrintedReport.of(plan, metadata, path)
 
 
 def _describe(model: Model, input_size: Size | None, args: dict[str, Any]) -> tuple[source.Source, nn.Module]:

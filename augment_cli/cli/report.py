@@ -46,7 +46,7 @@ def report(
         plan = _timed(plan, overrides, base, cached)
     elif overrides or base:
         raise InputError(f"--{'set' if overrides else 'base'} is for --latency: add it, or leave it out")
-    numbers = Report.of(plan, metadata)
+    numbers = Report.of(plan, metadata, path)
     writing.write(form, output, lambda: table(numbers, full=full), lambda name: FORMATS[name](numbers))
 
 

@@ -3,12 +3,10 @@
 import re
 from collections.abc import Iterator
 
-from augment_cli.operators import get_operator
-from augment_cli.reporting.folding import Line, fold
 from augment_cli.reporting.numbers import Report
 from augment_cli.reporting.provenance import TRUST_TERMS, fidelity
-from augment_cli.reporting.text import code, escape, markdown_table, totals_table
-from augment_cli.reporting.units import counted, describe_latency, error, percent, share, size, span
+from augment_cli.reporting.text import code, escape, sites_table, totals_table
+from augment_cli.reporting.units import counted, describe_latency, error, size
 
 _TAGGED = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)+")
 
@@ -31,7 +29,7 @@ def model_card(report: Report) -> str:
         *([f"Latency {describe_latency(report.timed)}."] if report.timed else []),
         "## What was replaced",
         "![The network: a band for each map size, a bar for each convolution, attention in colour](network.svg)",
-        _sites(report),
+        sites_table(report),
         "## What it follows",
         "\n".join(f"- {line}" for line in _follows(report)),
         "## Where it comes from",
@@ -114,28 +112,6 @@ def _warning(report: Report) -> Iterator[str]:
             "> **Fine-tune before use.** As converted, attention is untrained. It took the places of the least "
             "important filters; those that were kept are the source's, bit for bit."
         )
-
-
-def _sites(report: Report) -> str:
-    titles = ["Sites", "Becomes", "Parameters", "Multiply-adds"] + (["Kept"] if report.inheritance else [])
-    titles += ["Error"] if report.error is not None else []
-    return markdown_table(titles, (_row(line, report) for line in fold(report.sites)), left=2)
-
-
-def _row(line: Line, report: Report) -> list[str]:
-    number = f" ({len(line.sites)})" if len(line.sites) > 1 else ""
-    row = [code(line.name) + number, _becomes(line), percent(line.params.percent), percent(line.macs.percent)]
-    if report.inheritance:
-        records = [site.inheritance for site in line.sites if site.inheritance]
-        row.append(span((record.share for record in records), share) if records else "")
-    if report.error is not None:
-        errors = [site.error for site in line.sites if site.error is not None]
-        row.append(span(errors, error) if errors else "")
-    return row
-
-
-def _becomes(line: Line) -> str:
-    return get_operator(line.site.operator).describe(line.site.split)
 
 
 def _follows(report: Report) -> Iterator[str]:

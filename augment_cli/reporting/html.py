@@ -1,13 +1,14 @@
 """A report as one HTML file that needs nothing else: no scripts, fonts, images or network."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from shlex import quote
 
 from augment_cli.reporting.markup import DASH, TIMES, Markup, join, minus, tag
 from augment_cli.reporting.network import draw_network
 from augment_cli.reporting.numbers import Change, Limit, Report, SkippedGroup
 from augment_cli.reporting.provenance import TRUST_TERMS
-from augment_cli.reporting.sites_table import sites_table
+from augment_cli.reporting.sites_table import sites_tables
 from augment_cli.reporting.units import (
     amount,
     counted,
@@ -26,9 +27,8 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-
 
 def to_html(report: Report) -> str:
     """The report as a page, light or dark as the reader's system, for screens of any width and for paper."""
-    main = tag(
-        "main", _cards(report), _notice(report), _network(report), _totals(report), _sites(report), _skipped(report)
-    )
+    parts = (_notices, _cards, _network, _totals, _sites, _skipped, _commands)
+    main = tag("main", (part(report) for part in parts))
     return page(f"{report.model} with {report.recipe.name}", _header(report), main, _footer(report))
 
 
@@ -108,20 +108,24 @@ def _budget_card(report: Report) -> Markup:
     return _card("Budget left", minus(left), None, f"{name}, under {under}: {most}")
 
 
-def _notice(report: Report) -> Markup:
+def _notices(report: Report) -> Iterator[Markup]:
+    """What a reader must know before the first prediction."""
+    if report.weights and report.weights.startswith("random"):
+        yield tag("p", tag("b", "Not trained."), f" The source's weights are {report.weights}.", class_="notice")
     if report.exact:
         text = "As converted, every site computes exactly what its source does: nothing was given up."
-        return tag("p", text, class_="notice good")
-    if report.error is not None:
+        yield tag("p", text, class_="notice good")
+    elif report.error is not None:
         text = (
             " Attention was fitted to the filters that it replaces: error is its mean squared error over their variance"
         )
         text += f", {error(report.error)} on average on images held out of the fit."
-        return tag("p", tag("b", "Fitted."), text, class_="notice")
-    changed = sum(1 for site in report.sites if site.given_up)
-    where = f" at {changed} of {len(report.sites)} sites" if changed < len(report.sites) else ""
-    text = f" The attention that replaces filters{where} is untrained as converted."
-    return tag("p", tag("b", "Fine-tune before use."), text, class_="notice")
+        yield tag("p", tag("b", "Fitted."), text, class_="notice")
+    else:
+        changed = sum(1 for site in report.sites if site.given_up)
+        where = f" at {changed} of {len(report.sites)} sites" if changed < len(report.sites) else ""
+        text = f" The attention that replaces filters{where} is untrained as converted."
+        yield tag("p", tag("b", "Fine-tune before use."), text, class_="notice")
 
 
 def _network(report: Report) -> Markup:
@@ -131,8 +135,10 @@ def _network(report: Report) -> Markup:
     return tag("section", tag("h2", "Where in the network"), tag("p", note, class_="quiet"), picture)
 
 
+_TOTALS = ("Count", "Before", "After", "Change", "%", "Budget", "At most", "Left")
+
+
 def _totals(report: Report) -> Markup:
-    titles = ("Count", "Before", "After", "Change", "%", "Budget", "At most", "Left")
     rows: list[tuple[str, Change, Callable[[int], str], Callable[[int], str], Limit | None]] = [
         ("Parameters", report.params, "{:,}".format, "{:+,}".format, report.params_limit),
         ("Multiply-adds", report.macs, amount, signed_amount, report.macs_limit),
@@ -146,8 +152,9 @@ def _totals(report: Report) -> Markup:
     table = tag(
         "table",
         tag("caption", "Parameters, multiply-adds and FLOPs of the whole model"),
-        tag("thead", tag("tr", (tag("th", title, scope="col") for title in titles))),
+        tag("thead", tag("tr", (tag("th", title, scope="col") for title in _TOTALS))),
         tag("tbody", body),
+        class_="stack",
     )
     shape = f" {TIMES} ".join(map(str, report.input_size))
     note = f"Multiply-adds of one image of {shape}; FLOPs = 2 {TIMES} multiply-adds."
@@ -166,14 +173,18 @@ def _total(
     budget = ["", "", ""]
     if limit:
         budget = [limit.asked, *(DASH if number is None else show(number) for number in (limit.most, limit.left))]
+    cells: list[tuple[str, str | None]] = [
+        (show(change.before), None),
+        (show(change.after), "after"),
+        (show_signed(change.delta), None),
+        (percent(change.percent), change.direction),
+        *((text, None) for text in budget),
+    ]
+    labelled = zip(_TOTALS[1:], cells, strict=True)
     return tag(
         "tr",
         tag("th", title, scope="row"),
-        tag("td", show(change.before)),
-        tag("td", show(change.after), class_="after"),
-        tag("td", minus(show_signed(change.delta))),
-        tag("td", minus(percent(change.percent)), class_=change.direction),
-        (tag("td", minus(text)) for text in budget),
+        (tag("td", minus(text), class_=style, data_label=label) for label, (text, style) in labelled),
     )
 
 
@@ -190,13 +201,13 @@ def _sites(report: Report) -> Markup:
         "section",
         tag("h2", counted(len(report.sites), "site")),
         tag("p", legend, class_="quiet"),
-        scroll(sites_table(report), "Sites", tall=True),
+        sites_tables(report),
     )
 
 
-def scroll(table: Markup, label: str, tall: bool = False) -> Markup:
-    """A table that scrolls inside the page, by keyboard too."""
-    return tag("div", table, class_="scroll tall" if tall else "scroll", tabindex=0, role="region", aria_label=label)
+def scroll(table: Markup, label: str) -> Markup:
+    """A table that scrolls inside the page where it is too wide, by keyboard too."""
+    return tag("div", table, class_="scroll", tabindex=0, role="region", aria_label=label)
 
 
 def _skipped(report: Report) -> Markup | None:
@@ -214,6 +225,27 @@ def _reason(group: SkippedGroup) -> Markup:
         tag("summary", tag("b", len(group.names)), group.reason),
         tag("p", names, class_="names"),
     )
+
+
+def _commands(report: Report) -> Markup | None:
+    """Commands for this very file, to be given in the folder that holds it."""
+    if report.file is None:
+        return None
+    file, stem = quote(report.file), quote(Path(report.file).stem)
+    if report.source_sha256 is None:
+        listings = [[f"augment convert --plan {file} -o {stem}"]]
+    else:
+        base = "" if report.base == "timm" else ", base=make_source"
+        listings = [
+            [
+                f"augment finetune {file} --data FOLDER --epochs 30 -o {stem}-tuned",
+                f"augment export {file} -o {stem}.onnx",
+            ],
+            ["import augment_cli", f"model = augment_cli.load({report.file!r}{base})"],
+        ]
+    code = (tag("pre", (tag("code", line) for line in lines)) for lines in listings)
+    where = "In the folder that holds it, with augment-cli installed."
+    return tag("section", tag("h2", "Use ", tag("code", report.file)), tag("p", where, class_="quiet"), code)
 
 
 def _footer(report: Report) -> Markup:

@@ -5,6 +5,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Self
 
 from augment_cli.analysis.site import Size
@@ -144,7 +145,10 @@ class SkippedGroup:
 
 @dataclass(frozen=True)
 class Report:
-    """A plan's numbers and, with metadata, a converted model's. Without metadata the latter are None."""
+    """A plan's numbers and, with metadata, a converted model's. Without metadata the latter are None.
+
+    file: name of the file or folder that the report is of, without those that hold it.
+    """
 
     base: str
     model: str
@@ -165,10 +169,11 @@ class Report:
     fidelity: Fidelity | None = None
     marks: tuple[Mark, ...] = ()
     timed: PlanLatency | None = None
+    file: str | None = None
 
     @classmethod
-    def of(cls, plan: Plan, metadata: Metadata | None = None) -> Self:
-        """The report of a plan or, with metadata, of a converted model."""
+    def of(cls, plan: Plan, metadata: Metadata | None = None, path: Path | None = None) -> Self:
+        """The report of a plan or, with metadata, of a converted model, which `path` holds."""
         inherited = {record.name: record for record in metadata.inheritance} if metadata else {}
         params = Change(plan.params_before, plan.params_after)
         macs = Change(plan.macs_before, plan.macs_after)
@@ -193,6 +198,7 @@ class Report:
             versions=dict(metadata.versions) if metadata else {},
             fidelity=metadata.fidelity if metadata else None,
             marks=marks(plan),
+            file=path.resolve().name if path else None,
             timed=timed,
         )
 

@@ -70,7 +70,7 @@ def write_model(model: "nn.Module", metadata: Metadata, target: Path) -> None:
     if _is_file(target):
         write_file(target, lambda temporary: save_weights(model, metadata, temporary))
     else:
-        write_folder(target, lambda temporary: _fill(temporary, model, metadata))
+        write_folder(target, lambda temporary: _fill(temporary, model, metadata, target))
 
 
 def write_config(model: "nn.Module", input_size: tuple[int, int, int], folder: Path) -> None:
@@ -103,10 +103,10 @@ def _is_own(file: Path) -> bool:
     return file.name in FOLDER_FILES and not os.path.isdir(file)
 
 
-def _fill(folder: Path, model: "nn.Module", metadata: Metadata) -> None:
+def _fill(folder: Path, model: "nn.Module", metadata: Metadata, target: Path) -> None:
     from augment_cli.checkpoint.files import save_weights
 
-    report = Report.of(metadata.plan, metadata)
+    report = Report.of(metadata.plan, metadata, target)
     save_weights(model, metadata, folder / WEIGHTS)
     if metadata.plan.base == "timm":
         write_config(model, metadata.plan.input_size, folder)

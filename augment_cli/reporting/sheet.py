@@ -4,7 +4,7 @@ import csv
 import io
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,17 +54,19 @@ class Sheet:
         return "\n\n".join(filter(None, (f"## {escape(self.title)}", table, escape(self.note))))
 
     def to_html(self) -> Markup:
-        def cells(row: Iterable[str], cell: Callable[[str, str | None], Markup]) -> list[Markup]:
-            styles = ("left" if column.is_text else None for column in self.columns)
-            return [cell(text, style) for text, style in zip(row, styles, strict=True)]
+        def row_of(texts: tuple[str, ...]) -> Iterator[Markup]:
+            for column, text in zip(self.columns, texts, strict=True):
+                shown, style = (text, "left") if column.is_text else (minus(text), None)
+                yield tag("td", shown, class_=style, data_label=column.title.strip())
 
-        titles = cells((c.title for c in self.columns), lambda text, style: tag("th", text, scope="col", class_=style))
-        body = (
-            tag("tr", *cells(row, lambda text, style: tag("td", minus(text) if style is None else text, class_=style)))
-            for row in self.rows
-        )
+        titles = (tag("th", c.title, scope="col", class_="left" if c.is_text else None) for c in self.columns)
+        body = (tag("tr", row_of(row)) for row in self.rows)
         table = tag(
-            "table", tag("caption", self.title), tag("thead", tag("tr", titles)), tag("tbody", body), class_="sheet"
+            "table",
+            tag("caption", self.title),
+            tag("thead", tag("tr", titles)),
+            tag("tbody", body),
+            class_="sheet stack",
         )
         note = tag("p", self.note, class_="quiet") if self.note else None
         return tag("section", tag("h2", self.title), note, scroll(table, self.title))

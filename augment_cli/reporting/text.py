@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
-from augment_cli.reporting.folding import fold_names
+from augment_cli.operators import get_operator
+from augment_cli.reporting.folding import Line, fold, fold_names
 from augment_cli.reporting.numbers import Change, Limit, Report, SiteRow
 from augment_cli.reporting.provenance import fidelity
 from augment_cli.reporting.units import (
@@ -18,12 +19,12 @@ from augment_cli.reporting.units import (
     describe_latency,
     duration,
     error,
-    kernel,
     percent,
     share,
     signed_amount,
     signed_duration,
     size,
+    span,
 )
 from augment_cli.terminal import plain
 
@@ -140,7 +141,7 @@ def cell(text: str) -> str:
 
 
 def to_markdown(report: Report) -> str:
-    """Totals, every site, and the convolutions that stay, by reason."""
+    """Totals, the sites, and the convolutions that stay, by reason. Numbers in full are in JSON and CSV."""
     skipped = sum(len(group.names) for group in report.skipped)
     parts = [
         f"# {code(report.model)} with recipe {code(report.recipe.name)}",
@@ -151,7 +152,7 @@ def to_markdown(report: Report) -> str:
         *([f"Latency {describe_latency(report.timed)}."] if report.timed else []),
         *([fidelity(report.fidelity)] if report.fidelity else []),
         f"## {counted(len(report.sites), 'site')}",
-        _sites_table(report),
+        sites_table(report),
     ]
     if skipped:
         parts += [f"## {counted(skipped, 'convolution stays as it is', 'convolutions stay as they are')}"]
@@ -188,28 +189,25 @@ def _markdown_limit(limit: Limit) -> tuple[str, str]:
     return limit.asked, "" if limit.left is None else f"{limit.left:,}"
 
 
-def _sites_table(report: Report) -> str:
-    titles = ["Site", "Operator", "In", "Out", "Kernel", "Map", *report.columns]
-    titles += ["Parameters before", "Parameters after", "%", "Multiply-adds before", "Multiply-adds after", "%"]
-    titles += ["Time before", "Time after", "%"] if report.timed else []
-    inherited = bool(report.inheritance)
-    titles += ["Inherited", "Filters", "Importance", "Error"] if inherited else []
-    return markdown_table(titles, (_markdown_row(site, report.columns, inherited) for site in report.sites), left=2)
+def sites_table(report: Report) -> str:
+    """A row for equal sites: what they become, the changes of their counts, and what was kept of the source."""
+    titles = ["Sites", "Becomes", "Parameters", "Multiply-adds", *(["Time"] if report.sites_latency else [])]
+    titles += (["Kept"] if report.inheritance else []) + (["Error"] if report.error is not None else [])
+    return markdown_table(titles, (_row(line, report) for line in fold(report.sites)), left=2)
 
 
-def _markdown_row(site: SiteRow, columns: tuple[str, ...], inherited: bool) -> list[str]:
-    row = [code(site.name), site.operator, str(site.in_channels), str(site.out_channels)]
-    row += [kernel(site.kernel_size, site.stride), size(site.resolution)]
-    row += [site.columns.get(title, "-") for title in columns]
-    row += [f"{site.params.before:,}", f"{site.params.after:,}", percent(site.params.percent)]
-    row += [amount(site.macs.before), amount(site.macs.after), percent(site.macs.percent)]
-    if site.latency:
-        row += [duration(site.latency.before), duration(site.latency.after), percent(site.latency.percent)]
-    if inherited:
-        record = site.inheritance
-        kept = f"{record.kept} of {record.kept + record.given_up}" if record else ""
-        row += [record.kind, kept, share(record.share)] if record else ["", "", ""]
-        row += ["-" if site.error is None else error(site.error)]
+def _row(line: Line, report: Report) -> list[str]:
+    number = f" ({len(line.sites)})" if len(line.sites) > 1 else ""
+    becomes = get_operator(line.site.operator).describe(line.site.split)
+    row = [code(line.name) + number, becomes, percent(line.params.percent), percent(line.macs.percent)]
+    if report.sites_latency:
+        row.append(percent(line.latency.percent) if line.latency else "")
+    if report.inheritance:
+        records = [site.inheritance for site in line.sites if site.inheritance]
+        row.append(span((record.share for record in records), share) if records else "")
+    if report.error is not None:
+        errors = [site.error for site in line.sites if site.error is not None]
+        row.append(span(errors, error) if errors else "")
     return row
 
 

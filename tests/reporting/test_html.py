@@ -94,7 +94,7 @@ def test_charts_and_tables_are_described(report: Report):
 
 
 def test_rows_are_as_wide_as_the_head(report: Report):
-    table = to_html(report).partition('<table class="sites">')[2].partition("</table>")[0]
+    table = to_html(report).partition('<table class="sites stack">')[2].partition("</table>")[0]
     titles = sum(int(span) for span in re.findall(r'colspan="(\d+)"', table)) + 1
     for row in re.findall(r"<tr>(.*?)</tr>", table)[2:]:
         assert len(re.findall(r"<t[hd][ >]", row)) == titles
