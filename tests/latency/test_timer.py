@@ -135,6 +135,14 @@ def test_what_happened_to_be_short_is_measured_again_before_it_is_believed(monke
     assert sum(found) / len(found) < 0.104
 
 
+def test_when_the_time_is_out_it_chooses_among_what_was_measured(timer_of, bench, monkeypatch):
+    now = iter(range(0, 10**6, 1000))
+    monkeypatch.setattr(latency.time, "monotonic", lambda: next(now))
+    plan = planned(timer_of(), "budget.latency=+7%")
+    assert bench.change(plan.sites) <= 0.07 * bench.total * (1 + 1e-6)
+    assert len(bench.timed) <= latency._PROBES + 1
+
+
 def test_a_free_budget_measures_the_plan_as_it_is(timer_of, bench):
     plan = planned(timer_of())
     assert plan.sites == plan_of(MODEL, "aa", "budget.params=free").sites
