@@ -1,6 +1,6 @@
 """Divergence along a frontier, predicted beside measured: do plans that are said to change a model less do so?
 
-    python benchmarks/frontier.py [--epochs 6] [--images 512] [--points 7]
+    python benchmarks/frontier.py [--images 512] [--points 7]
 
 Sources are trained here for a minute or two on tasks of benchmarks/tasks.py. Each site's divergence is measured alone,
 as `augment plan --sensitivity` does. Every plan of the frontier is fitted, as `augment convert --init fit` does, and
@@ -33,8 +33,8 @@ from augment_cli.surgery.sensitivity import measure_sensitivity
 
 MEAN, STD = (0.4,) * 3, (0.3,) * 3  # those of benchmarks/inherit.py, whose training is used
 CASES = {
-    "test_resnet, recall": ("test_resnet", {}, "recall"),
-    "resnet10t, digits": ("resnet10t", {"channels": [32, 64, 128, 256]}, "digits"),
+    "test_resnet, recall": ("test_resnet", {}, "recall", 18),
+    "resnet10t, digits": ("resnet10t", {"channels": [32, 64, 128, 256]}, "digits", 6),
 }
 TRAINING, TEST = 6000, 1000
 
@@ -57,12 +57,12 @@ def trained(described: source.Source, task: str, classes: list[str], epochs: int
 
 
 def run(case: str, options: argparse.Namespace) -> dict:
-    name, args, task = CASES[case]
+    name, args, task, epochs = CASES[case]
     test, labels = drawn(task, "validation", TEST)
     classes = sorted(set(labels))
     described, meta = source.describe(name, args | {"num_classes": len(classes)}, (SIDE, SIDE))
     graph = analyze(meta, described.input_size)
-    state = trained(described, task, classes, options.epochs)
+    state = trained(described, task, classes, epochs)
     reference = log_probabilities(loaded(described, state), test)
     right = (reference.argmax(1) == torch.tensor([classes.index(label) for label in labels])).double().mean()
     print(f"{case}: accuracy {float(right):.1%}", flush=True)
@@ -107,7 +107,6 @@ def divergence(described, state, graph: ModelGraph, plan, calibration, test: Ten
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--images", type=int, default=512)
     parser.add_argument("--points", type=int, default=7)
     options = parser.parse_args()

@@ -1,10 +1,10 @@
 """Predicted latency beside measured, over families of models, and beside sites that were timed alone.
 
-    python benchmarks/latency.py [--models resnet18 ...] [--threads 1] [--seconds 60]
+    python benchmarks/latency.py [--models resnet18 ...] [--threads 1] [--seconds 40]
 
-Each model is planned for +10% (augment plan --set budget.latency=+10%), and its plan run as a whole beside the source.
-The prediction is the sum of the sites' times within the model. `alone` is what the same sum would be of sites that are
-timed outside it, each in a loop on its own input. Quote the ratios.
+Each model is planned for +10% (augment plan --set budget.latency=+10%), and without that budget; both plans are run as
+wholes beside the source. The prediction is the sum of the sites' times within the model. `alone` is what the same sum
+would be of sites that are timed outside it, each in a loop on its own input. Quote the ratios.
 """
 
 import argparse
@@ -46,32 +46,43 @@ CASES = {
 
 def run(name: str, options: argparse.Namespace) -> dict:
     recipe_name, overrides = CASES[name]
-    asked = (f"budget.latency={options.budget}", f"latency.threads={options.threads}")
-    recipe = load_recipe(recipe_name, (*overrides, *asked, f"latency.seconds={options.seconds}"))
+    settings = (f"latency.threads={options.threads}", f"latency.seconds={options.seconds}")
+    recipe = load_recipe(recipe_name, (*overrides, *settings))
+    within = load_recipe(recipe_name, (*overrides, *settings, f"budget.latency={options.budget}"))
     described, meta = source.describe(name.split()[0])
     graph = analyze(meta, described.input_size)
-    start = time.perf_counter()
     timer = Timer(described, graph, recipe.latency, lambda: source.create(described), cached=False)
+    start = time.perf_counter()
+    budgeted, _ = plan_within(described, graph, within, timer)
+    seconds = round(time.perf_counter() - start, 1)
     plan, _ = plan_within(described, graph, recipe, timer)
+    row = {
+        "case": name,
+        "settings": timer.settings.describe(),
+        "milliseconds": round(timer.times().source / 1e6, 2),
+        "seconds": seconds,
+        "within": beside(budgeted),
+        "recipe": beside(plan),
+    }
+    if recipe.latency.mode == "inference":
+        alone = 1 + alone_change(described, plan, recipe, graph.input_size) / timer.times().source
+        row["alone"] = {"predicted": round(alone, 4), "off": round(alone / row["recipe"]["measured"]["median"] - 1, 4)}
+    return row
+
+
+def beside(plan: Plan) -> dict:
+    """A plan's time as a share of its source's: predicted, measured, and the one over the other, less one."""
     latency = plan.latency
     assert latency is not None
     assert latency.measured is not None
     measured = latency.measured.ratio
-    row = {
-        "case": name,
-        "settings": latency.settings.describe(),
-        "milliseconds": round(latency.source / 1e6, 2),
+    return {
         "sites": len(plan.sites),
         "predicted": round(latency.predicted_ratio, 4),
         "standard_error": round(latency.error / latency.source, 4),
         "measured": {key: round(value, 4) for key, value in measured.model_dump().items()},
         "off": round(latency.predicted_ratio / measured.median - 1, 4),
-        "seconds": round(time.perf_counter() - start, 1),
     }
-    if recipe.latency.mode == "inference":
-        alone = 1 + alone_change(described, plan, recipe, graph.input_size) / latency.source
-        row |= {"alone": round(alone, 4), "alone_off": round(alone / measured.median - 1, 4)}
-    return row
 
 
 @torch.inference_mode()
@@ -106,14 +117,15 @@ def nanoseconds_more(one: nn.Module, other: nn.Module, x: torch.Tensor, rounds: 
 
 
 def show(row: dict) -> None:
-    changes = {key: f"{row[key] - 1:+.1%}" for key in ("predicted", "alone") if key in row}
-    low, median, high = (f"{row['measured'][key] - 1:+.1%}" for key in ("low", "median", "high"))
-    alone = f"  alone {changes['alone']}, off {row['alone_off']:+.1%}" if "alone" in changes else ""
-    print(
-        f"{row['case']:24s} {row['milliseconds']:7.1f} ms  {row['sites']:2d} sites  predicted {changes['predicted']}  "
-        f"measured {median} ({low} to {high})  off {row['off']:+.1%}{alone}",
-        flush=True,
-    )
+    parts = [f"{row['case']:22s} {row['milliseconds']:7.1f} ms {row['seconds']:5.0f} s"]
+    for key in ("within", "recipe"):
+        found = row[key]
+        low, median, high = (f"{found['measured'][name] - 1:+.1%}" for name in ("low", "median", "high"))
+        parts.append(f"{found['sites']:2d} sites {found['predicted'] - 1:+.1%} is {median} ({low} to {high})")
+        parts.append(f"off {found['off']:+.1%}")
+    if "alone" in row:
+        parts.append(f"alone {row['alone']['predicted'] - 1:+.1%} off {row['alone']['off']:+.1%}")
+    print("  ".join(parts), flush=True)
 
 
 def main() -> None:
@@ -121,7 +133,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--budget", default="+10%")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--seconds", type=float, default=40)
     parser.add_argument("--no-write", action="store_true", help="print only")
     options = parser.parse_args()
     rows = []

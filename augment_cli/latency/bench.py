@@ -26,9 +26,8 @@ from augment_cli.surgery.replace import apply_sites
 
 _PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
-# A quartile of fewer rounds says little, and more of them than this hardly more.
-FEWEST_ROUNDS, MOST_ROUNDS = 5, 60
-_WARM_UP = 2
+# A median of fewer rounds says nothing, and of more than this hardly more. They may take longer than was asked for.
+FEWEST_ROUNDS, MOST_ROUNDS = 3, 60
 
 Variant = Sequence[SitePlan]
 """The sites that a variant replaces."""
@@ -99,17 +98,15 @@ class ModelBench:
 
     def _rounds(self, what: str, runs: Sequence[tuple[nn.Module, Take]], seconds: float) -> list[list[Pass]]:
         with threads(self.settings.threads), seeded("latency"), boundary(self.settings.describe()):
+            self._round(runs)  # a warm-up, in which kernels may be compiled: it is not in the time
+            found: list[list[Pass]] = []
             start = time.monotonic()
-            for _ in range(_WARM_UP):
-                self._round(runs)
-            left = seconds - (time.monotonic() - start)
-            rounds = round(left * _WARM_UP / max(seconds - left, 1e-9))
-            count = min(max(rounds, FEWEST_ROUNDS), MOST_ROUNDS)
-            found = []
-            for i in range(count):
-                if self.progress:
-                    self.progress(what, i, count)
-                found.append(self._round(runs[:: -1 if i % 2 else 1])[:: -1 if i % 2 else 1])
+            while len(found) < FEWEST_ROUNDS or (len(found) < MOST_ROUNDS and time.monotonic() - start < seconds):
+                if self.progress and found:
+                    rounds = round(len(found) * seconds / (time.monotonic() - start))
+                    self.progress(what, len(found), min(max(rounds, FEWEST_ROUNDS), MOST_ROUNDS))
+                step = -1 if len(found) % 2 else 1
+                found.append(self._round(runs[::step])[::step])
         return found
 
     def _round(self, runs: Sequence[tuple[nn.Module, Take]]) -> list[Pass]:

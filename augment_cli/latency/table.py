@@ -79,34 +79,26 @@ class Table(_Kept):
         """Take in rounds of `Bench.time_sites`: of the source with `sites`, and of variants."""
         total = _typical([passes[0].total for passes in rounds]).value
         self.source = self.source or total
-        shapes: dict[str, list[str]] = {}
+        by_shape: dict[str, list[Time]] = {}
         for name, site in sites.items():
-            shapes.setdefault(shape_of(site), []).append(name)
-        for shape, names in shapes.items():
-            if shape not in self.before:
-                mean = _mean([_typical([passes[0].sites.get(name, 0.0) for passes in rounds]) for name in names])
-                self.before[shape] = _Entry(value=mean.value / total, error=mean.error / total)
-        changes: dict[tuple[str, str, Split], list[Time]] = {}
-        for i, variant in enumerate(variants, 1):
-            for planned in variant:
-                name = planned.name
-                each = [passes[i].sites.get(name, 0.0) - passes[0].sites.get(name, 0.0) for passes in rounds]
-                key = shape_of(sites[name]), planned.operator, planned.split
-                changes.setdefault(key, []).append(_typical(each))
-        for (shape, operator, split), found in changes.items():
-            mean = _mean(found)
+            of_source = _typical([passes[0].sites.get(name, 0.0) for passes in rounds])
+            by_shape.setdefault(shape_of(site), []).append(of_source)
+        for shape, times in by_shape.items():
+            mean = _mean(times)
+            self.before.setdefault(shape, _Entry(value=mean.value / total, error=mean.error / total))
+        for (shape, operator, split), times in _changes(sites, variants, rounds).items():
+            mean = _mean(times)
             value = max(self.before[shape].value + mean.value / total, 1e-9)
-            samples = len(found) * len(rounds)
-            entry = _Entry(
-                operator=operator, split=asdict(split), value=value, error=mean.error / total, samples=samples
-            )
-            entries = self.splits.setdefault(shape, [])
-            same = (i for i, e in enumerate(entries) if (e.operator, e.split) == (entry.operator, entry.split))
-            place = next(same, None)
-            if place is None:
-                entries.append(entry)
-            else:
-                entries[place] = entries[place].merged(entry)
+            entry = _Entry(operator=operator, split=asdict(split), value=value, error=mean.error / total)
+            self._add(shape, entry.model_copy(update={"samples": len(times) * len(rounds)}))
+
+    def _add(self, shape: str, entry: _Entry) -> None:
+        entries = self.splits.setdefault(shape, [])
+        for i, known in enumerate(entries):
+            if (known.operator, known.split) == (entry.operator, entry.split):
+                entries[i] = known.merged(entry)
+                return
+        entries.append(entry)
 
     def add_wholes(self, variants: Sequence[Variant], rounds: Sequence[Sequence[Pass]]) -> None:
         """Take in rounds of `Bench.time_models`."""
@@ -133,6 +125,20 @@ class Table(_Kept):
             splits.setdefault(entry.operator, {})[split] = Time(entry.value * source, entry.error * source)
         before = self.before[shape]
         return SiteTimes(Time(before.value * source, before.error * source), splits)
+
+
+def _changes(
+    sites: Mapping[str, ConvSite], variants: Sequence[Variant], rounds: Sequence[Sequence[Pass]]
+) -> dict[tuple[str, str, Split], list[Time]]:
+    """By shape, operator and split: how many nanoseconds longer than the source's each site of the variants took."""
+    found: dict[tuple[str, str, Split], list[Time]] = {}
+    for i, variant in enumerate(variants, 1):
+        for planned in variant:
+            name = planned.name
+            each = [passes[i].sites.get(name, 0.0) - passes[0].sites.get(name, 0.0) for passes in rounds]
+            key = shape_of(sites[name]), planned.operator, planned.split
+            found.setdefault(key, []).append(_typical(each))
+    return found
 
 
 def _typical(values: Sequence[float]) -> Time:

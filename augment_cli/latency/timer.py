@@ -6,6 +6,7 @@ whole beside its source: two numbers that know nothing of each other.
 """
 
 import hashlib
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
@@ -134,9 +135,12 @@ class Timer:
         """
         asked = hashlib.sha256(repr((recipe.digest(), question)).encode()).hexdigest()
         if asked not in self.table.settled:
+            end = time.monotonic() + (1 - _SHARES["wholes"]) * self.settings.seconds
             self.probe(recipe)
             done: set[str] = set()
-            for _ in range(_TURNS):
+            for turn in range(_TURNS):
+                if turn and time.monotonic() > end:
+                    break
                 plans = plans_of(choose(self.times()))
                 new = {splits_digest(plan.sites): plan.sites for plan in plans}
                 if new.keys() <= done:

@@ -27,7 +27,7 @@ def planned(in_tmp, monkeypatch):
 def test_a_plan_has_its_latency_and_what_shows_plans_shows_it(planned, in_tmp):
     latency = planned["latency"]
     assert latency["predicted"] <= 1.4 * latency["source"] + 1
-    assert latency["measured"]["rounds"] >= 5
+    assert latency["measured"]["rounds"] >= 3
     assert latency["settings"]["threads"] == 1
     assert {site["name"] for site in latency["sites"]} == {site["name"] for site in planned["sites"]}
     for form in ("table", "markdown", "html"):

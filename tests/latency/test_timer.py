@@ -8,14 +8,15 @@ import pytest
 from augment_cli.analysis.facts import Source
 from augment_cli.errors import AugmentError, BudgetError
 from augment_cli.latency import timer as latency
-from augment_cli.latency.timer import frontier_within, plan_within
+from augment_cli.latency.timer import Timer, frontier_within, plan_within
 from augment_cli.operators import get_operator
 from augment_cli.planning.frontier import count
+from augment_cli.planning.latency import LatencySettings
 from augment_cli.planning.plan import check_budget, parse_plan, with_latency
 from augment_cli.planning.recipe import load_recipe
 from augment_cli.planning.selection import select
 from tests.conftest import graph_of, plan_of
-from tests.latency.conftest import MODEL
+from tests.latency.conftest import MODEL, FormulaBench
 
 GRAPH = graph_of(MODEL)
 SOURCE = Source(MODEL, {}, GRAPH.input_size)
@@ -118,13 +119,28 @@ def test_an_operator_without_a_distance_leaves_no_site_as_it_is(timer_of, monkey
     assert len(plan.sites) == len(plan_of(MODEL, "aa").sites)
 
 
-def test_what_happened_to_be_short_is_measured_again_before_it_is_believed(timer_of, bench, monkeypatch):
-    """Times with errors: the plan holds its budget by the true times to within what averaging leaves."""
-    rng, true = random.Random(0), bench.after
-    monkeypatch.setattr(bench, "after", lambda planned: true(planned) * rng.gauss(1, 0.05))
-    plan = planned(timer_of(), "budget.latency=+10%")
-    monkeypatch.setattr(bench, "after", true)
-    assert bench.change(plan.sites) / bench.total < 0.115
+def test_what_happened_to_be_short_is_measured_again_before_it_is_believed(monkeypatch):
+    """Times with errors of 5%: by the true ones, plans exceed the budget of 10% by little."""
+    found = []
+    for seed in range(3):
+        bench, drawn = FormulaBench(), random.Random(seed)
+        true = bench.after
+        monkeypatch.setattr(
+            bench, "after", lambda planned, true=true, drawn=drawn: true(planned) * drawn.gauss(1, 0.05)
+        )
+        timer = Timer(SOURCE, GRAPH, LatencySettings(), lambda: None, cached=False, bench=bench)
+        plan = planned(timer, "budget.latency=+10%")
+        monkeypatch.setattr(bench, "after", true)
+        found.append(bench.change(plan.sites) / bench.total)
+    assert sum(found) / len(found) < 0.104
+
+
+def test_when_the_time_is_out_it_chooses_among_what_was_measured(timer_of, bench, monkeypatch):
+    now = iter(range(0, 10**6, 1000))
+    monkeypatch.setattr(latency.time, "monotonic", lambda: next(now))
+    plan = planned(timer_of(), "budget.latency=+7%")
+    assert bench.change(plan.sites) <= 0.07 * bench.total * (1 + 1e-6)
+    assert len(bench.timed) <= latency._PROBES + 1
 
 
 def test_a_free_budget_measures_the_plan_as_it_is(timer_of, bench):
