@@ -18,6 +18,8 @@ from typer.testing import CliRunner
 from augment_cli.cli import app
 from augment_cli.training.settings import Settings
 
+collect_ignore = ["timm_scripts"]  # they run as they are imported
+
 CLASSES = ("blue", "green", "red")
 
 
