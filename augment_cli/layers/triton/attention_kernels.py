@@ -85,7 +85,9 @@ def _by_offset(d_lines, of_query, Q: tl.constexpr, K: tl.constexpr, P: tl.conste
     """Derivative of `_by_line`. Shapes: d_lines (T, K) to (T, P)."""
     line = tl.arange(0, P)[None, :] + of_query[:, None] - (Q - 1)
     inside = (line >= 0) & (line < K)
-    return tl.where(inside, tl.gather(d_lines, tl.where(inside, line, 0), axis=1), 0.0)
+    T: tl.constexpr = d_lines.shape[0]
+    repeated = tl.reshape(tl.broadcast_to(d_lines[:, None, :], (T, P // K, K)), (T, P))  # some compilers want one shape
+    return tl.where(inside, tl.gather(repeated, tl.where(inside, line, 0), axis=1), 0.0)
 
 
 @triton.jit
