@@ -1,6 +1,7 @@
 """Call the Triton kernels of AA's attention, `attention_kernels.py`. Importing this imports Triton."""
 
 import math
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -30,11 +31,17 @@ class Tile(NamedTuple):
     x: int
 
 
+@cache
 def tile_for(positions: int, height: int, width: int) -> Tile:
-    """The tile of so many positions, a power of two, that covers the map with the fewest; square ones first."""
+    """The tile of so many positions, a power of two, that covers the map with the fewest; square ones first.
+
+    A side is at most four times the other. Each pair of tiles is compiled once, which takes seconds: maps of many sizes,
+    as in detection, shall not need many.
+    """
     sides = [1 << i for i in range(positions.bit_length())]
     tiles = sorted((Tile(y, positions // y) for y in sides), key=lambda t: abs(math.log2(t.x / t.y)))
-    return min(tiles, key=lambda t: -(-height // t.y) * -(-width // t.x))
+    near_square = [t for t in tiles if max(t) <= 4 * min(t)]
+    return min(near_square, key=lambda t: -(-height // t.y) * -(-width // t.x))
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, rel_height: Tensor, rel_width: Tensor) -> Results:
@@ -127,7 +134,9 @@ class _Call:
         constants |= {"Q": self.options[f"Q{axis}"], "K": self.options[f"K{axis}"], "TILES": padded(queries, 1)}
         with on_device_of(sums):
             kernel = kernels.table_backward[(len(d_table),)]
-            kernel(sums, d_table, *sums.stride()[:2], size, queries, keys, **constants, num_warps=1)
+            kernel(
+                sums, d_table, *sums.stride()[:2], size, queries, keys, **constants, num_warps=1, enable_fp_fusion=True
+            )
 
 
 def kernel_options(dtype: torch.dtype, d: int, e: int, height: int, width: int) -> dict[str, Any]:
