@@ -35,8 +35,8 @@ class Tile(NamedTuple):
 def tile_for(positions: int, height: int, width: int) -> Tile:
     """The tile of so many positions, a power of two, that covers the map with the fewest; square ones first.
 
-    A side is at most four times the other. Each pair of tiles is compiled once, which takes seconds: maps of many sizes,
-    as in detection, shall not need many.
+    A side is at most four times the other: kernels are compiled for each shape of tiles, which takes seconds, and maps
+    of many sizes, as in detection, shall not need many.
     """
     sides = [1 << i for i in range(positions.bit_length())]
     tiles = sorted((Tile(y, positions // y) for y in sides), key=lambda t: abs(math.log2(t.x / t.y)))
