@@ -1,6 +1,7 @@
 """The two convolutions of this project, as torch modules. They know nothing of timm, graphs or recipes.
 
-`aa` and `aw` hold one operator each, and import nothing of each other; both call the compiled kernels in `native`.
+`aa` and `aw` hold one operator each, and import nothing of each other; both call the kernels in `native`, for CPUs, and
+`triton`, for GPUs.
 """
 
 from augment_cli.layers.aa.conv import AAConv2d

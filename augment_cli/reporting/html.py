@@ -1,5 +1,6 @@
 """A report as one HTML file that needs nothing else: no scripts, fonts, images or network."""
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from shlex import quote
@@ -231,18 +232,16 @@ def _commands(report: Report) -> Markup | None:
     """Commands for this very file, to be given in the folder that holds it."""
     if report.file is None:
         return None
-    file, stem = quote(report.file), quote(Path(report.file).stem)
+    names = {"FILE": quote(report.file), "NAME": quote(Path(report.file).stem)}
     if report.source_sha256 is None:
-        listings = [[f"augment convert --plan {file} -o {stem}"]]
+        listings = [["augment convert --plan FILE -o NAME"]]
     else:
         base = "" if report.base == "timm" else ", base=make_source"
         listings = [
-            [
-                f"augment finetune {file} --data FOLDER --epochs 30 -o {stem}-tuned",
-                f"augment export {file} -o {stem}.onnx",
-            ],
+            ["augment finetune FILE --data FOLDER --epochs 30 -o NAME-tuned", "augment export FILE -o NAME.onnx"],
             ["import augment_cli", f"model = augment_cli.load({report.file!r}{base})"],
         ]
+    listings[0] = [re.sub("FILE|NAME", lambda word: names[word.group()], line) for line in listings[0]]
     code = (tag("pre", (tag("code", line) for line in lines)) for lines in listings)
     where = "In the folder that holds it, with augment-cli installed."
     return tag("section", tag("h2", "Use ", tag("code", report.file)), tag("p", where, class_="quiet"), code)

@@ -46,10 +46,10 @@ def test_every_view_shows_the_errors_and_the_agreement(fitted: Report):
     assert "untrained" not in card
     html = to_html(fitted)
     assert "98.5%" in html
-    assert "0.150" in html
+    assert "0.050\N{EN DASH}0.300" in html
     assert "untrained" not in html
     markdown = to_markdown(fitted)
-    assert "| fitted | 120 of 128 | 90.0% | 0.050 |" in markdown
+    assert "| 0.050-0.300 |" in markdown
     assert SENTENCE in markdown
 
 

@@ -1,9 +1,11 @@
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
 
 from augment_cli.reporting import Report
+from augment_cli.reporting.folding import fold
 from augment_cli.reporting.html import to_html
 from augment_cli.reporting.markup import Markup, tag
 from tests.reporting.conftest import attended, metadata, plan, site
@@ -55,9 +57,25 @@ def test_tags_balance_for_one_site_without_a_header():
 
 
 def test_every_site_has_a_row(report: Report):
-    page = Page(to_html(report))
-    rows = [text for text in page.texts["code"] if text.startswith(("layer3", "layer4")) and text.endswith("conv2")]
-    assert rows == [entry.name for entry in report.sites]
+    rows = re.findall(r'<th scope="row"><code>(.*?)</code>', to_html(report))
+    assert rows == [line.name for line in fold(report.sites)]
+
+
+def test_many_rows_fold_by_block(report: Report):
+    many = [replace(report.sites[0], name=f"layer{i % 2}.{i}.conv", given_up=i) for i in range(24)]
+    page = Page(to_html(replace(report, sites=tuple(many))))
+    assert len(page.all("table")) == 3
+    assert {"layer0", "layer1"} <= set(page.texts["code"])
+
+
+def test_every_cell_has_its_title_for_narrow_screens(report: Report):
+    assert all(cell.get("data-label") for cell in Page(to_html(report)).all("td"))
+
+
+def test_random_weights_come_first(report: Report):
+    text = to_html(replace(report, weights="random, seed 0", file="a b.safetensors"))
+    assert text.index("Not trained.") < text.index('class="cards"')
+    assert "augment export &#x27;a b.safetensors&#x27;" in text or "augment export 'a b.safetensors'" in text
 
 
 def test_headline_numbers(report: Report):

@@ -72,6 +72,7 @@ class _Attention(FirstOrder):
     def setup_context(ctx: Any, inputs: tuple, output: Results) -> None:
         ctx.save_for_backward(*inputs, *output)
         ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor, *_: Tensor) -> Results:

@@ -18,6 +18,8 @@ from augment_cli.compat import are_functorch_transforms_active
 
 LEAST_CAPABILITY = 8, 0
 """Compute capability from which on tensor cores take bfloat16."""
+LEAST_TRITON = 3, 6
+"""Version from which on Triton compiles all of these kernels for every architecture; 3.5 fails for 10.0."""
 INSTALLED = importlib.util.find_spec("triton") is not None
 DTYPES = torch.float32, torch.bfloat16, torch.float16
 
@@ -55,16 +57,24 @@ def _check_gpu(index: int) -> str | None:
         return "the GPU's compute capability is {}.{}, below {}.{}".format(*capability, *LEAST_CAPABILITY)
     try:
         _start()
-    except Exception as error:
-        reason = f"Triton does not start on this machine ({error})"
+    except Exception as error:  # of a compiler, a driver or a linker
+        reason = f"Triton does not work here ({error})"
         warnings.warn(f"{reason}: the layers use torch's operations, which are slower", stacklevel=2)
         return reason
     return None
 
 
 def _start() -> None:
+    """Start Triton.
+
+    Raises:
+        Exception: it does not start, whatever the reason.
+    """
+    import triton
     from triton.runtime import driver
 
+    if tuple(map(int, triton.__version__.split(".")[:2])) < LEAST_TRITON:
+        raise RuntimeError("version {} is older than {}.{}".format(triton.__version__, *LEAST_TRITON))
     driver.active.get_current_device()
 
 

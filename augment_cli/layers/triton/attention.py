@@ -1,6 +1,7 @@
 """Call the Triton kernels of AA's attention, `attention_kernels.py`. Importing this imports Triton."""
 
 import math
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -30,11 +31,17 @@ class Tile(NamedTuple):
     x: int
 
 
+@cache
 def tile_for(positions: int, height: int, width: int) -> Tile:
-    """The tile of so many positions, a power of two, that covers the map with the fewest; square ones first."""
+    """The tile of so many positions, a power of two, that covers the map with the fewest; square ones first.
+
+    A side is at most four times the other: kernels are compiled for each shape of tiles, which takes seconds, and maps
+    of many sizes, as in detection, shall not need many.
+    """
     sides = [1 << i for i in range(positions.bit_length())]
     tiles = sorted((Tile(y, positions // y) for y in sides), key=lambda t: abs(math.log2(t.x / t.y)))
-    return min(tiles, key=lambda t: -(-height // t.y) * -(-width // t.x))
+    near_square = [t for t in tiles if max(t) <= 4 * min(t)]
+    return min(near_square, key=lambda t: -(-height // t.y) * -(-width // t.x))
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, rel_height: Tensor, rel_width: Tensor) -> Results:
@@ -71,9 +78,9 @@ def backward(
     of_height = call.empty_windows("K", call.tiles("Q")[0], "Y")
     call.run(kernels.queries_backward, "Q", out, shifts, sums, d_out, deltas, d_q, of_width, scales=2)
     call.run(kernels.keys_backward, "K", shifts, sums, d_out, deltas, d_k, d_v, of_height, scales=2)
-    options, of_height, of_width = call.options, of_height.sum((0, 2)).transpose(0, 1), of_width.sum((0, 1))
-    d_height.copy_(_from_windows(of_height, options["QY"], options["KY"], call.height))
-    d_width.copy_(_from_windows(of_width, options["QX"], options["KX"], call.width))
+    # tiles of queries, tiles of keys, P, d
+    call.add_windows(of_height.sum((0, 2)).transpose(0, 1), "Y", call.height, d_height)
+    call.add_windows(of_width.sum((0, 1)), "X", call.width, d_width)
     return d_q, d_k, d_v, d_height, d_width
 
 
@@ -117,6 +124,20 @@ class _Call:
         shape = self.tasks, *self.tiles(side), windows, self.options[f"P{axis}"], self.d
         return torch.empty(shape, dtype=torch.float32, device=self.inputs[0].device)
 
+    def add_windows(self, sums: Tensor, axis: str, size: int, d_table: Tensor) -> None:
+        """Add up the sums for windows of a table, where they overlap, to the gradient of the table.
+
+        Shapes: sums (tiles of queries, tiles of keys, P, d), d_table (2 size - 1, d).
+        """
+        queries, keys, *_ = sums.shape
+        constants = {name: self.options[name] for name in ("D", "PADDED_D")}
+        constants |= {"Q": self.options[f"Q{axis}"], "K": self.options[f"K{axis}"], "TILES": padded(queries, 1)}
+        with on_device_of(sums):
+            kernel = kernels.table_backward[(len(d_table),)]
+            kernel(
+                sums, d_table, *sums.stride()[:2], size, queries, keys, **constants, num_warps=1, enable_fp_fusion=True
+            )
+
 
 def kernel_options(dtype: torch.dtype, d: int, e: int, height: int, width: int) -> dict[str, Any]:
     """Constants that the kernels are compiled for, and the options of their launch."""
@@ -128,17 +149,3 @@ def kernel_options(dtype: torch.dtype, d: int, e: int, height: int, width: int) 
     constants = {"D": d, "E": e, "PADDED_D": padded(d), "PADDED_E": padded(e), "PRECISION": precision}
     constants |= {"QY": qy, "QX": qx, "KY": ky, "KX": kx, "PY": padded(qy + ky), "PX": padded(qx + kx)}
     return {**constants, "num_warps": warps, "num_stages": 1, "enable_fp_fusion": True}
-
-
-def _from_windows(sums: Tensor, q: int, k: int, size: int) -> Tensor:
-    """Add up the sums for windows of a table, where they overlap, to the gradient of the table.
-
-    Shapes: sums (tiles of queries, tiles of keys, P, d), of q lines of queries and k lines of keys; result
-    (2 size - 1, d).
-    """
-    row, of_queries, of_keys = (torch.arange(n, device=sums.device) for n in (2 * size - 1, *sums.shape[:2]))
-    of_queries = of_queries[:, None]
-    p = (row - size + q)[:, None, None] + q * of_queries - k * of_keys  # place of a row in the window of two tiles
-    inside = (p >= 0) & (p < q + k - 1)
-    found = sums[of_queries, of_keys, torch.where(inside, p, 0)]  # rows, tiles of queries, tiles of keys, d
-    return torch.where(inside[..., None], found, 0).sum((1, 2))

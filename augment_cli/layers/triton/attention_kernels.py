@@ -16,7 +16,7 @@ for each of N samples and heads, with d key channels and e value channels, on a 
 - The tables' gradients are sums over all pairs of tiles. In `queries_backward` the loop over columns of tiles is the
   outer one, so a program's sums for one window of rel_width are complete when the column is done. In `keys_backward`
   the loop over rows is the outer one, for rel_height. The programs' sums, (B, tiles, windows, P, d) in float32, are
-  added up afterwards.
+  added up afterwards: over B and the tiles on the other axis by torch, and where windows overlap by `table_backward`.
 - Shift, a query's largest logit, and sum are separate numbers, and logits are scaled after the shift is subtracted: one
   float32 log-sum-exp of magnitude 10^8 would be rounded to a multiple of 8. The three kernels form logits by the same
   products of the same shapes, so that they get the same bits.
@@ -85,7 +85,9 @@ def _by_offset(d_lines, of_query, Q: tl.constexpr, K: tl.constexpr, P: tl.conste
     """Derivative of `_by_line`. Shapes: d_lines (T, K) to (T, P)."""
     line = tl.arange(0, P)[None, :] + of_query[:, None] - (Q - 1)
     inside = (line >= 0) & (line < K)
-    return tl.where(inside, tl.gather(d_lines, tl.where(inside, line, 0), axis=1), 0.0)
+    T: tl.constexpr = d_lines.shape[0]
+    repeated = tl.reshape(tl.broadcast_to(d_lines[:, None, :], (T, P // K, K)), (T, P))  # some compilers want one shape
+    return tl.where(inside, tl.gather(repeated, tl.where(inside, line, 0), axis=1), 0.0)
 
 
 @triton.jit
@@ -266,3 +268,25 @@ def _store_window(d_windows, place, d_window, D: tl.constexpr, PADDED: tl.conste
     p, c = tl.arange(0, P), tl.arange(0, PADDED)
     inside = (c < D)[None, :] & (p >= 0)[:, None]
     tl.store(d_windows + place * P * D + p[:, None] * D + c[None, :], d_window, mask=inside)
+
+
+@triton.jit
+def table_backward(
+    sums, d_table, of_queries, of_keys, size, queries, keys,
+    D: tl.constexpr, PADDED_D: tl.constexpr, Q: tl.constexpr, K: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """A row of d_table (2 size - 1, d): its sums in the windows (`queries` tiles, `keys` tiles, P, d) that have it.
+
+    `of_queries` and `of_keys` are the strides of `sums`. TILES is `queries`, rounded up to a power of two.
+    """
+    row, t, c = tl.program_id(0), tl.arange(0, TILES), tl.arange(0, PADDED_D)
+    place = row - size + Q + Q * t  # in the window of tile 0 of keys
+    first = (tl.maximum(place - (Q + K - 2), 0) + K - 1) // K  # tile of keys whose window has the row
+    total = tl.zeros((PADDED_D,), tl.float32)
+    for i in tl.static_range((Q + 2 * K - 2) // K):
+        u = first + i
+        p = place - K * u
+        inside = (t < queries) & (u < keys) & (p >= 0)
+        places = t[:, None] * of_queries + u[:, None] * of_keys + p[:, None] * D + c[None, :]
+        total += tl.sum(tl.load(sums + places, mask=inside[:, None] & (c < D)[None, :], other=0.0), 0)
+    tl.store(d_table + row * D + c, total.to(d_table.dtype.element_ty), mask=c < D)

@@ -18,11 +18,11 @@ from tests.layers.aa.test_large_logits import close_together, far_apart
 from tests.layers.helpers import DEVICE, needs_triton, seeds
 
 pytestmark = needs_triton
-drawn = settings(derandomize=True, deadline=None, max_examples=12)
+drawn = settings(derandomize=True, deadline=None, max_examples=8)
 
 
-def make_inputs(*args, dtype: torch.dtype = torch.float32, **options) -> list[Tensor]:
-    inputs = test_backends.make_inputs(*args, dtype=dtype, **options)
+def make_inputs(n=1, heads=2, height=4, width=3, d=4, e=3, *, dtype=torch.float32, **options) -> list[Tensor]:
+    inputs = test_backends.make_inputs(n, heads, height, width, d, e, dtype=dtype, **options)
     return [t.detach().to(DEVICE).requires_grad_() for t in inputs]
 
 
@@ -48,21 +48,20 @@ def test_attention_is_the_reference(shape, scale, seed):
     assert_near(make_inputs(**shape, scale=scale, seed=seed), 1e-5 * max(1.0, scale**2))
 
 
-@pytest.mark.parametrize("size", [(1, 40), (33, 2), (5, 17), (14, 14)], ids=str)
+@pytest.mark.parametrize("size", [(1, 20), (17, 2), (12, 14)], ids=str)
 def test_maps_of_several_tiles(size):
     height, width = size
     assert_near(make_inputs(n=1, heads=1, height=height, width=width, d=20, e=2), 1e-5)
 
 
-@pytest.mark.parametrize(("d", "e"), [(33, 64), (65, 3), (2, 128), (128, 100)])
+@pytest.mark.parametrize(("d", "e"), [(33, 64), (2, 128), (128, 100)])
 def test_wide_heads(d, e):
     assert_near(make_inputs(n=1, heads=1, height=6, width=7, d=d, e=e, scale=0.5), 1e-5)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.05), (torch.float16, 0.005)], ids=str)
-@pytest.mark.parametrize("size", [(9, 9), (5, 20)], ids=str)
-def test_half_precision_sums_in_float32(dtype, tolerance, size):
-    inputs = make_inputs(1, 2, *size, d=20, e=3, dtype=dtype)
+def test_half_precision_sums_in_float32(dtype, tolerance):
+    inputs = make_inputs(1, 2, 9, 9, d=20, e=3, dtype=dtype)
     assert_near(inputs, tolerance)
     out = triton_relative_attention(*inputs).cpu().double()
     assert (out - exact(inputs)[0]).abs().mean() < torch.finfo(dtype).eps / 2
@@ -80,11 +79,11 @@ def test_any_layout():
 
 def test_tables_made_for_another_resolution():
     *maps, _, _ = make_inputs()
-    assert_near([*maps, *make_inputs(height=4, width=9)[3:]], 1e-5)
+    assert_near([*maps, *make_inputs(height=3, width=9)[3:]], 1e-5)
 
 
 def test_results_repeat_bit_for_bit():
-    inputs = make_inputs(1, 2, height=9, width=9, d=20)
+    inputs = make_inputs(1, 1, height=9, width=9, d=20)
     for a, b in zip(*(gradients(triton_relative_attention, inputs) for _ in range(2)), strict=True):
         assert torch.equal(a, b)
 
@@ -99,8 +98,8 @@ def test_a_sample_does_not_depend_on_the_others_of_its_batch():
 @pytest.mark.parametrize("make", [far_apart, close_together])
 @pytest.mark.parametrize("size", [1e3, 1e8])
 def test_gradients_at_large_logits_are_as_near_as_those_of_plain_operations(make, size):
-    inputs = [[*one_head(make(size, seed))] for seed in range(2)]
-    found, plain = (sum(errors(run, tensors) for tensors in inputs) for run in BOTH)
+    inputs = one_head(make(size, 0))
+    found, plain = (errors(run, inputs) for run in BOTH)
     assert (found <= 6 * plain + 1e-7).all(), f"{found} where plain operations are {plain} off"
 
 
@@ -153,7 +152,7 @@ def test_a_nan_stays_one():
 def test_empty_batch():
     inputs = make_inputs(n=0)
     out = triton_relative_attention(*inputs)
-    assert out.shape == (0, 2, 6, 5, 3)
+    assert out.shape == (0, 2, 4, 3, 3)
     for grad, t in zip(torch.autograd.grad(out.sum(), inputs), inputs, strict=True):
         assert grad.shape == t.shape
         assert not grad.any()
@@ -169,12 +168,12 @@ def test_autocast_changes_nothing():
 
 def test_parameters_stay_float32_beside_maps_in_half_precision():
     """As after a convolution under autocast."""
-    *maps, height, width = make_inputs(height=9, width=9)
+    *maps, height, width = make_inputs(height=9, width=3)
     assert_near([*(t.detach().bfloat16().requires_grad_() for t in maps), height, width], 0.05)
 
 
 def test_transforms_of_torch_func():
-    inputs = [t.detach() for t in make_inputs()]
+    inputs = [t.detach() for t in make_inputs(n=2, heads=1)]
 
     def gradients_of(backend, *tensors: Tensor) -> tuple[Tensor, ...]:
         run = torch.func.grad(lambda *t: backend(*t).square().sum(), argnums=(0, 1, 2, 3, 4))

@@ -67,6 +67,15 @@ def test_triton_without_its_compiler(name, monkeypatch):
         raise RuntimeError("Failed to find C compiler.")
 
     monkeypatch.setattr(triton, "_start", fail)
-    with pytest.warns(UserWarning, match=r"does not start on this machine \(Failed to find C compiler"):
+    with pytest.warns(UserWarning, match=r"does not work here \(Failed to find C compiler"):
         assert not compiled_operators(name)
     assert not compiled_operators(name)
+
+
+def test_a_triton_that_is_too_old(monkeypatch):
+    import triton as library
+
+    monkeypatch.undo()
+    monkeypatch.setattr(library, "__version__", "3.5.1")
+    with pytest.raises(RuntimeError, match="is older than"):
+        triton._start()

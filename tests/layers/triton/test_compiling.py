@@ -43,6 +43,7 @@ def test_kernels_compile_and_keep_their_numbers_in_registers(precision, archs, t
         "attention_forward",
         "queries_backward",
         "keys_backward",
+        "table_backward",
         "conv_forward",
         "maps_backward",
         "kernel_backward",
