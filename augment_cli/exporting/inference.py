@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from timm.layers import BatchNormAct2d
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves
 
 from augment_cli.analysis.graph import analyze
 from augment_cli.analysis.site import Size
@@ -262,8 +261,9 @@ def for_inference(model: nn.Module, input_size: tuple[int, int, int], any_size: 
 
 def total_stride(model: nn.Module, input_size: tuple[int, int, int]) -> int:
     """How many times smaller than the image a model's smallest map is, as a power of two; maps of 1x1 do not count."""
-    found = tree_leaves(analyze(model, input_size).shapes, is_leaf=_is_map)
-    sides = [shape[2] for shape in found if _is_map(shape) and min(shape[2:]) > 1]
+    results = analyze(model, input_size).shapes.values()
+    parts = [part for result in results for part in (result if isinstance(result, (tuple, list)) else ())]
+    sides = [shape[2] for shape in (*results, *parts) if _is_map(shape) and min(shape[2:]) > 1]
     return 2 ** math.ceil(math.log2(max(1.0, input_size[1] / min(sides, default=input_size[1]))))
 
 

@@ -114,11 +114,11 @@ class Table(_Kept):
     ) -> Times:
         """The times of sites that were measured, in nanoseconds."""
         source = self.source or 0.0
-        by_shape = {shape: self._site_times(shape, source) for shape in self.before}
+        by_shape = {shape: self.site_times(shape, source) for shape in self.before}
         named = {site.name: by_shape[shape_of(site)] for site in sites if shape_of(site) in by_shape}
         return Times(settings, machine, round(source), named, only_measured)
 
-    def _site_times(self, shape: str, source: float) -> SiteTimes:
+    def site_times(self, shape: str, source: float) -> SiteTimes:
         splits: dict[str, dict[Split, Time]] = {}
         for entry in self.splits.get(shape, ()):
             split = get_operator(entry.operator).parse(entry.split)
@@ -187,7 +187,7 @@ def read_table(file: Path | None) -> Table:
     try:
         table = Table.model_validate_json(text)
         for shape in table.before:
-            table._site_times(shape, 1.0)
+            table.site_times(shape, 1.0)
     except (AugmentError, ValueError, RecursionError):
         return Table()
     return table
