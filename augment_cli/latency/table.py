@@ -119,6 +119,7 @@ class Table(_Kept):
         return Times(settings, machine, round(source), named, only_measured)
 
     def site_times(self, shape: str, source: float) -> SiteTimes:
+        """Times of the splits that were measured for a convolution's shape; `source` scales shares to times."""
         splits: dict[str, dict[Split, Time]] = {}
         for entry in self.splits.get(shape, ()):
             split = get_operator(entry.operator).parse(entry.split)
