@@ -26,7 +26,8 @@ from augment_cli.exporting.export import export as write_exported
 from augment_cli.files import check_output
 from augment_cli.formats import DETECTOR_KEY, read_tensor_metadata
 from augment_cli.latency.timer import Timer, measure_latency, plan_within
-from augment_cli.planning.plan import Plan, check_budget, fit_plan, make_plan, read_plan
+from augment_cli.planning.plan import Plan, make_plan
+from augment_cli.planning.reading import check_budget, fit_plan, read_plan
 from augment_cli.planning.recipe import Recipe, latency_settings, load_recipe
 from augment_cli.publishing import pack, send
 from augment_cli.reporting.output import check_target, write_model

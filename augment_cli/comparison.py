@@ -14,7 +14,8 @@ from augment_cli.errors import AugmentError, InputError
 from augment_cli.planning.frontier import Unit
 from augment_cli.planning.frontier import frontier as plans_along
 from augment_cli.planning.latency import LatencySettings
-from augment_cli.planning.plan import Plan, make_plan, read_plan
+from augment_cli.planning.plan import Plan, make_plan
+from augment_cli.planning.reading import read_plan
 from augment_cli.planning.recipe import UNITS, Recipe, load_recipe
 from augment_cli.reporting.comparison import Candidate, Comparison
 from augment_cli.reporting.frontier import Frontier

@@ -11,7 +11,8 @@ from augment_cli import hub
 from augment_cli.checkpoint.metadata import WEIGHTS, read_metadata
 from augment_cli.errors import FileError, InputError, boundary
 from augment_cli.files import read_text
-from augment_cli.planning.plan import Plan, validate_plan
+from augment_cli.planning.plan import Plan
+from augment_cli.planning.reading import validate_plan
 from augment_cli.reporting.output import FOLDER_FILES
 
 _LARGEST_CONFIG = 2**25

@@ -15,7 +15,8 @@ from augment_cli.bounds import MOST_CONVOLUTIONS, Name, Sha256, Text
 from augment_cli.errors import FileError, boundary
 from augment_cli.files import read_text
 from augment_cli.formats import ARCHITECTURE, METADATA_KEY, read_tensor_metadata
-from augment_cli.planning.plan import Plan, check_schema
+from augment_cli.planning.plan import Plan
+from augment_cli.planning.reading import check_schema
 from augment_cli.planning.recipe import describe_errors
 from augment_cli.surgery.records import Fidelity, Inheritance
 

@@ -17,7 +17,8 @@ from augment_cli.checkpoint.metadata import WEIGHTS, parse_metadata
 from augment_cli.compat import pretrained_cfg, set_pretrained_cfg, update_model_args
 from augment_cli.errors import FileError, InputError, boundary, first_line
 from augment_cli.formats import ARCHITECTURE, METADATA_KEY, read_tensor_metadata
-from augment_cli.planning.plan import Plan, validate_plan
+from augment_cli.planning.plan import Plan
+from augment_cli.planning.reading import validate_plan
 from augment_cli.seeds import seeded
 from augment_cli.surgery.replace import apply_plan, keep_unfolded
 

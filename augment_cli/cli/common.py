@@ -182,7 +182,7 @@ def read_given_plan(
     file: Path, model: str | None, recipe: str | None, overrides: list[str] | None, *others: list[str] | str | None
 ) -> "Plan":
     """The plan of --plan, its budget as --set has it; `others` are --img-size and --model-arg."""
-    from augment_cli.planning.plan import read_plan
+    from augment_cli.planning.reading import read_plan
     from augment_cli.planning.recipe import override_budget
 
     plan = read_plan(file)
@@ -204,7 +204,7 @@ def file_name(plan_model: str, recipe: str) -> str:
 
 def fit_given_plan(plan: "Plan", analysis: "Analysis", file: Path) -> "Plan":
     """The plan of --plan held against its model and its budget."""
-    from augment_cli.planning.plan import check_budget, fit_plan
+    from augment_cli.planning.reading import check_budget, fit_plan
 
     fitted = fit_plan(plan, analysis, f"plan {file}")
     check_budget(fitted, f"plan {file}")

@@ -186,7 +186,7 @@ def _fitted(given: "Plan", model: str, file: Path, cached: bool, latency: bool) 
     with common.working(f"looking into {model}"):
         from augment_cli.analysis.cache import look
         from augment_cli.planning.latency import LatencySettings
-        from augment_cli.planning.plan import fit_plan
+        from augment_cli.planning.reading import fit_plan
 
         source, analysis = look(model, dict(given.model_args), given.input_size[1:], cached)
     if latency:

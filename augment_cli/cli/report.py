@@ -34,7 +34,7 @@ def report(
     augment report resnet50-aa --latency --set latency.batch=8
     """
     from augment_cli.checkpoint.metadata import read_metadata, weights_file
-    from augment_cli.planning.plan import read_plan
+    from augment_cli.planning.reading import read_plan
     from augment_cli.reporting import FORMATS, Report
     from augment_cli.reporting.table import table
 

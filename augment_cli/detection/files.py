@@ -22,7 +22,7 @@ from augment_cli.detection.settings import DetectorSettings
 from augment_cli.errors import FileError, InputError, boundary
 from augment_cli.files import write_file
 from augment_cli.formats import DETECTOR_KEY, METADATA_KEY, read_tensor_metadata
-from augment_cli.planning.plan import check_schema
+from augment_cli.planning.reading import check_schema
 from augment_cli.planning.recipe import describe_errors
 from augment_cli.seeds import seeded
 

@@ -25,7 +25,8 @@ from augment_cli.operators import get_operator
 from augment_cli.planning.budget import Solution
 from augment_cli.planning.frontier import Point, Unit, frontier
 from augment_cli.planning.latency import LatencySettings, Times, splits_digest, spread
-from augment_cli.planning.plan import Plan, Sensitivity, SitePlan, fit_plan, make_plan, site_plan, with_latency
+from augment_cli.planning.plan import Plan, Sensitivity, SitePlan, make_plan, site_plan, with_latency
+from augment_cli.planning.reading import fit_plan
 from augment_cli.planning.recipe import Recipe
 from augment_cli.planning.selection import select
 

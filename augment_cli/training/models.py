@@ -22,7 +22,8 @@ from augment_cli.compat import pretrained_cfg, set_pretrained_cfg
 from augment_cli.errors import AugmentError
 from augment_cli.files import read_text, write_folder
 from augment_cli.formats import ARCHITECTURE
-from augment_cli.planning.plan import Plan, fit_plan
+from augment_cli.planning.plan import Plan
+from augment_cli.planning.reading import fit_plan
 from augment_cli.reporting.output import write_config, write_model
 from augment_cli.seeds import seed_all
 

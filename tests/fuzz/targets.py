@@ -23,7 +23,8 @@ from augment_cli.analysis.facts import Analysis
 from augment_cli.analysis.graph import analyze
 from augment_cli.checkpoint.metadata import read_metadata
 from augment_cli.errors import AugmentError
-from augment_cli.planning.plan import fit_plan, make_plan, parse_plan, read_plan
+from augment_cli.planning.plan import make_plan
+from augment_cli.planning.reading import fit_plan, parse_plan, read_plan
 from augment_cli.planning.recipe import builtin_recipes, load_recipe
 from augment_cli.reporting import FORMATS, Report
 from augment_cli.reporting.output import write_model

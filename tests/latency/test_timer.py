@@ -12,7 +12,8 @@ from augment_cli.latency.timer import Timer, frontier_within, plan_within
 from augment_cli.operators import get_operator
 from augment_cli.planning.frontier import count
 from augment_cli.planning.latency import LatencySettings
-from augment_cli.planning.plan import check_budget, parse_plan, with_latency
+from augment_cli.planning.plan import with_latency
+from augment_cli.planning.reading import check_budget, parse_plan
 from augment_cli.planning.recipe import load_recipe
 from augment_cli.planning.selection import select
 from tests.conftest import graph_of, plan_of

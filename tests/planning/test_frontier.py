@@ -9,7 +9,8 @@ import augment_cli as augment
 from augment_cli.analysis.facts import Source
 from augment_cli.planning import frontier as planning
 from augment_cli.planning.frontier import Point, _front, count
-from augment_cli.planning.plan import Sensitivity, parse_plan
+from augment_cli.planning.plan import Sensitivity
+from augment_cli.planning.reading import parse_plan
 from augment_cli.planning.recipe import load_recipe
 from tests.cli.helpers import ok, run
 from tests.conftest import graph_of, plan_of

@@ -6,7 +6,8 @@ import pytest
 
 from augment_cli.errors import AugmentError, boundary
 from augment_cli.files import read_text
-from augment_cli.planning.plan import make_plan, parse_plan, read_plan
+from augment_cli.planning.plan import make_plan
+from augment_cli.planning.reading import parse_plan, read_plan
 from augment_cli.planning.recipe import builtin_recipes, load_recipe
 from augment_cli.reporting import FORMATS, Report
 from tests.conftest import graph_of, plan_of

@@ -3,7 +3,8 @@ import json
 import pytest
 
 from augment_cli.errors import AugmentError
-from augment_cli.planning.plan import Plan, check_budget, fit_plan, natural, parse_plan
+from augment_cli.planning.plan import Plan, natural
+from augment_cli.planning.reading import check_budget, fit_plan, parse_plan
 from augment_cli.planning.recipe import override_budget
 from tests.conftest import graph_of, plan_of
 
