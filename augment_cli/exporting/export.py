@@ -98,7 +98,7 @@ def export(
             kind.write(made, images[0][:2], file, options)
         run = kind.run(file)
         difference, agreement = _compare([_run_all(run, part, kind) for part in images], wanted)
-        metadata = metadata_of(model)
+        _check_difference(difference, TOLERANCES[precision] if tolerance is None else tolerance, path)
         exported = Exported(
             path=path.name,
             format=kind.name,
@@ -109,16 +109,9 @@ def export(
             images=sum(map(len, images)),
             difference=difference,
             agreement=agreement,
-            plan_sha256=metadata.plan.digest() if metadata else None,
-            source_sha256=metadata.source_sha256 if metadata else None,
+            **_digests(model),
             versions={name: version(name) for name in ("augment-cli", "torch", "timm", *kind.packages)},
         )
-        bound = TOLERANCES[precision] if tolerance is None else tolerance
-        if not difference <= bound:  # also where it is no number
-            raise InputError(
-                f"{path} would differ from the model by {difference:.2g} of its largest output, more than {bound:g}; "
-                f"nothing is written. `tolerance` sets the bound"
-            )
         kind.annotate(file, _entries(exported))
         (file.parent / sidecar(path).name).write_text(exported.to_json() + "\n", encoding="utf-8")
         for output in outputs:
@@ -194,6 +187,23 @@ def _compare(got: list[np.ndarray], wanted: list[np.ndarray]) -> tuple[float, fl
     if wanted[0].ndim != 2:
         return difference, None
     return difference, round(100 * float(np.concatenate([a.argmax(1) == b.argmax(1) for a, b in pairs]).mean()), 3)
+
+
+def _check_difference(difference: float, bound: float, path: Path) -> None:
+    if not difference <= bound:  # also where it is no number
+        raise InputError(
+            f"{path} would differ from the model by {difference:.2g} of its largest output, more than {bound:g}; "
+            f"nothing is written. `tolerance` sets the bound"
+        )
+
+
+def _digests(model: nn.Module) -> dict[str, str | None]:
+    """Digests of the plan and of the source's weights, None for a model that was not converted."""
+    metadata = metadata_of(model)
+    return {
+        "plan_sha256": metadata.plan.digest() if metadata else None,
+        "source_sha256": metadata.source_sha256 if metadata else None,
+    }
 
 
 def _entries(exported: Exported) -> dict[str, str]:

@@ -16,14 +16,7 @@ G = C1 / r groups of input channels. A kernel is (C2, T, G, r), mixing (C2, G) a
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _product(a, b, PRECISION: tl.constexpr, more=None):
-    """a b + more, summed in float32."""
-    if PRECISION == "interpreted":  # the interpreter multiplies the bit patterns of bfloat16
-        a, b = a.to(tl.float32), b.to(tl.float32)
-        return tl.dot(a, b, more, input_precision="ieee")
-    return tl.dot(a, b, more, input_precision=PRECISION)
+from augment_cli.layers.triton.product import product
 
 
 @triton.jit
@@ -85,7 +78,7 @@ def conv_forward(
                 places = (o[:, None].to(tl.int64) * taps + t) * c1 + c[None, :]
                 kernels = tl.load(kernel + places, mask=o_inside[:, None] & c_inside[None, :], other=0.0)
                 formed = _formed(kernels, factors, BG, BR).to(seen.dtype)
-                sums = _product(seen, tl.trans(formed), PRECISION, sums)
+                sums = product(seen, tl.trans(formed), PRECISION, sums)
     places = n * out_n + y[:, None] * out_y + column[:, None] * out_x + o[None, :].to(tl.int64) * out_c
     tl.store(out + places, sums.to(out.dtype.element_ty), mask=p_inside[:, None] & o_inside[None, :])
 
@@ -126,7 +119,7 @@ def maps_backward(
             kernels = tl.load(kernel + places, mask=o_inside[:, None] & c_inside[None, :], other=0.0)
             mask = inside[:, None] & o_inside[None, :]
             grads = tl.load(d_out + at[:, None] + o[None, :] * d_out_c, mask=mask, other=0.0)
-            sums = _product(grads, _formed(kernels, factors, BG, BR).to(grads.dtype), PRECISION, sums)
+            sums = product(grads, _formed(kernels, factors, BG, BR).to(grads.dtype), PRECISION, sums)
     places = n * x_n + y[:, None] * x_y + column[:, None] * x_x + c[None, :].to(tl.int64) * x_c
     tl.store(d_x + places, sums.to(d_x.dtype.element_ty), mask=p_inside[:, None] & c_inside[None, :])
 
@@ -174,7 +167,7 @@ def kernel_backward(
             seen = tl.load(x + places, mask=inside[:, None] & c_inside[None, :], other=0.0)
             places = n * d_out_n + y[:, None] * d_out_y + column[:, None] * d_out_x + o[None, :] * d_out_c
             grads = tl.load(d_out + places, mask=p_inside[:, None] & o_inside[None, :], other=0.0)
-            of_sample = _product(tl.trans(grads), seen, PRECISION, of_sample)
+            of_sample = product(tl.trans(grads), seen, PRECISION, of_sample)
         at_scales = (n * taps + t) * groups
         factors, by_output, by_group = _factors(mixing, scales + at_scales, o, o_inside, group, groups, BG)
         of_kernel += _formed(of_sample, factors, BG, BR)

@@ -27,14 +27,7 @@ for each of N samples and heads, with d key channels and e value channels, on a 
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _product(a, b, PRECISION: tl.constexpr, more=None):
-    """a b + more, summed in float32."""
-    if PRECISION == "interpreted":  # the interpreter multiplies the bit patterns of bfloat16
-        a, b = a.to(tl.float32), b.to(tl.float32)
-        return tl.dot(a, b, more, input_precision="ieee")
-    return tl.dot(a, b, more, input_precision=PRECISION)
+from augment_cli.layers.triton.product import product
 
 
 @triton.jit
@@ -96,7 +89,7 @@ def _logits(q, k, rows, columns, keys_inside, PRECISION: tl.constexpr):
     (queries, KX).
     """
     relative = tl.reshape(rows[:, :, None] + columns[:, None, :], (q.shape[0], k.shape[0]))
-    logits = _product(q, tl.trans(k), PRECISION) + relative
+    logits = product(q, tl.trans(k), PRECISION) + relative
     return tl.where(keys_inside[None, :], logits, float("-inf"))
 
 
@@ -126,10 +119,10 @@ def attention_forward(
     values = tl.zeros((T, PADDED_E), tl.float32)
     for x in range(0, width, KX):
         of_width = _window(rel_width, width, x - tile_x, queries.dtype, D, PADDED_D, QX, PX)
-        columns = _by_line(_product(queries, tl.trans(of_width), PRECISION), of_x, QX, KX)
+        columns = _by_line(product(queries, tl.trans(of_width), PRECISION), of_x, QX, KX)
         for y in range(0, height, KY):
             of_height = _window(rel_height, height, y - tile_y, queries.dtype, D, PADDED_D, QY, PY)
-            rows = _by_line(_product(queries, tl.trans(of_height), PRECISION), of_y, QY, KY)
+            rows = _by_line(product(queries, tl.trans(of_height), PRECISION), of_y, QY, KY)
             keys_at, keys_inside = _positions(y, x, height, width, KY, KX)
             keys = _load(k, keys_at, keys_inside, k_c, k_p, D, PADDED_D)
             logits = _logits(queries, keys, rows, columns, keys_inside, PRECISION)
@@ -138,7 +131,7 @@ def attention_forward(
             weights = tl.exp2((logits - higher[:, None]) * scale)
             seen = _load(v, keys_at, keys_inside, v_c, v_p, E, PADDED_E)
             totals = totals * kept + tl.sum(weights, 1)
-            values = _product(weights.to(seen.dtype), seen, PRECISION, values * kept[:, None])
+            values = product(weights.to(seen.dtype), seen, PRECISION, values * kept[:, None])
             peaks = higher
     positions = height * width
     _store(out + task * E * positions, at, inside, positions, values / totals[:, None], E, PADDED_E)
@@ -174,7 +167,7 @@ def queries_backward(
     queries = _load(q, at, inside, q_c, q_p, D, PADDED_D)
     grads = _load(d_out + task * E * positions, at, inside, positions, 1, E, PADDED_E)
     results = _load(out + task * E * positions, at, inside, positions, 1, E, PADDED_E)
-    products = _product(grads, tl.trans(results), PRECISION)
+    products = product(grads, tl.trans(results), PRECISION)
     delta = tl.sum(tl.where(i[:, None] == i[None, :], products, 0.0), 1)
     tl.store(deltas + task * positions + at, delta, mask=inside)
     peaks = tl.load(shifts + task * positions + at, mask=inside, other=0.0)
@@ -183,26 +176,26 @@ def queries_backward(
     d_queries = tl.zeros((T, PADDED_D), tl.float32)
     for x in range(0, width, KX):
         of_width = _window(rel_width, width, x - tile_x, queries.dtype, D, PADDED_D, QX, PX)
-        columns = _by_line(_product(queries, tl.trans(of_width), PRECISION), of_x, QX, KX)
+        columns = _by_line(product(queries, tl.trans(of_width), PRECISION), of_x, QX, KX)
         d_columns = tl.zeros((T, KX), tl.float32)
         for y in range(0, height, KY):
             of_height = _window(rel_height, height, y - tile_y, queries.dtype, D, PADDED_D, QY, PY)
-            rows = _by_line(_product(queries, tl.trans(of_height), PRECISION), of_y, QY, KY)
+            rows = _by_line(product(queries, tl.trans(of_height), PRECISION), of_y, QY, KY)
             keys_at, keys_inside = _positions(y, x, height, width, KY, KX)
             keys = _load(k, keys_at, keys_inside, k_c, k_p, D, PADDED_D)
             logits = _logits(queries, keys, rows, columns, keys_inside, PRECISION)
             weights = tl.exp2((logits - peaks[:, None]) * scale) * inverses[:, None]
             seen = _load(v, keys_at, keys_inside, v_c, v_p, E, PADDED_E)
-            d_weights = _product(grads, tl.trans(seen), PRECISION)
+            d_weights = product(grads, tl.trans(seen), PRECISION)
             d_logits = weights * (d_weights - delta[:, None])
-            d_queries = _product(d_logits.to(keys.dtype), keys, PRECISION, d_queries)
+            d_queries = product(d_logits.to(keys.dtype), keys, PRECISION, d_queries)
             d_lines = tl.reshape(d_logits, (T, KY, KX))
             d_columns += tl.sum(d_lines, 1)
             d_rows = _by_offset(tl.sum(d_lines, 2), of_y, QY, KY, PY)
-            d_queries = _product(d_rows.to(queries.dtype), of_height, PRECISION, d_queries)
+            d_queries = product(d_rows.to(queries.dtype), of_height, PRECISION, d_queries)
         d_offsets = _by_offset(d_columns, of_x, QX, KX, PX).to(queries.dtype)
-        d_queries = _product(d_offsets, of_width, PRECISION, d_queries)
-        d_window = _product(tl.trans(d_offsets), queries, PRECISION) * d_scale
+        d_queries = product(d_offsets, of_width, PRECISION, d_queries)
+        d_window = product(tl.trans(d_offsets), queries, PRECISION) * d_scale
         _store_window(d_windows, (task * tiles + tile) * tl.cdiv(width, KX) + x // KX, d_window, D, PADDED_D, PX)
     _store(d_q + task * D * positions, at, inside, positions, d_queries * d_scale, D, PADDED_D)
 
@@ -244,17 +237,17 @@ def keys_backward(
             peaks = tl.load(shifts + task * positions + queries_at, mask=queries_inside, other=0.0)
             inverses = 1 / tl.load(sums + task * positions + queries_at, mask=queries_inside, other=1.0)
             delta = tl.load(deltas + task * positions + queries_at, mask=queries_inside, other=0.0)
-            columns = _by_line(_product(queries, tl.trans(of_width), PRECISION), of_x, QX, KX)
-            rows = _by_line(_product(queries, tl.trans(of_height), PRECISION), of_y, QY, KY)
+            columns = _by_line(product(queries, tl.trans(of_width), PRECISION), of_x, QX, KX)
+            rows = _by_line(product(queries, tl.trans(of_height), PRECISION), of_y, QY, KY)
             logits = _logits(queries, keys, rows, columns, inside, PRECISION)
             weights = tl.exp2((logits - peaks[:, None]) * scale) * inverses[:, None]
             weights = tl.where(queries_inside[:, None], weights, 0.0)
-            d_values = _product(tl.trans(weights.to(grads.dtype)), grads, PRECISION, d_values)
-            d_weights = _product(grads, tl.trans(seen), PRECISION)
+            d_values = product(tl.trans(weights.to(grads.dtype)), grads, PRECISION, d_values)
+            d_weights = product(grads, tl.trans(seen), PRECISION)
             d_logits = weights * (d_weights - delta[:, None])
-            d_keys = _product(tl.trans(d_logits.to(queries.dtype)), queries, PRECISION, d_keys)
+            d_keys = product(tl.trans(d_logits.to(queries.dtype)), queries, PRECISION, d_keys)
             d_rows = _by_offset(tl.sum(tl.reshape(d_logits, (T, KY, KX)), 2), of_y, QY, KY, PY)
-            d_window = _product(tl.trans(d_rows.to(queries.dtype)), queries, PRECISION, d_window)
+            d_window = product(tl.trans(d_rows.to(queries.dtype)), queries, PRECISION, d_window)
         _store_window(
             d_windows, (task * tiles + tile) * tl.cdiv(height, QY) + y // QY, d_window * d_scale, D, PADDED_D, PY
         )
