@@ -240,7 +240,7 @@ def export(
         input_size: of an image, as for `convert`; a converted model has its plan's.
         dynamic: "batch", which may have any size, or "batch,size" for images of other sizes too, in multiples of the
             model's total stride: attention's tables are resized in the graph.
-        precision: fp32, fp16, or for ONNX int8.
+        precision: fp32, fp16, or for ONNX and OpenVINO int8.
         opset: of ONNX.
         calibrate: images to compare on, and for int8 to measure ranges on, as for `convert`; None takes random ones.
         calibrate_images: how many of them at most.

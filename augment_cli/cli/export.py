@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def export(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A converted model, or a timm model's name.")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help=".onnx, .pt2 or .xml (OpenVINO).")],
-    precision: Annotated[str, typer.Option(help="fp32, fp16, or int8 (ONNX).")] = "fp32",
+    precision: Annotated[str, typer.Option(help="fp32, fp16, or int8 (ONNX, OpenVINO).")] = "fp32",
     opset: Annotated[int, typer.Option(help="Of ONNX.")] = 20,
     dynamic: Annotated[str, typer.Option(help="What may vary: batch, or batch,size.")] = "batch",
     img_size: common.ImageSize = None,

@@ -1,6 +1,9 @@
 """Exported files, run in the runtimes that they are for, and what is refused."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -80,22 +83,43 @@ def image_folder(tmp_path: Path) -> Path:
     return folder
 
 
-def test_int8_is_quantised_on_images(model, image_folder: Path, tmp_path: Path):
+@pytest.mark.parametrize("suffix", [".onnx", ".xml"])
+def test_int8_is_quantised_on_images(model, image_folder: Path, tmp_path: Path, suffix: str, capsys):
     images = load_images(str(image_folder), model, SIZE, 24)
-    found = export(model, tmp_path / "m.onnx", SIZE, precision="int8", calibration=images)
+    found = export(model, tmp_path / f"m{suffix}", SIZE, precision="int8", calibration=images)
     assert 1e-4 < found.difference < 0.5
-    assert export(model, tmp_path / "plain.onnx", SIZE).difference < found.difference
+    assert export(model, tmp_path / f"plain{suffix}", SIZE).difference < found.difference
+    assert not capsys.readouterr().out
 
 
-def test_int8_makes_a_model_with_attention_smaller(image_folder: Path, tmp_path: Path):
+@pytest.mark.parametrize("suffix", [".onnx", ".xml"])
+def test_int8_makes_a_model_with_attention_smaller(image_folder: Path, tmp_path: Path, suffix: str):
     model = augment_cli.convert("test_resnet", "aa", input_size=SIZE)
     images = load_images(str(image_folder), model, SIZE, 24)
     sizes = {}
     for precision in ("fp32", "int8"):
-        file = tmp_path / f"{precision}.onnx"
+        file = tmp_path / f"{precision}{suffix}"
         export(model, file, SIZE, precision=precision, calibration=images)
-        sizes[precision] = file.stat().st_size
+        sizes[precision] = file.with_suffix(format_of(file).parts[-1]).stat().st_size
     assert sizes["int8"] < 0.6 * sizes["fp32"]
+
+
+def test_openvino_sends_no_reports(image_folder: Path, tmp_path: Path):
+    """OpenVINO and NNCF report their use unless told not to; before they do, they make a folder in the home folder."""
+    code = "\n".join(
+        (
+            "import sys, augment_cli",
+            "model = augment_cli.convert('test_resnet', 'aa', input_size=(3, 48, 48))",
+            "augment_cli.export(model, sys.argv[1], precision='int8', calibrate=sys.argv[2], calibrate_images=24)",
+        )
+    )
+    home = tmp_path / "home"
+    home.mkdir()
+    settings = {name: value for name, value in os.environ.items() if name not in ("CI", "PYTEST_CURRENT_TEST")}
+    command = [sys.executable, "-c", code, str(tmp_path / "m.xml"), str(image_folder)]
+    subprocess.run(command, check=True, env=settings | {"HOME": str(home)})
+    assert (tmp_path / "m.bin").exists()
+    assert not (home / "intel").exists()
 
 
 def test_a_file_that_differs_too_much_is_not_written(model, tmp_path: Path, monkeypatch):
