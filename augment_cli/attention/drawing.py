@@ -2,6 +2,7 @@
 
 import base64
 import io
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,14 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from augment_cli.attention.maps import KINDS, HeadMaps, KernelMaps, Observed
+from augment_cli.attention.maps import KINDS, Grid, HeadMaps, KernelMaps
+from augment_cli.attention.rollout import Rollout
 from augment_cli.reporting.html import page
 from augment_cli.reporting.markup import Markup, tag
 from augment_cli.reporting.units import counted, share, size
 
 _TEXTS = {"weights": "all logits", "content": "content alone", "position": "position alone"}
+Observed = HeadMaps | KernelMaps | Rollout
 _CANVAS = 130  # pixels, as in _STYLE
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; base-uri 'none'"
 
@@ -30,10 +33,12 @@ class Seen:
     layers: list[Observed]
 
     def to_dict(self) -> dict[str, Any]:
-        layers = {HeadMaps: "heads", KernelMaps: "kernels"}
-        found: dict[str, Any] = {"model": self.model, "image": self.image, "heads": [], "kernels": []}
+        found: dict[str, Any] = {"model": self.model, "image": self.image, "heads": [], "kernels": [], "rollout": None}
         for layer in self.layers:
-            found[layers[type(layer)]].append(layer.to_dict())
+            if isinstance(layer, Rollout):
+                found["rollout"] = layer.to_dict()
+            else:
+                found["heads" if isinstance(layer, HeadMaps) else "kernels"].append(layer.to_dict())
         return found
 
 
@@ -78,32 +83,45 @@ def _layer(one: Seen, layer: Observed, several: bool) -> Markup:
     model = f"{one.model}: " if several else ""
     if isinstance(layer, KernelMaps):
         return _kernel(model, layer)
+    if isinstance(layer, Rollout):
+        return _canvases(one, layer, f"{model}{_about_rollout(layer)}", {"rollout": layer.maps[None]}, ("moved",))
     uniform = layer.to_dict()["uniform"]
     about = (
         f"{model}{layer.name}: {counted(layer.heads, 'head')} on a map of {size(layer.map_size)}; looking everywhere "
         f"alike has an entropy of {uniform:.2f} nats"
     )
-    sprites = (
-        tag("img", src=_data(_sprite(layer.maps[kind]), "png"), alt="", hidden="", data_kind=kind) for kind in KINDS
-    )
     rows_of = (layer.numbers, layer.outside.tolist(), layer.entropy.tolist(), layer.position.tolist())
-    heads = (
+    captions = (
+        f"head {number}: {share(outside, 0)} outside, {entropy:.2f} nats, {share(position, 0)} position"
+        for number, outside, entropy, position in zip(*rows_of, strict=True)
+    )
+    return _canvases(one, layer, about, layer.maps, captions)
+
+
+def _about_rollout(layer: Rollout) -> str:
+    return (
+        f"rollout over {counted(len(layer.shares), 'layer')}: attention moved {share(layer.moved)} of what arrives at "
+        f"a position, {share(layer.outside, 0)} of that from outside its 3x3 window on the last map, "
+        f"{size(layer.map_size)}"
+    )
+
+
+def _canvases(one: Seen, layer: Grid, about: str, maps: Mapping[str, Tensor], captions: Iterable[str]) -> Markup:
+    """A canvas for each caption, which draws of the maps (captions, n, h, w) the chosen kind or the only one."""
+    sprites = (tag("img", src=_data(_sprite(m), "png"), alt="", hidden="", data_kind=kind) for kind, m in maps.items())
+    canvas_height = round(_CANVAS * one.pixels.shape[0] / one.pixels.shape[1])
+    figures = (
         tag(
             "figure",
-            tag(
-                "canvas", width=_CANVAS, height=round(_CANVAS * one.pixels.shape[0] / one.pixels.shape[1]), data_head=i
-            ),
-            tag(
-                "figcaption",
-                f"head {number}: {share(outside, 0)} outside, {entropy:.2f} nats, {share(position, 0)} position",
-            ),
+            tag("canvas", width=_CANVAS, height=canvas_height, data_head=i),
+            tag("figcaption", caption),
         )
-        for i, (number, outside, entropy, position) in enumerate(zip(*rows_of, strict=True))
+        for i, caption in enumerate(captions)
     )
     ys, xs = (" ".join(f"{middle:.4f}" for middle in middles) for middles in layer.centres)
-    height, width = layer.maps["weights"].shape[-2:]
+    height, width = next(iter(maps.values())).shape[-2:]
     grid = {"data_ys": ys, "data_xs": xs, "data_height": height, "data_width": width}
-    return tag("div", tag("h3", about), *sprites, tag("div", *heads, class_="heads"), class_="layer", **grid)
+    return tag("div", tag("h3", about), *sprites, tag("div", *figures, class_="heads"), class_="layer", **grid)
 
 
 def _kernel(model: str, layer: KernelMaps) -> Markup:
@@ -131,7 +149,7 @@ def _jpeg(pixels: np.ndarray) -> bytes:
 
 def _scaled(maps: Tensor) -> np.ndarray:
     """Maps (..., h, w) as bytes, each scaled to its maximum; its root, so that small weights are seen."""
-    return (255 * (maps / maps.amax((-2, -1), keepdim=True)).sqrt()).round().byte().numpy()
+    return (255 * (maps / maps.amax((-2, -1), keepdim=True).clamp_min(1e-30)).sqrt()).round().byte().numpy()
 
 
 def _sprite(maps: Tensor) -> bytes:
@@ -184,7 +202,8 @@ def write_png(seen: list[Seen], path: Path, at: tuple[float, float], kind: str =
         for ax in axes:
             ax.axis("off")
         axes[0].imshow(one.pixels)
-        axes[0].set_title("\n".join((Path(one.model).name, Path(one.image).name, layer.name)), fontsize=7)
+        name = "rollout" if isinstance(layer, Rollout) else layer.name
+        axes[0].set_title("\n".join((Path(one.model).name, Path(one.image).name, name)), fontsize=7)
         if isinstance(layer, KernelMaps):
             axes[1].imshow(Image.open(io.BytesIO(_kernel_picture(layer))))
             axes[1].set_title(f"A, at most {layer.largest:.2g}", fontsize=7)
@@ -193,15 +212,22 @@ def write_png(seen: list[Seen], path: Path, at: tuple[float, float], kind: str =
         x = xs[query % len(xs)] * one.pixels.shape[1]
         y = ys[query // len(xs)] * one.pixels.shape[0]
         axes[0].plot(x, y, "o", mfc="none", mec="white", mew=2)
-        tiles = _scaled(layer.maps[kind][:, query])
-        for i, (ax, tile) in enumerate(zip(axes[1:], tiles, strict=False)):
+        for ax, tile, title in zip(axes[1:], *_tiles(layer, query, kind), strict=False):
             ax.imshow(one.pixels, alpha=0.35)
             extent = (0, one.pixels.shape[1], one.pixels.shape[0], 0)
             colours = {"cmap": "inferno", "vmin": 0, "vmax": 255, "alpha": 0.75}
             ax.imshow(tile, **colours, extent=extent, interpolation="bilinear")
             ax.plot(x, y, "o", mfc="none", mec="white", ms=4)
-            ax.set_title(f"head {layer.numbers[i]}: {share(float(layer.outside[i]), 0)} outside", fontsize=7)
+            ax.set_title(title, fontsize=7)
     figure.savefig(path, format="png", dpi=110)
+
+
+def _tiles(layer: HeadMaps | Rollout, query: int, kind: str) -> tuple[np.ndarray, list[str]]:
+    """The maps of one query as bytes, (maps, h, w), and a title for each."""
+    if isinstance(layer, Rollout):
+        return _scaled(layer.maps[None, query]), [f"{share(layer.moved)} moved, {share(layer.outside, 0)} outside"]
+    titles = zip(layer.numbers, layer.outside.tolist(), strict=True)
+    return _scaled(layer.maps[kind][:, query]), [f"head {n}: {share(outside, 0)} outside" for n, outside in titles]
 
 
 _STYLE = """
@@ -228,7 +254,7 @@ for (const part of document.querySelectorAll(".looked")) {
     mark.style.display = at ? "block" : "none";
     if (at) { mark.style.left = 100 * at.x + "%"; mark.style.top = 100 * at.y + "%"; }
     for (const layer of part.querySelectorAll(".layer:not(.kernel)")) {
-      const sprite = layer.querySelector(`img[data-kind=${kind}]`);
+      const sprite = layer.querySelector(`img[data-kind=${kind}], img[data-kind=rollout]`);
       const [h, w] = [+layer.dataset.height, +layer.dataset.width];
       const [ys, xs] = [layer.dataset.ys.split(" "), layer.dataset.xs.split(" ")];
       const row = at && Math.floor(at.y * ys.length), column = at && Math.floor(at.x * xs.length);
