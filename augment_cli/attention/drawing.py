@@ -2,7 +2,7 @@
 
 import base64
 import io
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from augment_cli.attention.maps import KINDS, Grid, HeadMaps, KernelMaps
 from augment_cli.attention.rollout import Rollout
 from augment_cli.reporting.html import page
 from augment_cli.reporting.markup import Markup, tag
+from augment_cli.reporting.style import SIGNED, WEIGHTS, picture
 from augment_cli.reporting.units import counted, share, size
 
 _TEXTS = {"weights": "all logits", "content": "content alone", "position": "position alone"}
@@ -132,7 +133,8 @@ def _kernel(model: str, layer: KernelMaps) -> Markup:
     )
     picture = tag("img", src=_data(_kernel_picture(layer), "png"), alt="A, by group of input channels and tap")
     note = (
-        f"A's mean over the output channels: {counted(groups, 'group')} of input channels, {height}x{width} taps each."
+        f"A's mean over the output channels: {counted(groups, 'group')} of input channels, {height}x{width} taps "
+        "each; bright above 0, dark below."
     )
     return tag("div", tag("h3", about), tag("p", note, class_="quiet"), picture, class_="layer kernel")
 
@@ -157,7 +159,7 @@ def _sprite(maps: Tensor) -> bytes:
     heads, queries, height, width = maps.shape
     tiles = _scaled(maps).transpose(0, 2, 1, 3).reshape(heads * height, queries * width)
     image = Image.frombytes("P", tiles.shape[::-1], tiles.tobytes())
-    colours = _colours("inferno")
+    colours = _colours(WEIGHTS)
     image.putpalette(colours.tobytes())
     stream = io.BytesIO()
     image.save(stream, "PNG", transparency=bytes(range(40, 40 + 200)) + bytes([240] * 56), optimize=True)
@@ -165,7 +167,7 @@ def _sprite(maps: Tensor) -> bytes:
 
 
 def _kernel_picture(layer: KernelMaps) -> bytes:
-    """A in red above 0 and blue below, a small map of taps for each group of input channels."""
+    """A, bright above 0 and dark below, a small map of taps for each group of input channels."""
     groups, height, width = layer.mean.shape
     most = float(layer.mean.abs().max()) or 1.0
     values = (127.5 + 127.5 * layer.mean / most).round().byte().numpy()
@@ -174,7 +176,7 @@ def _kernel_picture(layer: KernelMaps) -> bytes:
     for i, tap in enumerate(values):
         top, left = i // across * (height + 1), i % across * (width + 1)
         tiles[top : top + height, left : left + width] = tap
-    coloured = Image.fromarray(_colours("RdBu_r")[tiles])
+    coloured = Image.fromarray(_colours(SIGNED)[tiles])
     stream = io.BytesIO()
     coloured.resize((coloured.width * 7, coloured.height * 7), Image.Resampling.NEAREST).save(stream, "PNG")
     return stream.getvalue()
@@ -193,33 +195,34 @@ def write_png(seen: list[Seen], path: Path, at: tuple[float, float], kind: str =
     Args:
         at: (x, y) of the query in the image, each from 0 to 1.
     """
-    from matplotlib.figure import Figure
-
     lines = [(one, layer) for one in seen for layer in one.layers]
     across = 1 + max((layer.heads for _, layer in lines if isinstance(layer, HeadMaps)), default=1)
-    figure = Figure(figsize=(1.7 * across, 2.05 * len(lines)), layout="constrained")
-    for axes, (one, layer) in zip(figure.subplots(len(lines), across, squeeze=False), lines, strict=True):
-        for ax in axes:
-            ax.axis("off")
-        axes[0].imshow(one.pixels)
-        name = "rollout" if isinstance(layer, Rollout) else layer.name
-        axes[0].set_title("\n".join((Path(one.model).name, Path(one.image).name, name)), fontsize=7)
-        if isinstance(layer, KernelMaps):
-            axes[1].imshow(Image.open(io.BytesIO(_kernel_picture(layer))))
-            axes[1].set_title(f"A, at most {layer.largest:.2g}", fontsize=7)
-            continue
-        query, (ys, xs) = layer.nearest(*at), layer.centres
-        x = xs[query % len(xs)] * one.pixels.shape[1]
-        y = ys[query // len(xs)] * one.pixels.shape[0]
-        axes[0].plot(x, y, "o", mfc="none", mec="white", mew=2)
-        for ax, tile, title in zip(axes[1:], *_tiles(layer, query, kind), strict=False):
-            ax.imshow(one.pixels, alpha=0.35)
-            extent = (0, one.pixels.shape[1], one.pixels.shape[0], 0)
-            colours = {"cmap": "inferno", "vmin": 0, "vmax": 255, "alpha": 0.75}
-            ax.imshow(tile, **colours, extent=extent, interpolation="bilinear")
-            ax.plot(x, y, "o", mfc="none", mec="white", ms=4)
-            ax.set_title(title, fontsize=7)
-    figure.savefig(path, format="png", dpi=110)
+    with picture(path, 1.7 * across, 2.05 * len(lines), dpi=110) as figure:
+        for axes, (one, layer) in zip(figure.subplots(len(lines), across, squeeze=False), lines, strict=True):
+            for ax in axes:
+                ax.axis("off")
+            axes[0].imshow(one.pixels)
+            name = "rollout" if isinstance(layer, Rollout) else layer.name
+            axes[0].set_title("\n".join((Path(one.model).name, Path(one.image).name, name)), fontsize=7)
+            if isinstance(layer, KernelMaps):
+                axes[1].imshow(Image.open(io.BytesIO(_kernel_picture(layer))))
+                axes[1].set_title(f"A, at most {layer.largest:.2g}", fontsize=7)
+            else:
+                _draw_tiles(axes, one.pixels, layer, layer.nearest(*at), kind)
+
+
+def _draw_tiles(axes: Sequence[Any], pixels: np.ndarray, layer: HeadMaps | Rollout, query: int, kind: str) -> None:
+    """Mark the query in the image of the first axes, and draw its maps on the others."""
+    ys, xs = layer.centres
+    x, y = xs[query % len(xs)] * pixels.shape[1], ys[query // len(xs)] * pixels.shape[0]
+    axes[0].plot(x, y, "o", mfc="none", mec="white", mew=2)
+    for ax, tile, title in zip(axes[1:], *_tiles(layer, query, kind), strict=False):
+        ax.imshow(pixels, alpha=0.35)
+        extent = (0, pixels.shape[1], pixels.shape[0], 0)
+        colours = {"cmap": WEIGHTS, "vmin": 0, "vmax": 255, "alpha": 0.75}
+        ax.imshow(tile, **colours, extent=extent, interpolation="bilinear")
+        ax.plot(x, y, "o", mfc="none", mec="white", ms=4)
+        ax.set_title(title, fontsize=7)
 
 
 def _tiles(layer: HeadMaps | Rollout, query: int, kind: str) -> tuple[np.ndarray, list[str]]:

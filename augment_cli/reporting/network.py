@@ -13,9 +13,9 @@ from augment_cli.analysis.site import Size
 from augment_cli.operators import get_operator, operator_names
 from augment_cli.planning.plan import Plan, natural
 from augment_cli.reporting.markup import TIMES, Markup, tag
+from augment_cli.reporting.style import OPERATORS
 from augment_cli.reporting.units import counted, kernel, share, size
 
-_COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 _WIDTH, _TALLEST, _LOWEST = 960, 72, 24  # pixels
 _HEAD, _FOOT, _GAP, _SIDE, _LEGEND = 22, 8, 8, 6, 30
 _NARROWEST = 80  # of a band, for its label
@@ -116,7 +116,7 @@ def draw_network(found: tuple[Mark, ...], title: str, key: str = "network") -> M
     shown = found if len(found) <= _MOST_MARKS else tuple(mark for mark in found if mark.operator)[:_MOST_MARKS]
     known = operator_names()
     used = [name for name in known if any(mark.operator == name for mark in shown)]
-    colours = {name: _COLOURS[known.index(name) % len(_COLOURS)] for name in used}
+    colours = {name: OPERATORS[known.index(name) % len(OPERATORS)] for name in used}
     scale = _Scale.of(shown)
     bands, height = _placed(shown, scale)
     drawn = [_band(x, y, members, colours, scale) for x, y, members in bands]
