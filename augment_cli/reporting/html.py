@@ -131,11 +131,12 @@ def _notices(report: Report) -> Iterator[Markup]:
 
 def _network(report: Report) -> Markup:
     title = f"The convolutions of {report.model} by map size"
-    note = "A band for each size of the output map, a bar for each convolution; hover one for its name and numbers."
+    note = "A band for each size of the output map, a bar for each convolution."
+    pointing = tag("span", " Point at one for its name and numbers.", class_="pointing")
     return tag(
         "section",
         tag("h2", "Where in the network"),
-        tag("p", note, class_="quiet"),
+        tag("p", note, pointing, class_="quiet"),
         network_figure(report.marks, title),
     )
 

@@ -27,7 +27,7 @@ _FEW_MARKS = 150  # up to which they are wide
 
 _STYLE = """
 .network { --ink: #16202b; --soft: #5a6776; --band: #eef1f5; --stay: #b4bfcc; }
-@media (prefers-color-scheme: dark) {
+@media screen and (prefers-color-scheme: dark) {
   .network { --ink: #e6ebf0; --soft: #98a5b3; --band: #1b232c; --stay: #5b6876; } }
 .network text { font: 12px system-ui, -apple-system, "Segoe UI", Roboto, Arial, sans-serif; fill: var(--ink); }
 .network .soft { fill: var(--soft); }
