@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from augment_cli.files import write_file
+from augment_cli.reporting.style import QUIET, SERIES, picture
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
@@ -170,32 +171,28 @@ def draw_attention(found: Look, scenes: list[Any], weights: list[np.ndarray], pa
 # --- curves ---
 
 
-COLOURS = {"source": "0.35", "AA, fitted": "C0", "AA, carried": "C1", "AA+AW, fitted": "C2", "AA+AW, carried": "C3"}
-STYLES = {"source": "-", "AA, fitted": "-", "AA, carried": "--", "AA+AW, fitted": "-.", "AA+AW, carried": ":"}
+DRAWN = ("AA, fitted", "AA, carried", "AA+AW, fitted", "AA+AW, carried")
 
 
 def draw_curves(story: dict[str, Any], path: Path) -> None:
-    """Validation accuracy by epoch: the source's training, then every chain that COLOURS names."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10.5, 3.4), layout="constrained")
-    for axes, task in zip(figure.subplots(1, len(TASKS)), TASKS, strict=True):
-        source = story["sources"][task]
-        axes.plot(range(1, len(source) + 1), source, color="0.6", linewidth=1)
-        axes.axvline(len(source), color="0.8", linewidth=1, zorder=0)
-        for row, chains in chains_of(story, task).items():
-            for number, chain in enumerate(chains if row in COLOURS else []):
-                start = [source[-1] if row == "source" else chain["before"]]
-                epochs = range(len(source), len(source) + len(chain["curve"]) + 1)
-                label = row if number == 0 else None
-                style = {"color": COLOURS[row], "linestyle": STYLES[row], "linewidth": 1.3}
-                axes.plot(epochs, start + chain["curve"], label=label, **style)
-        axes.set_title(task, fontsize=10)
-        axes.set_xlabel("epoch; fine-tuning starts at the line")
-        axes.grid(alpha=0.3)
-    figure.axes[0].set_ylabel("accuracy on validation images, %")
-    figure.axes[0].legend(frameon=False, fontsize=8, loc="upper left")
-    figure.savefig(path, format="png", dpi=120)
+    """Validation accuracy by epoch: the source's training and how it goes on, then every chain that DRAWN names."""
+    series = dict(zip(DRAWN, SERIES, strict=True)) | {"source": (QUIET, "-", "")}
+    with picture(path, 10.5, 3.4) as figure:
+        for axes, task in zip(figure.subplots(1, len(TASKS)), TASKS, strict=True):
+            source = story["sources"][task]
+            axes.plot(range(1, len(source) + 1), source, color=QUIET, linestyle="-", marker="", linewidth=1)
+            axes.axvline(len(source), color=QUIET, linestyle=":", marker="", linewidth=1, zorder=0)
+            for row, chains in chains_of(story, task).items():
+                for number, chain in enumerate(chains if row in series else []):
+                    start = [source[-1] if row == "source" else chain["before"]]
+                    epochs = range(len(source), len(source) + len(chain["curve"]) + 1)
+                    colour, dashes, marker = series[row]
+                    style = {"color": colour, "linestyle": dashes, "marker": marker, "markersize": 3, "linewidth": 1.2}
+                    axes.plot(epochs, start + chain["curve"], label=row if number == 0 else None, **style)
+            axes.set_title(task)
+            axes.set_xlabel("epoch; fine-tuning starts at the line")
+        figure.axes[0].set_ylabel("accuracy on validation images, %")
+        figure.axes[0].legend(fontsize=8, loc="upper left")
 
 
 # --- the page ---

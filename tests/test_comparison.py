@@ -98,7 +98,7 @@ def test_the_page_draws_the_networks_of_a_few_plans():
     plans = [plan_of("test_resnet", "aa", f"budget.params=-{percent}%") for percent in range(1, 8)]
     page = Page(augment.compare(*plans[:3], "test_vit").to("html"))
     ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
-    assert len(ids) == len(set(ids)) == 2 * len(page.all("svg")) == 2 * 3
+    assert len(ids) == len(set(ids)) == 2 * len(page.all("svg")) == 2 * 2 * 3  # each for a desk and for a phone
     assert not Page(augment.compare(*plans).to("html")).all("svg")
 
 

@@ -2,6 +2,7 @@
 
 import base64
 import io
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,15 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from augment_cli.attention.maps import KINDS, HeadMaps, KernelMaps, Observed
+from augment_cli.attention.maps import KINDS, Grid, HeadMaps, KernelMaps
+from augment_cli.attention.rollout import Rollout
 from augment_cli.reporting.html import page
 from augment_cli.reporting.markup import Markup, tag
+from augment_cli.reporting.style import SIGNED, WEIGHTS, picture
 from augment_cli.reporting.units import counted, share, size
 
 _TEXTS = {"weights": "all logits", "content": "content alone", "position": "position alone"}
+Observed = HeadMaps | KernelMaps | Rollout
 _CANVAS = 130  # pixels, as in _STYLE
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; base-uri 'none'"
 
@@ -30,10 +34,12 @@ class Seen:
     layers: list[Observed]
 
     def to_dict(self) -> dict[str, Any]:
-        layers = {HeadMaps: "heads", KernelMaps: "kernels"}
-        found: dict[str, Any] = {"model": self.model, "image": self.image, "heads": [], "kernels": []}
+        found: dict[str, Any] = {"model": self.model, "image": self.image, "heads": [], "kernels": [], "rollout": None}
         for layer in self.layers:
-            found[layers[type(layer)]].append(layer.to_dict())
+            if isinstance(layer, Rollout):
+                found["rollout"] = layer.to_dict()
+            else:
+                found["heads" if isinstance(layer, HeadMaps) else "kernels"].append(layer.to_dict())
         return found
 
 
@@ -78,32 +84,45 @@ def _layer(one: Seen, layer: Observed, several: bool) -> Markup:
     model = f"{one.model}: " if several else ""
     if isinstance(layer, KernelMaps):
         return _kernel(model, layer)
+    if isinstance(layer, Rollout):
+        return _canvases(one, layer, f"{model}{_about_rollout(layer)}", {"rollout": layer.maps[None]}, ("moved",))
     uniform = layer.to_dict()["uniform"]
     about = (
         f"{model}{layer.name}: {counted(layer.heads, 'head')} on a map of {size(layer.map_size)}; looking everywhere "
         f"alike has an entropy of {uniform:.2f} nats"
     )
-    sprites = (
-        tag("img", src=_data(_sprite(layer.maps[kind]), "png"), alt="", hidden="", data_kind=kind) for kind in KINDS
-    )
     rows_of = (layer.numbers, layer.outside.tolist(), layer.entropy.tolist(), layer.position.tolist())
-    heads = (
+    captions = (
+        f"head {number}: {share(outside, 0)} outside, {entropy:.2f} nats, {share(position, 0)} position"
+        for number, outside, entropy, position in zip(*rows_of, strict=True)
+    )
+    return _canvases(one, layer, about, layer.maps, captions)
+
+
+def _about_rollout(layer: Rollout) -> str:
+    return (
+        f"rollout over {counted(len(layer.shares), 'layer')}: attention moved {share(layer.moved)} of what arrives at "
+        f"a position, {share(layer.outside, 0)} of that from outside its 3x3 window on the last map, "
+        f"{size(layer.map_size)}"
+    )
+
+
+def _canvases(one: Seen, layer: Grid, about: str, maps: Mapping[str, Tensor], captions: Iterable[str]) -> Markup:
+    """A canvas for each caption, which draws of the maps (captions, n, h, w) the chosen kind or the only one."""
+    sprites = (tag("img", src=_data(_sprite(m), "png"), alt="", hidden="", data_kind=kind) for kind, m in maps.items())
+    canvas_height = round(_CANVAS * one.pixels.shape[0] / one.pixels.shape[1])
+    figures = (
         tag(
             "figure",
-            tag(
-                "canvas", width=_CANVAS, height=round(_CANVAS * one.pixels.shape[0] / one.pixels.shape[1]), data_head=i
-            ),
-            tag(
-                "figcaption",
-                f"head {number}: {share(outside, 0)} outside, {entropy:.2f} nats, {share(position, 0)} position",
-            ),
+            tag("canvas", width=_CANVAS, height=canvas_height, data_head=i),
+            tag("figcaption", caption),
         )
-        for i, (number, outside, entropy, position) in enumerate(zip(*rows_of, strict=True))
+        for i, caption in enumerate(captions)
     )
     ys, xs = (" ".join(f"{middle:.4f}" for middle in middles) for middles in layer.centres)
-    height, width = layer.maps["weights"].shape[-2:]
+    height, width = next(iter(maps.values())).shape[-2:]
     grid = {"data_ys": ys, "data_xs": xs, "data_height": height, "data_width": width}
-    return tag("div", tag("h3", about), *sprites, tag("div", *heads, class_="heads"), class_="layer", **grid)
+    return tag("div", tag("h3", about), *sprites, tag("div", *figures, class_="heads"), class_="layer", **grid)
 
 
 def _kernel(model: str, layer: KernelMaps) -> Markup:
@@ -114,7 +133,8 @@ def _kernel(model: str, layer: KernelMaps) -> Markup:
     )
     picture = tag("img", src=_data(_kernel_picture(layer), "png"), alt="A, by group of input channels and tap")
     note = (
-        f"A's mean over the output channels: {counted(groups, 'group')} of input channels, {height}x{width} taps each."
+        f"A's mean over the output channels: {counted(groups, 'group')} of input channels, {height}x{width} taps "
+        "each; bright above 0, dark below."
     )
     return tag("div", tag("h3", about), tag("p", note, class_="quiet"), picture, class_="layer kernel")
 
@@ -131,7 +151,7 @@ def _jpeg(pixels: np.ndarray) -> bytes:
 
 def _scaled(maps: Tensor) -> np.ndarray:
     """Maps (..., h, w) as bytes, each scaled to its maximum; its root, so that small weights are seen."""
-    return (255 * (maps / maps.amax((-2, -1), keepdim=True)).sqrt()).round().byte().numpy()
+    return (255 * (maps / maps.amax((-2, -1), keepdim=True).clamp_min(1e-30)).sqrt()).round().byte().numpy()
 
 
 def _sprite(maps: Tensor) -> bytes:
@@ -139,7 +159,7 @@ def _sprite(maps: Tensor) -> bytes:
     heads, queries, height, width = maps.shape
     tiles = _scaled(maps).transpose(0, 2, 1, 3).reshape(heads * height, queries * width)
     image = Image.frombytes("P", tiles.shape[::-1], tiles.tobytes())
-    colours = _colours("inferno")
+    colours = _colours(WEIGHTS)
     image.putpalette(colours.tobytes())
     stream = io.BytesIO()
     image.save(stream, "PNG", transparency=bytes(range(40, 40 + 200)) + bytes([240] * 56), optimize=True)
@@ -147,7 +167,7 @@ def _sprite(maps: Tensor) -> bytes:
 
 
 def _kernel_picture(layer: KernelMaps) -> bytes:
-    """A in red above 0 and blue below, a small map of taps for each group of input channels."""
+    """A, bright above 0 and dark below, a small map of taps for each group of input channels."""
     groups, height, width = layer.mean.shape
     most = float(layer.mean.abs().max()) or 1.0
     values = (127.5 + 127.5 * layer.mean / most).round().byte().numpy()
@@ -156,7 +176,7 @@ def _kernel_picture(layer: KernelMaps) -> bytes:
     for i, tap in enumerate(values):
         top, left = i // across * (height + 1), i % across * (width + 1)
         tiles[top : top + height, left : left + width] = tap
-    coloured = Image.fromarray(_colours("RdBu_r")[tiles])
+    coloured = Image.fromarray(_colours(SIGNED)[tiles])
     stream = io.BytesIO()
     coloured.resize((coloured.width * 7, coloured.height * 7), Image.Resampling.NEAREST).save(stream, "PNG")
     return stream.getvalue()
@@ -175,33 +195,42 @@ def write_png(seen: list[Seen], path: Path, at: tuple[float, float], kind: str =
     Args:
         at: (x, y) of the query in the image, each from 0 to 1.
     """
-    from matplotlib.figure import Figure
-
     lines = [(one, layer) for one in seen for layer in one.layers]
     across = 1 + max((layer.heads for _, layer in lines if isinstance(layer, HeadMaps)), default=1)
-    figure = Figure(figsize=(1.7 * across, 2.05 * len(lines)), layout="constrained")
-    for axes, (one, layer) in zip(figure.subplots(len(lines), across, squeeze=False), lines, strict=True):
-        for ax in axes:
-            ax.axis("off")
-        axes[0].imshow(one.pixels)
-        axes[0].set_title("\n".join((Path(one.model).name, Path(one.image).name, layer.name)), fontsize=7)
-        if isinstance(layer, KernelMaps):
-            axes[1].imshow(Image.open(io.BytesIO(_kernel_picture(layer))))
-            axes[1].set_title(f"A, at most {layer.largest:.2g}", fontsize=7)
-            continue
-        query, (ys, xs) = layer.nearest(*at), layer.centres
-        x = xs[query % len(xs)] * one.pixels.shape[1]
-        y = ys[query // len(xs)] * one.pixels.shape[0]
-        axes[0].plot(x, y, "o", mfc="none", mec="white", mew=2)
-        tiles = _scaled(layer.maps[kind][:, query])
-        for i, (ax, tile) in enumerate(zip(axes[1:], tiles, strict=False)):
-            ax.imshow(one.pixels, alpha=0.35)
-            extent = (0, one.pixels.shape[1], one.pixels.shape[0], 0)
-            colours = {"cmap": "inferno", "vmin": 0, "vmax": 255, "alpha": 0.75}
-            ax.imshow(tile, **colours, extent=extent, interpolation="bilinear")
-            ax.plot(x, y, "o", mfc="none", mec="white", ms=4)
-            ax.set_title(f"head {layer.numbers[i]}: {share(float(layer.outside[i]), 0)} outside", fontsize=7)
-    figure.savefig(path, format="png", dpi=110)
+    with picture(path, 1.7 * across, 2.05 * len(lines), dpi=110) as figure:
+        for axes, (one, layer) in zip(figure.subplots(len(lines), across, squeeze=False), lines, strict=True):
+            for ax in axes:
+                ax.axis("off")
+            axes[0].imshow(one.pixels)
+            name = "rollout" if isinstance(layer, Rollout) else layer.name
+            axes[0].set_title("\n".join((Path(one.model).name, Path(one.image).name, name)), fontsize=7)
+            if isinstance(layer, KernelMaps):
+                axes[1].imshow(Image.open(io.BytesIO(_kernel_picture(layer))))
+                axes[1].set_title(f"A, at most {layer.largest:.2g}", fontsize=7)
+            else:
+                _draw_tiles(axes, one.pixels, layer, layer.nearest(*at), kind)
+
+
+def _draw_tiles(axes: Sequence[Any], pixels: np.ndarray, layer: HeadMaps | Rollout, query: int, kind: str) -> None:
+    """Mark the query in the image of the first axes, and draw its maps on the others."""
+    ys, xs = layer.centres
+    x, y = xs[query % len(xs)] * pixels.shape[1], ys[query // len(xs)] * pixels.shape[0]
+    axes[0].plot(x, y, "o", mfc="none", mec="white", mew=2)
+    for ax, tile, title in zip(axes[1:], *_tiles(layer, query, kind), strict=False):
+        ax.imshow(pixels, alpha=0.35)
+        extent = (0, pixels.shape[1], pixels.shape[0], 0)
+        colours = {"cmap": WEIGHTS, "vmin": 0, "vmax": 255, "alpha": 0.75}
+        ax.imshow(tile, **colours, extent=extent, interpolation="bilinear")
+        ax.plot(x, y, "o", mfc="none", mec="white", ms=4)
+        ax.set_title(title, fontsize=7)
+
+
+def _tiles(layer: HeadMaps | Rollout, query: int, kind: str) -> tuple[np.ndarray, list[str]]:
+    """The maps of one query as bytes, (maps, h, w), and a title for each."""
+    if isinstance(layer, Rollout):
+        return _scaled(layer.maps[None, query]), [f"{share(layer.moved)} moved, {share(layer.outside, 0)} outside"]
+    titles = zip(layer.numbers, layer.outside.tolist(), strict=True)
+    return _scaled(layer.maps[kind][:, query]), [f"head {n}: {share(outside, 0)} outside" for n, outside in titles]
 
 
 _STYLE = """
@@ -228,7 +257,7 @@ for (const part of document.querySelectorAll(".looked")) {
     mark.style.display = at ? "block" : "none";
     if (at) { mark.style.left = 100 * at.x + "%"; mark.style.top = 100 * at.y + "%"; }
     for (const layer of part.querySelectorAll(".layer:not(.kernel)")) {
-      const sprite = layer.querySelector(`img[data-kind=${kind}]`);
+      const sprite = layer.querySelector(`img[data-kind=${kind}], img[data-kind=rollout]`);
       const [h, w] = [+layer.dataset.height, +layer.dataset.width];
       const [ys, xs] = [layer.dataset.ys.split(" "), layer.dataset.xs.split(" ")];
       const row = at && Math.floor(at.y * ys.length), column = at && Math.floor(at.x * xs.length);

@@ -10,8 +10,9 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from augment_cli.analysis.functions import resolve
-from augment_cli.attention.drawing import Seen, to_page, write_png
-from augment_cli.attention.maps import KINDS, HeadMaps, KernelMaps, choose, observe
+from augment_cli.attention.drawing import Observed, Seen, to_page, write_png
+from augment_cli.attention.maps import KINDS, HeadMaps, KernelMaps, choose, layers_of, observe
+from augment_cli.attention.rollout import Rollout, roll_out
 from augment_cli.checkpoint.files import load
 from augment_cli.checkpoint.metadata import metadata_of
 from augment_cli.errors import InputError, boundary
@@ -33,6 +34,7 @@ _HEAD_NOTE = (
 )
 _KERNEL_COLUMNS = (Column("Layer", is_text=True), *map(Column, ("Mean |A|", "Largest", "Scales at 0")))
 _KERNEL_NOTE = "The kernel is multiplied by 1 + A for this image."
+_SHARE_COLUMNS = (Column("Layer", is_text=True), Column("Share"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,20 +61,23 @@ class Attention(Sheets):
             if kernels:
                 rows = tuple((k.name, f"{k.magnitude:.3g}", f"{k.largest:.3g}", share(k.idle)) for k in kernels)
                 yield Sheet(f"{one.model} on {one.image}: kernels", _KERNEL_COLUMNS, rows, _KERNEL_NOTE)
+            for layer in one.layers:
+                if isinstance(layer, Rollout):
+                    shares = tuple((name, share(moved)) for name, moved in layer.shares.items())
+                    yield Sheet(f"{one.model} on {one.image}: rollout", _SHARE_COLUMNS, shares, _about_shares(layer))
 
     def data(self) -> dict[str, Any]:
         return {"schema": SCHEMA, "units": {"entropy": "nats"}, "seen": [one.to_dict() for one in self.seen]}
 
     def rows(self) -> list[dict[str, Any]]:
-        keys = ("model", "image", "layer", "head", "outside", "entropy", "position", "magnitude", "largest", "idle")
+        keys = ["model", "image", "layer", "head", "outside", "entropy", "position", "magnitude", "largest", "idle"]
+        keys += ["share", "moved"]
         found = []
         for one in self.seen:
             names = {"model": cell(one.model), "image": cell(one.image)}
-            for layer in one.layers:
-                numbers = layer.to_dict()
-                for own in numbers.get("heads", [numbers]):
-                    found.append(dict.fromkeys(keys) | {k: v for k, v in own.items() if k in keys} | names)
-                    found[-1]["layer"] = cell(layer.name)
+            for name, own in (row for layer in one.layers for row in _flat(layer)):
+                values = {key: value for key, value in own.items() if key in keys}
+                found.append(dict.fromkeys(keys) | values | names | {"layer": cell(name)})
         return found
 
     def _html(self) -> str:
@@ -93,6 +98,24 @@ class Attention(Sheets):
         write_file(Path(path), lambda temporary: write_png(self.seen, temporary, at, kind))
 
 
+def _flat(layer: Observed) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The numbers of what was found, row by row, each with its layer's name."""
+    numbers = layer.to_dict()
+    if isinstance(layer, Rollout):
+        yield "rollout", numbers
+        yield from ((name, {"share": moved}) for name, moved in layer.shares.items())
+    else:
+        yield from ((layer.name, own) for own in numbers.get("heads", [numbers]))
+
+
+def _about_shares(layer: Rollout) -> str:
+    return (
+        "Share is how far the output moves when each position of the layer attends to itself alone, over that and the "
+        f"output then. Together the layers moved {share(layer.moved)} of what arrives at a position, "
+        f"{share(layer.outside)} of that from outside its 3x3 window."
+    )
+
+
 def _head_rows(layer: HeadMaps) -> Iterator[tuple[str, ...]]:
     found = layer.to_dict()
     for head in found["heads"]:
@@ -107,6 +130,7 @@ def attention_maps(
     heads: Sequence[int] = (),
     input_size: tuple[int, int] | None = None,
     base: str | None = None,
+    rollout: bool = False,
 ) -> Attention:
     """Where the attention of converted models looks on images: maps and numbers by head; for AW the map A.
 
@@ -117,6 +141,7 @@ def attention_maps(
         heads: their numbers, from 0. None takes all.
         input_size: (height, width) to look at. None takes the size that the first model was converted for.
         base: `package.module:function` that makes the source of a converted model that timm does not know.
+        rollout: find also where positions draw from through all layers of AA together, or those that `layers` names.
 
     Raises:
         AugmentError: not a converted model, an image that cannot be read, or no such layer or head.
@@ -124,12 +149,16 @@ def attention_maps(
     several = [models] if isinstance(models, (str, Path, nn.Module)) else models
     opened = [_open(model, base) for model in several]
     chosen = [choose(model, tuple(layers)) for _, model in opened]
+    rolled = [
+        list(layers_of(model) if not layers else names) if rollout else []
+        for (_, model), names in zip(opened, chosen, strict=True)
+    ]
     files = [images] if isinstance(images, (str, Path, Image.Image)) else images
     pictures = [_read(image, i) for i, image in enumerate(files)]
     seen = []
     for name, picture in pictures:
-        for (label, model), names in zip(opened, chosen, strict=True):
-            seen.append(_look(label, model, names, name, picture, tuple(heads), input_size))
+        for (label, model), names, along in zip(opened, chosen, rolled, strict=True):
+            seen.append(_look(label, model, names, along, name, picture, tuple(heads), input_size))
     return Attention(seen)
 
 
@@ -152,6 +181,7 @@ def _look(
     label: str,
     model: nn.Module,
     names: list[str],
+    along: list[str],
     image: str,
     picture: Image.Image,
     heads: tuple[int, ...],
@@ -167,11 +197,13 @@ def _look(
         raise InputError(f"{label} takes images of {channels} channels: only 1 and 3 can be looked at")
     normal = [(p.float() / 255 - m) / s for p, m, s in zip(pixels, mean, std, strict=True)]
     batch = torch.stack(normal).unsqueeze(0).to(next(model.parameters()).dtype)
-    found = observe(model, batch, names)
+    found: list[Observed] = list(observe(model, batch, names))
     if heads:
         found = [layer.only(heads) if isinstance(layer, HeadMaps) else layer for layer in found]
         if not any(layer.numbers for layer in found if isinstance(layer, HeadMaps)):
             raise InputError(f"{label}: none of its layers has a head {', '.join(map(str, heads))}; they count from 0")
         found = [layer for layer in found if not isinstance(layer, HeadMaps) or layer.numbers]
+    if along:
+        found.append(roll_out(model, batch, along))
     shown = pixels.expand(3, -1, -1).permute(1, 2, 0).numpy()
     return Seen(label, image, shown, found)

@@ -23,6 +23,10 @@ def attention(
     heads: Annotated[
         list[int] | None, typer.Option("--head", min=0, help="Heads by number, from 0. Repeatable. [all]")
     ] = None,
+    rollout: Annotated[
+        bool,
+        typer.Option("--rollout", help="Follow positions back through all layers of AA together, or those of --site."),
+    ] = False,
     at: Annotated[str, typer.Option(metavar="X,Y", help="The query of the PNG, as shares of the image.")] = "0.5,0.5",
     kind: Annotated[str, typer.Option(metavar="|".join(_KINDS), help="The logits of the PNG's maps.")] = "weights",
     image_size: common.ImageSize = None,
@@ -58,7 +62,7 @@ def attention(
     with common.working("looking"):
         from augment_cli.attention.looking import attention_maps
 
-        found = attention_maps(models, images, tuple(sites or ()), tuple(heads or ()), size, base)
+        found = attention_maps(models, images, tuple(sites or ()), tuple(heads or ()), size, base, rollout)
     for output in outputs or ():
         if output.suffix == ".html":
             write_file(output, lambda temporary: temporary.write_text(found.to("html"), encoding="utf-8"))

@@ -225,7 +225,10 @@ def timing(
         return create(source)
 
     with bar("measuring") as progress:
-        yield Timer(source, analysis, settings, make, progress, cached)
+        timer = Timer(source, analysis, settings, make, progress, cached)
+        yield timer
+    if timer.overrun:
+        say(timer.overrun)
 
 
 def load_named_recipe(name: str, overrides: list[str] | None) -> "Recipe":

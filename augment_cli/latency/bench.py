@@ -50,6 +50,9 @@ class Pass:
 class Bench(Protocol):
     """Runs the source and variants of it; each round has a pass of the source and one of each variant, in order."""
 
+    def pass_seconds(self) -> float:
+        """About how long a pass of the source takes."""
+
     def time_sites(self, names: Sequence[str], variants: Sequence[Variant], seconds: float) -> list[list[Pass]]: ...
     def time_models(self, variants: Sequence[Variant], seconds: float) -> list[list[Pass]]: ...
 
@@ -76,6 +79,13 @@ class ModelBench:
         images = torch.randn(settings.batch, *input_size, generator=torch.Generator().manual_seed(0))
         self.images = images.to(settings.device)
 
+    def pass_seconds(self) -> float:
+        """Seconds of a pass of the source, after another one in which kernels may be compiled."""
+        model = self._variant(())
+        with threads(self.settings.threads), seeded("latency"), boundary(self.settings.describe()):
+            self._timed(model, _nothing)
+            return self._timed(model, _nothing).total / 1e9
+
     def time_sites(self, names: Sequence[str], variants: Sequence[Variant], seconds: float) -> list[list[Pass]]:
         """Time the sites `names` in the source, and in each variant those that it replaces, for about `seconds`."""
         timed = [(self._variant(()), names), *((self._variant(v), [site.name for site in v]) for v in variants)]
@@ -98,9 +108,9 @@ class ModelBench:
 
     def _rounds(self, what: str, runs: Sequence[tuple[nn.Module, Take]], seconds: float) -> list[list[Pass]]:
         with threads(self.settings.threads), seeded("latency"), boundary(self.settings.describe()):
-            self._round(runs)  # a warm-up, in which kernels may be compiled: it is not in the time
-            found: list[list[Pass]] = []
             start = time.monotonic()
+            self._round(runs)  # a warm-up, in which kernels may be compiled: its times are not among those found
+            found: list[list[Pass]] = []
             while len(found) < FEWEST_ROUNDS or (len(found) < MOST_ROUNDS and time.monotonic() - start < seconds):
                 if self.progress and found:
                     rounds = round(len(found) * seconds / (time.monotonic() - start))

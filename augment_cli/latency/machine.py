@@ -4,11 +4,12 @@ import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from augment_cli.errors import InputError
-from augment_cli.layers import native
+from augment_cli.layers import native, triton
 from augment_cli.planning.latency import LatencySettings
 
 
@@ -31,9 +32,22 @@ def resolved(settings: LatencySettings) -> LatencySettings:
 
 def describe_machine(device: str) -> str:
     """Device, versions and compiled kernels, in words."""
-    name = processor() if device == "cpu" else torch.cuda.get_device_name(device)
+    if device != "cpu":
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, {', '.join(_cuda_kernels())}"
     kernels = f"{native.library.instructions} kernels" if native.library else "no compiled kernels"
-    return f"{name}, torch {torch.__version__}, {kernels}"
+    return f"{processor()}, torch {torch.__version__}, {kernels}"
+
+
+def _cuda_kernels() -> Iterator[str]:
+    """Where the kernels of a CUDA device come from, and the settings of torch that change their time."""
+    backends: Any = torch.backends  # torch does not declare cudnn.conv
+    yield "Triton" if triton.INSTALLED else "no Triton"
+    if torch.backends.cudnn.enabled:
+        yield f"cuDNN {torch.backends.cudnn.version()}"
+        if torch.backends.cudnn.benchmark:
+            yield "cudnn.benchmark"
+    convolutions, products = backends.cudnn.conv, backends.cuda.matmul
+    yield f"fp32_precision {convolutions.fp32_precision} in convolutions and {products.fp32_precision} in products"
 
 
 def processor() -> str:

@@ -34,7 +34,7 @@ class CPUStopwatch:
 
 
 class CUDAStopwatch:
-    """Events in the current stream of a CUDA device, which measure its time and not that of the launches."""
+    """Events in the current stream of a CUDA device: its time, with that in which it waits for work to be launched."""
 
     def __init__(self, device: str) -> None:
         self.device = torch.device(device)

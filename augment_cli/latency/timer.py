@@ -18,7 +18,7 @@ from augment_cli.analysis.facts import Analysis, Source
 from augment_cli.analysis.site import ConvSite
 from augment_cli.analysis.source import create
 from augment_cli.errors import InputError
-from augment_cli.latency.bench import Bench, ModelBench, Progress
+from augment_cli.latency.bench import FEWEST_ROUNDS, Bench, ModelBench, Progress
 from augment_cli.latency.machine import describe_machine, resolved
 from augment_cli.latency.table import read_table, table_file, write_table
 from augment_cli.operators import get_operator
@@ -30,8 +30,9 @@ from augment_cli.planning.reading import fit_plan
 from augment_cli.planning.recipe import Recipe
 from augment_cli.planning.selection import select
 
-# Splits of a site that are measured before any is chosen, and how often a choice is measured and made again.
-_PROBES = 8
+# Splits of a site that are measured before any is chosen, fewer of a model whose passes are slow; and how often a
+# choice is measured and made again.
+_PROBES, _FEWEST_PROBES = 8, 3
 _TURNS = 5
 
 # The time to measure in, by what it goes to: the first measurement of sites, each turn, and models as wholes.
@@ -68,6 +69,17 @@ class Timer:
         self.source, self.analysis, self._make, self._progress, self._bench = source, analysis, make, progress, bench
         self._file = table_file(source, self.settings, self.machine) if cached else None
         self.table = read_table(self._file)
+        self.spent = 0.0  # seconds
+
+    @property
+    def overrun(self) -> str | None:
+        """Why measuring took longer than it was asked to; None where it did not, by more than a fifth."""
+        if self.spent <= 1.2 * self.settings.seconds:
+            return None
+        return (
+            f"measuring took {self.spent:.0f} s, and latency.seconds is {self.settings.seconds:g}: every model is run "
+            f"{FEWEST_ROUNDS + 1} times at least; fewer images in latency.batch take less"
+        )
 
     @property
     def bench(self) -> Bench:
@@ -80,12 +92,31 @@ class Timer:
 
     def probe(self, recipe: Recipe) -> None:
         """Measure a few splits of each site that a recipe chooses."""
-        operator, variants = get_operator(recipe.operator), [dict[str, SitePlan]() for _ in range(_PROBES)]
+        variants = self._probes(recipe, _PROBES)
+        if not all(map(self._known, variants)):
+            self._time_unknown(variants[: self._affordable()])
+
+    def _probes(self, recipe: Recipe, number: int) -> list[tuple[SitePlan, ...]]:
+        """Variants of the model that hold, one after the other, splits of each site that are far from each other."""
+        operator, variants = get_operator(recipe.operator), [dict[str, SitePlan]() for _ in range(number)]
         for site, written in select(self.analysis.sites, recipe).chosen:
-            splits = spread(site, operator, operator.splits(site, recipe, written), written, _PROBES)
+            splits = spread(site, operator, operator.splits(site, recipe, written), written, number)
             for i, variant in enumerate(variants):
                 variant[site.name] = site_plan(site, splits[i % len(splits)], recipe.operator)
-        self._time_unknown([tuple(variant.values()) for variant in variants])
+        return [tuple(variant.values()) for variant in variants]
+
+    def _affordable(self) -> int:
+        """How many variants can be run often enough beside the source in the time for the first measurement."""
+        one = (FEWEST_ROUNDS + 1) * self._clocked(self.bench.pass_seconds)
+        return max(_FEWEST_PROBES, min(_PROBES, int(_SHARES["first"] * self.settings.seconds / max(one, 1e-9)) - 1))
+
+    def _clocked(self, run: Callable[[], T]) -> T:
+        """Run something on the bench, whose time counts."""
+        start = time.monotonic()
+        try:
+            return run()
+        finally:
+            self.spent += time.monotonic() - start
 
     def _time_unknown(self, variants: Iterable[tuple[SitePlan, ...]]) -> None:
         missing = [variant for variant in dict.fromkeys(variants) if not self._known(variant)]
@@ -94,7 +125,8 @@ class Timer:
 
     def _time(self, variants: Sequence[tuple[SitePlan, ...]], share: str) -> None:
         named = {planned.name: self.sites[planned.name] for variant in variants for planned in variant}
-        rounds = self.bench.time_sites(list(named), variants, _SHARES[share] * self.settings.seconds)
+        seconds, bench = _SHARES[share] * self.settings.seconds, self.bench
+        rounds = self._clocked(lambda: bench.time_sites(list(named), variants, seconds))
         self.table.add_sites(named, variants, rounds)
         write_table(self._file, self.table)
 
@@ -107,7 +139,8 @@ class Timer:
         wholes = {splits_digest(plan.sites): plan.sites for plan in plans}
         missing = [sites for digest, sites in wholes.items() if digest not in self.table.wholes]
         if missing:
-            rounds = self.bench.time_models(missing, _SHARES["wholes"] * self.settings.seconds)
+            seconds, bench = _SHARES["wholes"] * self.settings.seconds, self.bench
+            rounds = self._clocked(lambda: bench.time_models(missing, seconds))
             self.table.add_wholes(missing, rounds)
             write_table(self._file, self.table)
         times = self.times()

@@ -11,7 +11,7 @@ from augment_cli.operators import get_operator
 from augment_cli.planning.plan import Plan, SitePlan, natural
 from augment_cli.reporting.folding import fold_names
 from augment_cli.reporting.markup import Markup, tag
-from augment_cli.reporting.network import draw_network, marks
+from augment_cli.reporting.network import marks, network_figure
 from augment_cli.reporting.numbers import Change
 from augment_cli.reporting.sheet import Column, Sheet, Sheets
 from augment_cli.reporting.text import cell
@@ -183,8 +183,8 @@ class Comparison(Sheets):
         planned = [(i, candidate) for i, candidate in enumerate(self.candidates, 1) if candidate.plan]
         for i, candidate in planned if len(planned) <= _MOST_BESIDE else ():
             assert candidate.plan is not None  # planned
-            picture = draw_network(marks(candidate.plan), f"The convolutions of {candidate.label}", f"network-{i}")
-            yield tag("section", tag("h2", f"#{i} {candidate.label}"), tag("figure", picture))
+            picture = network_figure(marks(candidate.plan), f"The convolutions of {candidate.label}", f"network-{i}")
+            yield tag("section", tag("h2", f"#{i} {candidate.label}"), picture)
 
     def rows(self) -> list[dict[str, Any]]:
         return [flat(candidate) for candidate in self.candidates]

@@ -10,6 +10,7 @@ from augment_cli.planning.frontier import Point, Unit, count
 from augment_cli.planning.recipe import UNITS
 from augment_cli.reporting.comparison import Candidate, flat
 from augment_cli.reporting.sheet import Column, Sheet, Sheets
+from augment_cli.reporting.style import SERIES, picture
 from augment_cli.reporting.units import amount, divergence, percent, share
 
 SCHEMA = 1
@@ -88,24 +89,19 @@ class Frontier(Sheets):
         Raises:
             AugmentError: the file cannot be written.
         """
-        from matplotlib.figure import Figure
+        write_file(path, lambda temporary: self._draw(temporary, path.suffix[1:]))
 
-        figure = Figure(figsize=(7, 4.4), layout="constrained")
-        axes = figure.subplots()
-        counts = [count(point, self.unit) / 1e6 for point in self.points]
-        axes.plot(counts, [point.loss for point in self.points], "o-", color="#0072b2")
-        for i, (x, point) in enumerate(zip(counts, self.points, strict=True), 1):
-            axes.annotate(str(i), (x, point.loss), xytext=(4, 4), textcoords="offset points", fontsize=8)
-        plan = self.points[0].plan
-        before = (
-            (plan.latency.source if plan.latency else 0)
-            if self.unit == "latency"
-            else getattr(plan, f"{self.unit}_before")
-        )
-        axes.axvline(before / 1e6, color="#d55e00", linestyle="--", label="the source")
-        axes.set_xlabel(f"{_NAMES[self.unit]}, {'milliseconds' if self.unit == 'latency' else 'millions'}")
-        axes.set_ylabel(f"{self.loss_name}{', nats' if self.measured else ''}")
-        axes.set_title(f"{plan.model}, recipe {plan.recipe}", fontsize=10)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False)
-        write_file(path, lambda temporary: figure.savefig(temporary, format=path.suffix[1:], dpi=120))
+    def _draw(self, path: Path, form: str) -> None:
+        plan, counts = self.points[0].plan, [count(point, self.unit) / 1e6 for point in self.points]
+        timed = plan.latency.source if plan.latency else 0
+        before = timed if self.unit == "latency" else getattr(plan, f"{self.unit}_before")
+        with picture(path, 7, 4.4, form) as figure:
+            axes = figure.subplots()
+            axes.plot(counts, [point.loss for point in self.points], label="plans, by their number")
+            for i, (x, point) in enumerate(zip(counts, self.points, strict=True), 1):
+                axes.annotate(str(i), (x, point.loss), xytext=(4, 4), textcoords="offset points")
+            axes.axvline(before / 1e6, color=SERIES[1][0], linestyle=SERIES[1][1], label="the source")
+            axes.set_xlabel(f"{_NAMES[self.unit]}, {'milliseconds' if self.unit == 'latency' else 'millions'}")
+            axes.set_ylabel(f"{self.loss_name}{', nats' if self.measured else ''}")
+            axes.set_title(f"{plan.model}, recipe {plan.recipe}")
+            axes.legend()

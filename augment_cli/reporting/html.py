@@ -6,7 +6,7 @@ from pathlib import Path
 from shlex import quote
 
 from augment_cli.reporting.markup import DASH, TIMES, Markup, join, minus, tag
-from augment_cli.reporting.network import draw_network
+from augment_cli.reporting.network import network_figure
 from augment_cli.reporting.numbers import Change, Limit, Report, SkippedGroup
 from augment_cli.reporting.provenance import TRUST_TERMS
 from augment_cli.reporting.sites_table import sites_tables
@@ -131,9 +131,14 @@ def _notices(report: Report) -> Iterator[Markup]:
 
 def _network(report: Report) -> Markup:
     title = f"The convolutions of {report.model} by map size"
-    note = "A band for each size of the output map, a bar for each convolution; hover one for its name and numbers."
-    picture = tag("figure", draw_network(report.marks, title))
-    return tag("section", tag("h2", "Where in the network"), tag("p", note, class_="quiet"), picture)
+    note = "A band for each size of the output map, a bar for each convolution."
+    pointing = tag("span", " Point at one for its name and numbers.", class_="pointing")
+    return tag(
+        "section",
+        tag("h2", "Where in the network"),
+        tag("p", note, pointing, class_="quiet"),
+        network_figure(report.marks, title),
+    )
 
 
 _TOTALS = ("Count", "Before", "After", "Change", "%", "Budget", "At most", "Left")

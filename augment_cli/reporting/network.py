@@ -5,26 +5,29 @@ which the colour-blind tell apart; in grey, what attention took is solid and wha
 """
 
 import math
+import textwrap
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from augment_cli.analysis.site import Size
 from augment_cli.operators import get_operator, operator_names
 from augment_cli.planning.plan import Plan, natural
 from augment_cli.reporting.markup import TIMES, Markup, tag
+from augment_cli.reporting.style import OPERATORS
 from augment_cli.reporting.units import counted, kernel, share, size
 
-_COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
-_WIDTH, _TALLEST, _LOWEST = 960, 72, 24  # pixels
-_HEAD, _FOOT, _GAP, _SIDE, _LEGEND = 22, 8, 8, 6, 30
+WIDE, NARROW = 960, 320  # pixels: for a desk and for a phone
+_TALLEST, _LOWEST = 72, 24
+_HEAD, _FOOT, _GAP, _SIDE = 22, 8, 8, 6
+_LINE, _CHARACTER = 17, 6.3  # of the legend's text
 _NARROWEST = 80  # of a band, for its label
 _MOST_MARKS = 1500
 _FEW_MARKS = 150  # up to which they are wide
 
 _STYLE = """
 .network { --ink: #16202b; --soft: #5a6776; --band: #eef1f5; --stay: #b4bfcc; }
-@media (prefers-color-scheme: dark) {
+@media screen and (prefers-color-scheme: dark) {
   .network { --ink: #e6ebf0; --soft: #98a5b3; --band: #1b232c; --stay: #5b6876; } }
 .network text { font: 12px system-ui, -apple-system, "Segoe UI", Roboto, Arial, sans-serif; fill: var(--ink); }
 .network .soft { fill: var(--soft); }
@@ -36,16 +39,17 @@ _STYLE = """
 
 @dataclass(frozen=True)
 class _Scale:
-    """How wide marks are, and how high: by the logarithm of the output channels, between the least and the most."""
+    """How wide the picture and its marks are, and how high: by the logarithm of the output channels, least to most."""
 
+    width: int
     pitch: int
     least: int
     most: int
 
     @classmethod
-    def of(cls, shown: tuple["Mark", ...]) -> "_Scale":
+    def of(cls, shown: tuple["Mark", ...], width: int) -> "_Scale":
         channels = [mark.channels for mark in shown if mark.channels] or [1]
-        return cls(14 if len(shown) <= _FEW_MARKS else 8, min(channels), max(channels))
+        return cls(width, 14 if len(shown) <= _FEW_MARKS else 8, min(channels), max(channels))
 
     @property
     def bar(self) -> int:
@@ -54,7 +58,7 @@ class _Scale:
     @property
     def most_beside(self) -> int:
         """How many marks fit into a band."""
-        return (_WIDTH - 2 * _SIDE) // self.pitch
+        return (self.width - 2 * _SIDE) // self.pitch
 
     def height(self, mark: "Mark") -> float:
         if mark.channels is None or self.most == self.least:
@@ -105,35 +109,43 @@ def marks(plan: Plan) -> tuple[Mark, ...]:
     return tuple(sorted(found, key=lambda mark: natural(mark.name)))
 
 
-def draw_network(found: tuple[Mark, ...], title: str, key: str = "network") -> Markup:
+def draw_network(found: tuple[Mark, ...], title: str, key: str = "network", width: int = WIDE) -> Markup:
     """The picture.
 
     Args:
         found: the convolutions, from `marks`.
         title: what the picture is of, for those who cannot see it.
         key: begins the ids in it, which are unique in a page.
+        width: in pixels; bands wrap to it.
     """
     shown = found if len(found) <= _MOST_MARKS else tuple(mark for mark in found if mark.operator)[:_MOST_MARKS]
     known = operator_names()
     used = [name for name in known if any(mark.operator == name for mark in shown)]
-    colours = {name: _COLOURS[known.index(name) % len(_COLOURS)] for name in used}
-    scale = _Scale.of(shown)
-    bands, height = _placed(shown, scale)
+    colours = {name: OPERATORS[known.index(name) % len(OPERATORS)] for name in used}
+    scale = _Scale.of(shown, width)
+    legend, top = _legend(colours, len(found) - len(shown), width)
+    bands, height = _placed(shown, scale, top)
     drawn = [_band(x, y, members, colours, scale) for x, y, members in bands]
-    left_out = len(found) - len(shown)
     return tag(
         "svg",
         tag("title", title, id=f"{key}-title"),
         tag("desc", _description(found), id=f"{key}-desc"),
         tag("style", Markup(_STYLE)),
-        tag("g", *_legend(colours, left_out)),
+        tag("g", legend),
         *drawn,
         xmlns="http://www.w3.org/2000/svg",
-        viewBox=f"0 0 {_WIDTH} {height}",
+        viewBox=f"0 0 {width} {height}",
         class_="network",
         role="img",
         aria_labelledby=f"{key}-title {key}-desc",
     )
+
+
+def network_figure(found: tuple[Mark, ...], title: str, key: str = "network") -> Markup:
+    """The picture in a page, which shows the one that suits the screen's width."""
+    narrow = draw_network(found, title, f"{key}-narrow", NARROW)
+    wide = tag("div", draw_network(found, title, key), class_="wide")
+    return tag("figure", wide, tag("div", narrow, class_="narrow"))
 
 
 def network_picture(plan: Plan) -> str:
@@ -161,15 +173,15 @@ def _bands(found: Iterable[Mark]) -> list[tuple[Size | None, list[Mark]]]:
     return sorted(bands.items(), key=lambda item: -math.prod(item[0]) if item[0] else 1)
 
 
-def _placed(found: tuple[Mark, ...], scale: _Scale) -> tuple[list[tuple[float, float, list[Mark]]], float]:
-    """Where each band begins, a band that is wider than the picture in several parts, and the picture's height."""
+def _placed(found: tuple[Mark, ...], scale: _Scale, y: float) -> tuple[list[tuple[float, float, list[Mark]]], float]:
+    """Where each band begins, from y on; one wider than the picture is in parts. And the picture's height."""
     placed: list[tuple[float, float, list[Mark]]] = []
-    x, y, tall = 0.0, float(_LEGEND), _HEAD + _TALLEST + _FOOT + _GAP
+    x, tall = 0.0, _HEAD + _TALLEST + _FOOT + _GAP
     for _, members in _bands(found):
         for first in range(0, len(members), scale.most_beside):
             part = members[first : first + scale.most_beside]
             width = scale.band(len(part))
-            if x and x + width > _WIDTH:
+            if x and x + width > scale.width:
                 x, y = 0.0, y + tall
             placed.append((x, y, part))
             x += width + _GAP
@@ -208,21 +220,26 @@ def _title(mark: Mark) -> str:
     return f"{shape}{channels}; {mark.operator.upper()}: {mark.text}; attention computes {share(mark.taken)}"
 
 
-def _legend(colours: dict[str, str], left_out: int) -> Iterator[Markup]:
-    x = 0
-    entries = [(name.upper(), colour) for name, colour in colours.items()]
-    for text, colour in entries:
-        yield tag("rect", x=x, y=4, width=11, height=14, rx=1, fill=colour, stroke=colour, class_="kept")
-        yield tag("rect", x=x, y=4, width=11, height=5, rx=1, fill=colour)
-        yield tag("text", text, x=x + 15, y=15)
-        x += 32 + 8 * len(text)
-    yield tag("rect", x=x, y=4, width=11, height=14, rx=1, class_="stay")
-    yield tag("text", "stays as it is", x=x + 15, y=15)
+def _legend(colours: dict[str, str], left_out: int, width: int) -> tuple[list[Markup], float]:
+    """What colours and shapes mean, in lines of a width; and where the lines end."""
+    found, x, y = [], 0.0, 15.0
+    for name, colour in colours.items():
+        found.append(tag("rect", x=x, y=4, width=11, height=14, rx=1, fill=colour, stroke=colour, class_="kept"))
+        found.append(tag("rect", x=x, y=4, width=11, height=5, rx=1, fill=colour))
+        found.append(tag("text", name.upper(), x=x + 15, y=y))
+        x += 32 + 8 * len(name)
+    found.append(tag("rect", x=x, y=4, width=11, height=14, rx=1, class_="stay"))
+    found.append(tag("text", "stays as it is", x=x + 15, y=y))
     x += 110
     note = "solid: the channels that attention computes; height: output channels, on a log scale"
     if left_out:
         note += f"; {left_out:,} more that stay are not drawn"
-    yield tag("text", note, x=x, y=15, class_="soft")
+    if x + _CHARACTER * len(note) > width:
+        x, y = 0.0, y + _LINE
+    for line in textwrap.wrap(note, int((width - x) / _CHARACTER)):
+        found.append(tag("text", line, x=x, y=y, class_="soft"))
+        y += _LINE
+    return found, y - _LINE + 15
 
 
 def _map_name(map_size: Size | None) -> str:

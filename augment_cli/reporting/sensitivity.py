@@ -4,6 +4,7 @@ from pathlib import Path
 
 from augment_cli.files import write_file
 from augment_cli.planning.plan import Plan
+from augment_cli.reporting.style import SERIES, picture
 
 
 def draw(plan: Plan, path: Path) -> None:
@@ -12,16 +13,21 @@ def draw(plan: Plan, path: Path) -> None:
     Raises:
         AugmentError: the file cannot be written.
     """
-    from matplotlib.figure import Figure
-
     measured = [(site, site.sensitivity) for site in plan.sites if site.sensitivity]
     names = [site.name for site, _ in measured]
-    figure = Figure(figsize=(9, 1.2 + 0.28 * len(measured)), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
-    left.barh(names, [sensitivity.divergence for _, sensitivity in measured], color="#4269d0")
-    left.set_xlabel("KL of the predictions, nats,\nwhen this site alone is replaced")
-    right.barh(names, [site.given_up / site.out_channels for site, _ in measured], color="#ff725c")
-    right.set_xlabel("share of output channels\nthat the plan gives up")
-    left.invert_yaxis()
-    figure.suptitle(f"{plan.model}, recipe {plan.recipe}")
-    write_file(path, lambda temporary: figure.savefig(temporary, format=path.suffix[1:], dpi=120))
+    divergences = [sensitivity.divergence for _, sensitivity in measured]
+    shares = [100 * site.given_up / site.out_channels for site, _ in measured]
+
+    def write(temporary: Path) -> None:
+        with picture(temporary, 9, 1.2 + 0.28 * len(measured), path.suffix[1:]) as figure:
+            left, right = figure.subplots(1, 2, sharey=True)
+            left.barh(names, divergences, color=SERIES[0][0])
+            left.set_xlabel("KL of the predictions, nats,\nwhen this site alone is replaced")
+            right.barh(names, shares, color=SERIES[1][0])
+            right.set_xlabel("% of the output channels\nthat the plan gives up")
+            left.invert_yaxis()
+            for axes in (left, right):
+                axes.grid(visible=False, axis="y")
+            figure.suptitle(f"{plan.model}, recipe {plan.recipe}", fontsize=10)
+
+    write_file(path, write)

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
@@ -11,12 +12,16 @@ from torch import Tensor
 from augment_cli.dataset import open_dataset
 from augment_cli.errors import AugmentError
 from augment_cli.files import write_file
+from augment_cli.reporting.style import COUNTS, picture
 from augment_cli.seeds import preserved
 from augment_cli.specs import OnCorrupt
 from augment_cli.training.accelerators import one_accelerator
 from augment_cli.training.data import Data, data_config, evaluation_loader
 from augment_cli.training.evaluate import Scores, evaluate
 from augment_cli.training.models import Opened, label_names, open_companion, open_model
+
+# Classes up to which a confusion matrix is drawn with their names, and with a number in each cell.
+_NAMED, _NUMBERED = 40, 12
 
 
 @dataclass(frozen=True)
@@ -161,15 +166,17 @@ def _write_csv(path: Path, counts: Tensor, classes: list[str]) -> None:
 
 
 def _draw(path: Path, counts: Tensor, classes: list[str]) -> None:
-    from matplotlib.figure import Figure
-
-    share = 100 * counts.double() / counts.sum(1, keepdim=True).clamp_min(1)
-    figure = Figure(figsize=(7, 6), layout="constrained")
-    axes = figure.subplots()
-    image = axes.imshow(share.numpy(), cmap="Blues", vmin=0, vmax=100)
-    axes.set(xlabel="predicted", ylabel="true")
-    if len(classes) <= 40:
-        axes.set_xticks(range(len(classes)), classes, rotation=90)
-        axes.set_yticks(range(len(classes)), classes)
-    figure.colorbar(image, label="% of the true class")
-    figure.savefig(path, format="png", dpi=120)
+    share = (100 * counts.double() / counts.sum(1, keepdim=True).clamp_min(1)).numpy()
+    with picture(path, 7, 6) as figure:
+        axes = figure.subplots()
+        image = axes.imshow(share, cmap=COUNTS, vmin=0, vmax=100)
+        axes.set(xlabel="predicted", ylabel="true")
+        axes.grid(visible=False)
+        if len(classes) <= _NAMED:
+            axes.set_xticks(range(len(classes)), classes, rotation=90)
+            axes.set_yticks(range(len(classes)), classes)
+        if len(classes) <= _NUMBERED:
+            for (row, column), value in np.ndenumerate(share):
+                colour = "white" if value > 50 else "black"
+                axes.text(column, row, f"{value:.0f}", color=colour, ha="center", va="center")
+        figure.colorbar(image, label="% of the true class")

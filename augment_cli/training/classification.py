@@ -37,8 +37,8 @@ class Classification(Task[Settings]):
     name = "classification"
     scores = ("train_loss", "train_top1", "val_loss", "val_top1", "val_top5")
     charts = (
-        Chart("loss, nats", {"train": "train_loss", "val": "val_loss"}),
-        Chart("top-1, %", {"train": "train_top1", "val": "val_top1"}),
+        Chart("loss, nats", {"val": "val_loss", "train": "train_loss"}),
+        Chart("top-1, %", {"val": "val_top1", "train": "train_top1"}),
     )
     best = Metric("val_top1", "top-1")
     sums = 3

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from augment_cli.files import write_file
+from augment_cli.reporting.style import QUIET, picture
 from augment_cli.training.task import Chart, Metric, Row, Task
 
 
@@ -40,18 +41,14 @@ def _number(value: float) -> str:
 
 
 def _draw(path: Path, rows: list[Row], charts: Sequence[Chart], metric: Metric) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4.5 * len(charts), 3.6), layout="constrained")
-    epochs = [row["epoch"] for row in rows]
-    for axes, chart in zip(figure.subplots(1, len(charts), squeeze=False)[0], charts, strict=True):
-        for name, column in chart.lines.items():
-            style = "--" if column.startswith("train") else "-"
-            axes.plot(epochs, [row[column] for row in rows], style, marker=".", label=name)
-        axes.set(xlabel="epoch", ylabel=chart.unit)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(alpha=0.3)
-        axes.legend()
-        if metric.column in chart.lines.values() and (best := best_row(rows, metric)):
-            axes.set_title(f"best: {best[metric.column]:.2f}%, epoch {best['epoch']}", fontsize="medium")
-    figure.savefig(path, format="png", dpi=120)
+    epochs, best = [row["epoch"] for row in rows], best_row(rows, metric)
+    with picture(path, 4.5 * len(charts), 3.6) as figure:
+        for axes, chart in zip(figure.subplots(1, len(charts), squeeze=False)[0], charts, strict=True):
+            for name, column in chart.lines.items():
+                axes.plot(epochs, [row[column] for row in rows], label=name)
+            axes.set(xlabel="epoch", ylabel=chart.unit)
+            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.legend()
+            if best and metric.column in chart.lines.values():
+                axes.set_title(f"best: {best[metric.column]:.2f}%, epoch {best['epoch']}")
+                axes.axvline(best["epoch"], color=QUIET, linestyle=":", marker="", linewidth=1)

@@ -201,14 +201,17 @@ def test_the_command_writes_a_page_a_picture_and_numbers(in_tmp):
     picture().save("p.png")
     picture().convert("L").save("grey.jpg")
     outputs = ("-o", "a.html", "-o", "a.png", "--at", "0,1", "--kind", "position")
-    result = ok("attention", "m.safetensors", "p.png", "grey.jpg", "--beside", "n", *outputs, "--json")
+    result = ok("attention", "m.safetensors", "p.png", "grey.jpg", "--beside", "n", *outputs, "--json", "--rollout")
     data = json.loads(result.stdout)
     assert [(one["model"], one["image"]) for one in data["seen"]] == [
         (name, image) for image in ("p.png", "grey.jpg") for name in ("m.safetensors", "n")
     ]
     assert all(0 <= head["outside"] <= 1 for one in data["seen"] for layer in one["heads"] for head in layer["heads"])
+    assert all(0 < one["rollout"]["moved"] < 1 for one in data["seen"])
+    assert all(list(one["rollout"]["shares"]) == list(data["seen"][0]["rollout"]["shares"]) for one in data["seen"])
     assert Image.open("a.png").width > 100
     assert (in_tmp / "a.html").read_text().startswith("<!doctype html>")
+    assert "Share" in ok("attention", "n", "p.png", "--site", "layer4.*", "--rollout").stdout
     assert "Outside 3x3" in ok("attention", "n", "p.png", "--site", "layer4.*", "--head", "1").stdout
 
 

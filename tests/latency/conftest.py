@@ -35,6 +35,9 @@ class FormulaBench:
     def change(self, variant: Variant) -> float:
         return sum(self.after(planned) - self.before(planned.name) for planned in variant)
 
+    def pass_seconds(self) -> float:
+        return self.total / 1e9
+
     def time_sites(self, names: Sequence[str], variants: Sequence[Variant], seconds: float) -> list[list[Pass]]:
         self.timed += variants
         source = Pass(self.total, {name: self.before(name) for name in names})

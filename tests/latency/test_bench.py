@@ -7,7 +7,7 @@ from torch import nn
 from augment_cli.analysis import source
 from augment_cli.errors import AugmentError
 from augment_cli.latency.bench import FEWEST_ROUNDS, ModelBench
-from augment_cli.latency.stopwatch import SiteClock
+from augment_cli.latency.stopwatch import CUDAStopwatch, SiteClock
 from augment_cli.planning.latency import LatencySettings
 from tests.conftest import plan_of
 
@@ -62,6 +62,55 @@ def test_a_site_is_timed_forward_and_backward_and_nothing_around_it_is():
     with torch.inference_mode():
         model(torch.ones(2))
     assert clock.take() == {"1": forward}
+
+
+class Stream:
+    """A CUDA device whose work is done when it is waited for, a millisecond for each mark."""
+
+    def __init__(self, monkeypatch, device: str) -> None:
+        self.now, self.waited, self.device = 0, -1, torch.device(device)
+        stream = self
+
+        class Event:
+            def __init__(self, enable_timing: bool = False) -> None:
+                assert enable_timing
+
+            def record(self, at) -> None:
+                assert at is stream
+                self.time = stream.now = stream.now + 1
+
+            def elapsed_time(self, end) -> float:
+                assert max(self.time, end.time) <= stream.waited, "an event is read before it has happened"
+                return float(end.time - self.time)
+
+        monkeypatch.setattr("torch.cuda.Event", Event)
+        monkeypatch.setattr("torch.cuda.current_stream", self.of)
+        monkeypatch.setattr("torch.cuda.synchronize", self.wait)
+
+    def of(self, device: torch.device) -> "Stream":
+        assert device == self.device
+        return self
+
+    def wait(self, device: torch.device) -> None:
+        assert device == self.device
+        self.waited = self.now
+
+
+@pytest.mark.parametrize("mode", ["inference", "training"])
+def test_events_are_of_the_devices_stream_and_read_when_it_is_done(mode, monkeypatch):
+    stream = Stream(monkeypatch, "cuda:1")
+    model = source.create(source.describe("test_resnet")[0])
+    plan = plan_of("test_resnet", "aa")
+    names = [site.name for site in plan.sites]
+    settings = LatencySettings(batch=2, threads=1, mode=mode)
+    bench = ModelBench(model, (3, 160, 160), settings, watch=CUDAStopwatch("cuda:1"))
+    rounds = bench.time_sites(names, [plan.sites], 0.0)
+    marks = 1e6 if mode == "inference" else 2e6  # nanoseconds
+    for of_source, variant in rounds:
+        assert of_source.sites == variant.sites == dict.fromkeys(names, marks)
+        assert of_source.total == variant.total == 2 * marks * len(names) + 1e6
+    assert stream.waited == stream.now
+    assert bench.pass_seconds() == pytest.approx(1e-3)
 
 
 def test_calls_of_one_module_add_up():

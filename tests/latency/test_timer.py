@@ -4,10 +4,12 @@ import json
 import random
 
 import pytest
+import torch
 
 from augment_cli.analysis.facts import Source
 from augment_cli.errors import AugmentError, BudgetError
 from augment_cli.latency import timer as latency
+from augment_cli.latency.machine import describe_machine
 from augment_cli.latency.timer import Timer, frontier_within, plan_within
 from augment_cli.operators import get_operator
 from augment_cli.planning.frontier import count
@@ -144,6 +146,38 @@ def test_when_the_time_is_out_it_chooses_among_what_was_measured(timer_of, bench
     assert len(bench.timed) <= latency._PROBES + 1
 
 
+@pytest.mark.parametrize(("seconds_a_pass", "variants"), [(0.01, 8), (1.0, 5), (10.0, 3)])
+def test_slow_passes_mean_fewer_splits_in_the_first_measurement(timer_of, bench, monkeypatch, seconds_a_pass, variants):
+    monkeypatch.setattr(bench, "pass_seconds", lambda: seconds_a_pass)
+    timer = timer_of()  # 60 s, two fifths of which for this: 24 s, of four passes of each model
+    timer.probe(load_recipe("aa"))
+    assert len(bench.timed) == variants
+    first = {site.name: site.split for site in bench.timed[0]}
+    assert first == {site.name: site.split for site in plan_of(MODEL, "aa", "budget.params=free").sites}
+
+
+def test_measuring_that_takes_longer_says_why(timer_of, bench, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(latency.time, "monotonic", lambda: now[0])
+
+    def slow(run):
+        def slowly(*args):
+            now[0] += 50
+            return run(*args)
+
+        return slowly
+
+    for name in ("time_sites", "time_models"):
+        monkeypatch.setattr(bench, name, slow(getattr(bench, name)))
+    timer = timer_of()
+    timer.probe(load_recipe("aa"))
+    assert (timer.spent, timer.overrun) == (50, None)
+    planned(timer)
+    assert timer.spent > 72
+    assert "latency.seconds is 60" in timer.overrun
+    assert "latency.batch" in timer.overrun
+
+
 def test_a_free_budget_measures_the_plan_as_it_is(timer_of, bench):
     plan = planned(timer_of())
     assert plan.sites == plan_of(MODEL, "aa", "budget.params=free").sites
@@ -221,6 +255,22 @@ def test_a_plan_over_its_own_budget_of_latency_is_refused(timer_of):
     tighter = plan.model_copy(update={"budget": plan.budget.model_copy(update={"latency": "+1%"})})
     with pytest.raises(BudgetError, match=r"ms more than its budget\.latency=\+1%"):
         check_budget(with_latency(tighter, GRAPH, timer.times()), "it")
+
+
+def test_times_of_a_cuda_device_are_kept_by_what_changes_them(monkeypatch):
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: f"card of {device}")
+    plain = describe_machine("cuda:1")
+    assert plain.startswith("card of cuda:1, torch ")
+    assert "kernels" not in plain  # those are the processor's
+    monkeypatch.setattr("torch.backends.cudnn.benchmark", True)
+    assert describe_machine("cuda:1") != plain
+    tuned = describe_machine("cuda:1")
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    try:
+        assert describe_machine("cuda:1") != tuned
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = before
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:7"])

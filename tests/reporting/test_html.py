@@ -128,6 +128,18 @@ def test_light_dark_and_print(report: Report):
     style = "".join(Page(to_html(report)).texts["style"])
     for query in ("prefers-color-scheme: dark", "@media print", "max-width"):
         assert query in style
+    assert re.findall(r"@media (.*)prefers-color-scheme: dark", style) == [
+        "screen and (",
+        "screen and (",
+        "screen and (",
+    ]
+    printed = style[style.index("@media print") :]
+    for rule in (
+        "tr, .card, details { break-inside: avoid",
+        "details-content { content-visibility: visible",
+        "summary {",
+    ):
+        assert rule in printed
     used = set(re.findall(r"var\((--[\w-]+)\)", style))
     assert used <= set(re.findall(r"(--[\w-]+):", style))
 

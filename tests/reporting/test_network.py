@@ -9,7 +9,7 @@ import pytest
 from augment_cli.planning.plan import Plan
 from augment_cli.reporting import Report
 from augment_cli.reporting.html import to_html
-from augment_cli.reporting.network import _MOST_MARKS, draw_network, marks, network_picture
+from augment_cli.reporting.network import _MOST_MARKS, NARROW, WIDE, Mark, draw_network, marks, network_picture
 from tests.cli.helpers import ok, run
 from tests.conftest import graph_of, plan_of
 from tests.reporting.conftest import attended, plan, site
@@ -49,10 +49,19 @@ def test_the_solid_part_is_the_share_that_attention_took():
     assert len(colours) == 2
 
 
-def test_nothing_lies_outside_the_picture():
+def narrow(found: tuple[Mark, ...], title: str) -> str:
+    return draw_network(found, title, "network-narrow", NARROW)
+
+
+@pytest.mark.parametrize("wanted", [WIDE, NARROW])
+def test_nothing_lies_outside_the_picture(wanted: int):
     for made in (plan_of("resnet18", "aa"), plan_of("hrnet_w18", "aa"), plan(site("a"))):
-        root = ElementTree.fromstring(network_picture(made))
+        root = ElementTree.fromstring(draw_network(marks(made), "title", width=wanted))
         _, _, width, height = map(float, root.get("viewBox").split())
+        assert width == wanted
+        assert len(bars(ElementTree.tostring(root))) == len(marks(made))
+        for text in root.iter(f"{SVG}text"):
+            assert float(text.get("x")) + 6 * len(text.text) <= width
         for rect in root.iter(f"{SVG}rect"):
             x, y, w, h = (float(rect.get(key)) for key in ("x", "y", "width", "height"))
             assert 0 <= x <= x + w <= width
@@ -67,6 +76,16 @@ def test_a_plan_of_unknown_shapes_and_one_of_thousands_of_convolutions_are_drawn
     assert f"{len(many) - _MOST_MARKS:,} more" in picture
 
 
+def test_a_phone_shows_the_narrow_picture_and_scrolls_nothing_sideways(report: Report):
+    page = to_html(report)
+    assert NARROW <= 375 - 2 * 2 * 0.9 * 16 + 4  # what the page's and the section's padding leave, about
+    assert "min-width: 40rem" not in page
+    phone = page[page.index("@media (max-width: 40rem)") :]
+    assert ".wide { display: none; }" in phone
+    assert ".narrow { display: block; }" in phone
+    assert ".narrow { display: none;" in page[: page.index("@media (max-width: 40rem)")]
+
+
 def test_hostile_names_stay_text(hostile: Report):
     picture = draw_network(hostile.marks, hostile.model)
     assert "<script" not in picture
@@ -75,7 +94,10 @@ def test_hostile_names_stay_text(hostile: Report):
 
 def test_the_picture_is_in_the_page_and_every_variable_is_defined(report: Report):
     page = to_html(report)
-    assert draw_network(report.marks, f"The convolutions of {report.model} by map size") in page
+    title = f"The convolutions of {report.model} by map size"
+    for picture, kind in ((draw_network(report.marks, title), "wide"), (narrow(report.marks, title), "narrow")):
+        assert f'<div class="{kind}">{picture}</div>' in page
+    assert len(re.findall(r' id="([^"]*)"', page)) == len(set(re.findall(r' id="([^"]*)"', page)))
     used = set(re.findall(r"var\((--[\w-]+)\)", page))
     assert used <= set(re.findall(r"(--[\w-]+):", page))
     assert 'class="network"' in to_html(replace(report, marks=report.marks[:1]))
