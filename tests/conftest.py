@@ -43,8 +43,10 @@ SLOW = (
     "training/test_command_line.py",
     "training/test_distributed.py",
     "training/test_finetune.py",
+    "training/test_memory.py",
     "training/test_resume.py",
     "training/test_timm_script.py",
+    "training/test_transfer.py",
 )
 NATIVE = ("layers/native",)
 
