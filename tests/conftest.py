@@ -43,6 +43,7 @@ SLOW = (
     "training/test_command_line.py",
     "training/test_distributed.py",
     "training/test_finetune.py",
+    "training/test_float16.py",
     "training/test_memory.py",
     "training/test_resume.py",
     "training/test_timm_script.py",

@@ -151,7 +151,7 @@ def _loader(
         data.set_loader_cfg(num_workers=workers)
     source: Any = data  # timm's annotation names its own two classes; it asks only for a `transform` to set
     keys = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
-    loader: DataLoader = create_loader(
+    loader = create_loader(
         source,
         config["input_size"],
         batch_size,

@@ -6,7 +6,7 @@ the last batch but one would pass for the last, and end a group of accumulated b
 batch, where a resumed run needs it by image.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
@@ -60,12 +60,10 @@ class Collate:
 
     def __call__(self, samples: Sequence[tuple[Any, int]]) -> Batch:
         """samples: images (C, H, W) in bytes, or what `Erase` makes of them, and labels."""
-        pictures, labels = zip(*samples, strict=True)
-        patches: list[list[Patch]] = [[] for _ in pictures]
-        if isinstance(pictures[0], tuple):
-            pictures, patches = zip(*pictures, strict=True)
-        batch = Batch(self, default_collate(list(pictures)), torch.tensor(labels))
-        found = [(number, *patch) for number, part in enumerate(patches) for patch in part]
+        drawn = [sample[0] if isinstance(sample[0], tuple) else (sample[0], []) for sample in samples]
+        labels = torch.tensor([label for _, label in samples])
+        batch = Batch(self, default_collate([image for image, _ in drawn]), labels)
+        found = [(number, *patch) for number, (_, patches) in enumerate(drawn) for patch in patches]
         if not found:
             return batch
         places = torch.tensor([(number, top, left, *pixels.shape[1:]) for number, top, left, pixels in found])
@@ -81,7 +79,7 @@ class Collate:
 class Erase:
     """A transform and timm's RandomErasing after it, which the device carries out once images are normalised."""
 
-    def __init__(self, transform: Callable[[Any], Tensor], probability: float) -> None:
+    def __init__(self, transform: Any, probability: float) -> None:
         from timm.data.random_erasing import RandomErasing
 
         self.transform = transform
