@@ -41,6 +41,7 @@ SLOW = (
     "test_comparison.py",
     "test_dataset.py",
     "training/test_command_line.py",
+    "training/test_compile.py",
     "training/test_distributed.py",
     "training/test_finetune.py",
     "training/test_float16.py",
