@@ -7,11 +7,11 @@ from augment_cli.analysis.graph import ModelGraph
 from augment_cli.checkpoint import rebuild
 from augment_cli.checkpoint.files import versions
 from augment_cli.checkpoint.metadata import Metadata, attach
-from augment_cli.errors import InputError
+from augment_cli.errors import InputError, enough_memory
 from augment_cli.operators import get_operator
 from augment_cli.planning.plan import Plan
 from augment_cli.seeds import seeded
-from augment_cli.surgery.calibration import Calibration, compare, predictions
+from augment_cli.surgery.calibration import LESS_MEMORY, Calibration, compare, predictions
 from augment_cli.surgery.inherit import carry, fit
 from augment_cli.surgery.inherit.fitted import Progress
 
@@ -68,9 +68,10 @@ def _operate(
     if calibration is None:
         inheritance = carry(model, plan, graph)
     else:
-        before = predictions(model, calibration)
-        inheritance = fit(model, plan, graph, calibration, progress)
-        fidelity = compare(before, predictions(model, calibration), calibration)
+        with enough_memory(f"fitting {plan.model}", LESS_MEMORY):
+            before = predictions(model, calibration)
+            inheritance = fit(model, plan, graph, calibration, progress)
+            fidelity = compare(before, predictions(model, calibration), calibration)
     rebuild.adopt(model, plan)
     metadata = Metadata(
         plan=plan,

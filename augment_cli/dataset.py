@@ -38,6 +38,11 @@ class BadImage(AugmentError):
         super().__init__(message.rsplit(f"{type(self).__name__}: ", 1)[-1].strip())
 
 
+def _shared_epoch() -> torch.Tensor:
+    """An epoch in memory that worker processes share, so that they can stay from one epoch to the next."""
+    return torch.zeros((), dtype=torch.int64).share_memory_()
+
+
 class Images(Dataset):
     """Images and labels by index: (transformed image, int), or the PIL image where there is no transform.
 
@@ -57,7 +62,8 @@ class Images(Dataset):
     ) -> None:
         self.source, self.classes, self.labels = source, classes, labels
         self.mode = "L" if channels == 1 else "RGB"
-        self.on_corrupt, self.seed, self.epoch = on_corrupt, seed, 0
+        self.on_corrupt, self.seed = on_corrupt, seed
+        self._epoch = _shared_epoch()
         self.transform: Callable | None = None
         self.num_classes: int | None = None  # a label of `num_classes` or more is an error
         self.relabel: list[int] | None = None
@@ -82,14 +88,19 @@ class Images(Dataset):
             image = self.transform(image)
         return image, label
 
+    @property
+    def epoch(self) -> int:
+        return int(self._epoch)
+
     def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+        """Set the epoch, in this process and in the worker processes of its loaders."""
+        self._epoch.fill_(epoch)
 
     def part(self, indices: Sequence[int]) -> "Images":
         """The images at these indices, as a data set with its own transform."""
         part = copy.copy(self)
         part.indices = [self.indices[index] for index in indices]
-        part.corrupt = torch.zeros_like(self.corrupt).share_memory_()
+        part.corrupt, part._epoch = torch.zeros_like(self.corrupt).share_memory_(), _shared_epoch()
         return part
 
     def name(self, index: int) -> str:

@@ -1,8 +1,15 @@
 """Errors that the user can put right: one message, which names the thing, the reason and the way out."""
 
 import difflib
+import re
+import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+
+# What torch, cuBLAS, cuDNN and the operating system say of memory, and torch of a worker that the system has ended.
+_NO_MEMORY = re.compile(
+    r"out of (shared )?memory|can't allocate memory|not enough memory|ALLOC_FAILED|killed by signal: Killed"
+)
 
 
 class AugmentError(Exception):
@@ -24,6 +31,43 @@ class FileError(AugmentError):
     """A file or folder that cannot be read, written or replaced, or that does not hold what it should."""
 
 
+class OutOfMemory(AugmentError):
+    """A device, or this machine, has not enough memory for what was asked."""
+
+
+def out_of_memory(error: BaseException, doing: str, *ways: str) -> OutOfMemory | None:
+    """An error that says what ran out of memory, how much was in use, and the ways out; None for another error.
+
+    The traceback's frames lose their local variables, so that a caller can try again with their memory.
+
+    Args:
+        doing: what needs the memory, such as "training with `batch_size=64`".
+        ways: what to do about it, the best first.
+    """
+    known = isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error)))
+    if not known:
+        return None
+    traceback.clear_frames(error.__traceback__)
+    said = first_line(error) if str(error) else "out of memory"
+    said = re.sub(r"^\[enforce fail[^]]*\][^A-Z]*", "", said.partition(" Of the allocated memory")[0]).rstrip(". ")
+    if "worker" in said:
+        ways = ("fewer `workers`", *ways)
+    return OutOfMemory(
+        f"{doing} needs more memory than there is: {said}" + (f"; try {', or '.join(ways)}" if ways else "")
+    )
+
+
+@contextmanager
+def enough_memory(doing: str, *ways: str) -> Iterator[None]:
+    """Turn an error of memory that is raised within into an OutOfMemory; arguments as of `out_of_memory`."""
+    try:
+        yield
+    except Exception as error:
+        if short := out_of_memory(error, doing, *ways):
+            raise short from error
+        raise
+
+
 @contextmanager
 def boundary(subject: str) -> Iterator[None]:
     """Turn whatever exception is raised within into one InputError that begins with `subject`.
@@ -36,7 +80,7 @@ def boundary(subject: str) -> Iterator[None]:
     except AugmentError:
         raise
     except Exception as error:
-        raise InputError(f"{subject}: {first_line(error)}") from error
+        raise out_of_memory(error, subject) or InputError(f"{subject}: {first_line(error)}") from error
 
 
 def first_line(error: BaseException) -> str:

@@ -3,12 +3,14 @@
 Only the command line installs these handlers; a library call leaves the caller's signals alone.
 """
 
+import atexit
 import os
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
+from typing import Protocol
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
@@ -47,6 +49,31 @@ def ignore() -> None:
     """Ignore the signals from now on: at the program's end, and in worker processes, which their parent ends."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+class Flag(Protocol):
+    """A number in memory that processes share."""
+
+    value: int
+
+
+@cache
+def at_exit() -> Flag:
+    """A flag for worker processes, which becomes 1 when this process is about to exit."""
+    from multiprocessing.sharedctypes import RawValue
+
+    flag: Flag = RawValue("b", 0)
+    atexit.register(setattr, flag, "value", 1)
+    return flag
+
+
+def ignore_in_worker(ending: Flag) -> None:
+    """Ignore the signals in a worker process: the main process finishes its batch first, and then ends its workers.
+
+    Ones that are left when the main process exits get SIGTERM from it, and it waits for them.
+    """
+    ignore()
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if ending.value else None)
 
 
 def pending() -> bool:

@@ -41,10 +41,14 @@ SLOW = (
     "test_comparison.py",
     "test_dataset.py",
     "training/test_command_line.py",
+    "training/test_compile.py",
     "training/test_distributed.py",
     "training/test_finetune.py",
+    "training/test_float16.py",
+    "training/test_memory.py",
     "training/test_resume.py",
     "training/test_timm_script.py",
+    "training/test_transfer.py",
 )
 NATIVE = ("layers/native",)
 

@@ -25,7 +25,7 @@ from augment_cli.cli import (
     report,
     timm,
 )
-from augment_cli.errors import AugmentError
+from augment_cli.errors import AugmentError, out_of_memory
 from augment_cli.terminal import echo, respell, say
 
 
@@ -36,14 +36,22 @@ class _Program(TyperGroup):
         try:
             return super().invoke(ctx)
         except AugmentError as error:
-            say(f"error: {respell(str(error))}")
-            raise typer.Exit(2) from error
+            raise _refused(error) from error
+        except (MemoryError, RuntimeError) as error:  # torch's are RuntimeErrors; typer's and click's own are, too
+            if short := out_of_memory(error, f"augment {ctx.invoked_subcommand}", "smaller batches or images"):
+                raise _refused(short) from error
+            raise
         except KeyboardInterrupt as error:
             say("interrupted")
             raise typer.Exit(130) from error
         except BrokenPipeError as error:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(1) from error
+
+
+def _refused(error: AugmentError) -> typer.Exit:
+    say(f"error: {respell(str(error))}")
+    return typer.Exit(2)
 
 
 app = typer.Typer(

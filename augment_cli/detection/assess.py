@@ -12,7 +12,7 @@ from augment_cli.detection.pictures import draw_examples
 from augment_cli.detection.precision import Precision, average_precision, predict
 from augment_cli.detection.run_settings import DetectionSettings
 from augment_cli.detection.task import Detection
-from augment_cli.errors import InputError
+from augment_cli.errors import InputError, enough_memory
 from augment_cli.files import write_file
 from augment_cli.seeds import preserved
 from augment_cli.specs import OnCorrupt
@@ -81,7 +81,8 @@ def assess(asked: Assessment) -> Result | None:
     if asked.img_size:
         model.transform.min_size, model.transform.max_size = (asked.img_size[0],), asked.img_size[1]
     images = DetectionImages(annotations, on_corrupt=asked.on_corrupt)
-    with preserved(), one_accelerator(cpu=asked.cpu) as accelerator:
+    doing, less = f"evaluating with `batch_size={asked.batch_size}`", "a smaller `batch_size` or `img_size`"
+    with enough_memory(doing, less), preserved(), one_accelerator(cpu=asked.cpu) as accelerator:
         batches = make_loader(images, asked.batch_size, asked.workers, accelerator)
         found = predict(model.to(accelerator.device), batches, accelerator, settings.first_label)
         if not accelerator.is_main_process:

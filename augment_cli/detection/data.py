@@ -1,6 +1,8 @@
 """Images with boxes, augmented, in batches: lists of images and of targets, as torchvision's detectors take them."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +19,15 @@ from augment_cli.detection.coco import Annotations, Record
 from augment_cli.errors import FileError
 from augment_cli.seeds import seed_cpu
 from augment_cli.specs import OnCorrupt
-from augment_cli.training.data import place
+from augment_cli.training.data import pins, place
 from augment_cli.training.task import Batches
+from augment_cli.training.transfer import aside
 
 Target = dict[str, Tensor]
 
 
 class DetectionImages(Images):
-    """Images (3, H, W) from 0 to 1, and targets: boxes (n, 4), labels (n,), image_id (), masks (n, H, W) if asked for.
+    """Images (3, H, W) in bytes, and targets: boxes (n, 4), labels (n,), image_id (), masks (n, H, W) if asked for.
 
     Augmentation flips and crops. Its random numbers depend on seed, epoch and index alone.
     """
@@ -54,7 +57,7 @@ class DetectionImages(Images):
     def _item(self, index: int) -> tuple[Any, Any]:
         picture, where = self._readable(index)
         record = self.annotations.records[where]
-        image = pil_to_tensor(picture).float() / 255
+        image = pil_to_tensor(picture)
         target = make_target(record, self.first_label, self.masks)
         _check_size(record, image)
         seed_cpu(self.seed, "image", self.epoch, index)
@@ -143,14 +146,37 @@ def _mirror(image: Tensor, target: Target) -> tuple[Tensor, Target]:
     return image.flip(-1), target | {"boxes": boxes} | mirrored
 
 
-def collate(batch: Sequence[tuple[Tensor, Target]]) -> tuple[list[Tensor], list[Target]]:
-    images, targets = zip(*batch, strict=True)
-    return list(images), list(targets)
+@dataclass(frozen=True)
+class Batch:
+    """Images (3, H, W) in bytes, each of its own size, and their targets, as worker processes send them."""
+
+    images: list[Tensor]
+    targets: list[Target]
+
+    def pin_memory(self) -> "Batch":
+        """The batch in pinned memory, from which it is copied while the device computes. torch's loader calls it."""
+        pinned: list[Target] = [{key: value.pin_memory() for key, value in target.items()} for target in self.targets]
+        return Batch([image.pin_memory() for image in self.images], pinned)
+
+    def to(self, device: torch.device, non_blocking: bool = True) -> tuple[list[Tensor], list[Target]]:
+        """Images (3, H, W) from 0 to 1, and targets, on the device. accelerate calls it."""
+        with aside(device) as used:
+            images = [image.to(device, non_blocking=True).float().div_(255) for image in self.images]
+            targets = [
+                {key: value.to(device, non_blocking=True) for key, value in target.items()} for target in self.targets
+            ]
+            used += images
+            used += [value for target in targets for value in target.values()]
+        return images, targets
 
 
-def _begin_worker(_: int) -> None:
-    """Ignore signals in a worker: the main process finishes its batch first, and then ends its workers."""
-    signals.ignore()
+def collate(samples: Sequence[tuple[Tensor, Target]]) -> Batch:
+    images, targets = zip(*samples, strict=True)
+    return Batch(list(images), list(targets))
+
+
+def _begin_worker(ending: signals.Flag, _: int) -> None:
+    signals.ignore_in_worker(ending)
 
 
 def make_loader(
@@ -164,8 +190,9 @@ def make_loader(
         drop_last=seed is not None,
         num_workers=workers,
         collate_fn=collate,
-        worker_init_fn=_begin_worker,
-        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=partial(_begin_worker, signals.at_exit()),
+        pin_memory=pins(accelerator),
+        persistent_workers=workers > 0,
     )
     return place(loader, accelerator, seed=seed)
 

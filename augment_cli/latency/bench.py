@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from augment_cli.compat import tree_leaves
-from augment_cli.errors import boundary
+from augment_cli.errors import boundary, enough_memory
 from augment_cli.latency.machine import threads
 from augment_cli.latency.stopwatch import SiteClock, Stopwatch, stopwatch
 from augment_cli.planning.latency import LatencySettings
@@ -107,7 +107,8 @@ class ModelBench:
         return model.train(self.settings.mode == "training")
 
     def _rounds(self, what: str, runs: Sequence[tuple[nn.Module, Take]], seconds: float) -> list[list[Pass]]:
-        with threads(self.settings.threads), seeded("latency"), boundary(self.settings.describe()):
+        memory = enough_memory(f"measuring {self.settings.describe()}", "a smaller `latency.batch`")
+        with threads(self.settings.threads), seeded("latency"), boundary(self.settings.describe()), memory:
             start = time.monotonic()
             self._round(runs)  # a warm-up, in which kernels may be compiled: its times are not among those found
             found: list[list[Pass]] = []

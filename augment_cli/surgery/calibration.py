@@ -15,6 +15,7 @@ from augment_cli.errors import InputError, boundary
 from augment_cli.surgery.records import Fidelity
 
 FEWEST = 20
+LESS_MEMORY = "fewer `calibrate_images` or a smaller `input_size`"
 _BATCH = 32
 
 

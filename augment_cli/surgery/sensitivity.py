@@ -5,10 +5,10 @@ import copy
 from torch import nn
 
 from augment_cli.analysis.graph import ModelGraph
-from augment_cli.errors import InputError
+from augment_cli.errors import InputError, enough_memory
 from augment_cli.planning.plan import Plan, Sensitivity
 from augment_cli.seeds import seeded
-from augment_cli.surgery.calibration import Calibration, compare, predictions
+from augment_cli.surgery.calibration import LESS_MEMORY, Calibration, compare, predictions
 from augment_cli.surgery.inherit.fitted import Progress, fit_sites, install
 
 
@@ -22,6 +22,13 @@ def measure_sensitivity(
     Raises:
         AugmentError: the model has no classes whose predictions could be compared.
     """
+    with enough_memory(f"measuring {plan.model}", LESS_MEMORY):
+        return _measure(model, plan, graph, calibration, progress)
+
+
+def _measure(
+    model: nn.Module, plan: Plan, graph: ModelGraph, calibration: Calibration, progress: Progress | None
+) -> dict[str, Sensitivity]:
     before = predictions(model, calibration)
     if before is None:
         raise InputError(f"{plan.model} has no classifier: there are no predictions to compare")

@@ -23,6 +23,12 @@ def one_accelerator(**options: Any) -> Iterator[Accelerator]:
 
 def _make(options: dict[str, Any]) -> Accelerator:
     try:
-        return Accelerator(**options)
+        made = Accelerator(**options)
     except ValueError as error:
         raise AugmentError(f"`precision={options.get('mixed_precision')!r}`: {error}") from error
+    if made.mixed_precision == "fp16" and made.scaler is None:  # on a CPU, which accelerate does not refuse
+        raise AugmentError(
+            f"`precision='fp16'`: accelerate has no float16 on {made.device.type}, and would train in float32: "
+            f"give `precision='bf16'` or leave it out"
+        )
+    return made

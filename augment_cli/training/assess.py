@@ -10,7 +10,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from augment_cli.dataset import open_dataset
-from augment_cli.errors import AugmentError
+from augment_cli.errors import AugmentError, enough_memory
 from augment_cli.files import write_file
 from augment_cli.reporting.style import COUNTS, picture
 from augment_cli.seeds import preserved
@@ -66,7 +66,8 @@ def assess(asked: Assessment) -> Result | None:
     Raises:
         AugmentError: model or data cannot be opened, or have different numbers of classes.
     """
-    with preserved(), one_accelerator(cpu=asked.cpu) as accelerator:
+    doing, less = f"evaluating with `batch_size={asked.batch_size}`", "a smaller `batch_size` or `img_size`"
+    with enough_memory(doing, less), preserved(), one_accelerator(cpu=asked.cpu) as accelerator:
         return _assess(asked, accelerator)
 
 

@@ -65,8 +65,6 @@ class Classification(Task[Settings]):
     def loss(self, model: nn.Module, images: Any, targets: Any) -> tuple[Tensor, Tensor]:
         """Shapes: images (N, C, H, W), targets (N,) to a scalar and (3,): loss times images, correct, images."""
         labels: Tensor = targets
-        if self.settings.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
         mixed, targets = self.mixup(images.clone(), labels) if self.mixup else (images, labels)
         logits = logits_of(model, mixed)
         loss = self._criterion(mixed, logits, targets)
@@ -137,7 +135,8 @@ def _open_both(settings: Settings, resumed: bool) -> tuple[Opened, Splits]:
 def _loaders(opened: Opened, splits: Splits, settings: Settings, accelerator: Accelerator) -> tuple[Loader, Loader]:
     config = data_config(opened.model, opened.input_size, settings.img_size)
     train = training_loader(splits.train, settings, config, accelerator)
-    return train, evaluation_loader(splits.val, settings.batch_size, settings.workers, config, accelerator)
+    options = (settings.batch_size, settings.workers, config, accelerator, settings.channels_last)
+    return train, evaluation_loader(splits.val, *options)
 
 
 def _mark(opened: Opened, settings: Settings) -> Opened:

@@ -16,6 +16,7 @@ from augment_cli.dataset import Images, ImageStream, open_dataset
 from augment_cli.errors import AugmentError
 from augment_cli.seeds import derive
 from augment_cli.training.settings import Settings
+from augment_cli.training.transfer import Collate, Erase
 
 Data = Images | ImageStream
 
@@ -114,21 +115,36 @@ def training_loader(data: Data, settings: Settings, config: dict[str, Any], acce
         "hflip": settings.flip,
         "color_jitter": settings.color_jitter,
         "auto_augment": settings.auto_augment,
-        "re_prob": settings.random_erasing,
-        "re_mode": "pixel",
+        "is_training": True,
+        "pin_memory": pins(accelerator),
     }
-    loader = _loader(data, settings.batch_size, settings.workers, config, is_training=True, **options)
+    loader = _loader(data, settings.batch_size, settings.workers, config, settings.channels_last, **options)
+    if settings.augmentation and settings.random_erasing:
+        data.transform = Erase(data.transform, settings.random_erasing)
     return place(loader, accelerator, seed=settings.seed)
 
 
 def evaluation_loader(
-    data: Data, batch_size: int, workers: int, config: dict[str, Any], accelerator: Accelerator
+    data: Data,
+    batch_size: int,
+    workers: int,
+    config: dict[str, Any],
+    accelerator: Accelerator,
+    channels_last: bool = False,
 ) -> Loader:
     """Loader of every image once. Processes may get different numbers of batches."""
-    return place(_loader(data, batch_size, workers, config, is_training=False), accelerator)
+    options = {"is_training": False, "pin_memory": pins(accelerator)}
+    return place(_loader(data, batch_size, workers, config, channels_last, **options), accelerator)
 
 
-def _loader(data: Data, batch_size: int, workers: int, config: dict[str, Any], **options: Any) -> DataLoader:
+def pins(accelerator: Accelerator) -> bool:
+    """Whether batches go through pinned memory, from which a GPU copies while it computes."""
+    return accelerator.device.type == "cuda"
+
+
+def _loader(
+    data: Data, batch_size: int, workers: int, config: dict[str, Any], channels_last: bool, **options: Any
+) -> DataLoader:
     from timm.data import create_loader
 
     if isinstance(data, ImageStream):
@@ -142,18 +158,18 @@ def _loader(data: Data, batch_size: int, workers: int, config: dict[str, Any], *
         **{key: config[key] for key in keys},
         **options,
         num_workers=workers,
-        use_prefetcher=False,
-        persistent_workers=False,  # new workers for every epoch: they get the data set with its epoch set
-        pin_memory=torch.cuda.is_available(),
-    )
-    loader.worker_init_fn = partial(_begin_worker, loader.worker_init_fn)
+        persistent_workers=not isinstance(data, ImageStream),  # timm's streams take an order from their worker's seed
+        collate_fn=Collate(config["mean"], config["std"], channels_last),
+        use_prefetcher=True,  # a transform that ends with bytes
+        device=torch.device("cpu"),
+    ).loader
+    loader.worker_init_fn = partial(_begin_worker, loader.worker_init_fn, signals.at_exit())
     return loader
 
 
-def _begin_worker(seed: Callable[[int], None], worker_id: int) -> None:
-    """Ignore signals in a worker: the main process finishes its batch first, and then ends its workers."""
+def _begin_worker(seed: Callable[[int], None], ending: signals.Flag, worker_id: int) -> None:
     seed(worker_id)
-    signals.ignore()
+    signals.ignore_in_worker(ending)
 
 
 def place(loader: DataLoader, accelerator: Accelerator, seed: int | None = None) -> Loader:

@@ -27,6 +27,9 @@ from augment_cli.training.task import Row
 # Batches after which losses are read from the device. Reading waits for the device, so it is not done for each.
 _LOOK = 10
 
+# A loss scale below which float16 is given up; fairseq's. The scaler begins at 65,536.
+_LEAST_SCALE = 1e-4
+
 
 def train(run: Run, reporter: Reporter) -> None:
     """Train to the last epoch and write every file of the run.
@@ -156,12 +159,31 @@ def _train_batch(run: Run, images: Any, targets: Any) -> None:
         run.optimizer.zero_grad()
     run.meter.add(sums)
     if accelerator.sync_gradients:
-        run.updates += 1
-        run.scheduler.step_update(run.updates)
-        if run.ema is not None:
-            run.ema.update(accelerator.unwrap_model(run.model), step=run.updates)
+        _end_update(run)
         if settings.log_with and run.updates % settings.log_every == 0:
             accelerator.log({"loss": loss.item(), "lr": _highest_rate(run)}, step=run.updates)
+
+
+def _end_update(run: Run) -> None:
+    """Count an update; learning rates follow, and the moving average.
+
+    In float16 the scaler leaves out an update whose gradients overflow, and halves its scale. The update is counted all
+    the same, so that learning rates reach their end with the last epoch.
+    """
+    accelerator = run.accelerator
+    run.updates += 1
+    run.scheduler.step_update(run.updates)
+    if accelerator.optimizer_step_was_skipped:
+        _check_scale(run)
+    elif run.ema is not None:
+        run.ema.update(accelerator.unwrap_model(run.model), step=run.updates)
+
+
+def _check_scale(run: Run) -> None:
+    scale = run.accelerator.scaler.get_scale()
+    if scale < _LEAST_SCALE:
+        place = f"at epoch {run.epoch + 1}, batch {run.batch + 1}"
+        raise Diverged(f"gradients overflow in float16 {place}, even with the loss times {scale:.2g}")
 
 
 def _highest_rate(run: Run) -> float:

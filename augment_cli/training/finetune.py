@@ -7,7 +7,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from augment_cli.errors import AugmentError
+from augment_cli.errors import AugmentError, OutOfMemory, out_of_memory
 from augment_cli.files import write_file
 from augment_cli.seeds import preserved
 from augment_cli.signals import held
@@ -46,8 +46,38 @@ def finetune(
     for name in settings.log_with:
         if not find_spec(name):
             raise AugmentError(f"`log_with={name!r}`: the package is not installed; pip install {name}")
-    with preserved(), one_accelerator(**_options(settings)) as made:
-        _finetune(task, settings, made, saved)
+    try:
+        with preserved(), one_accelerator(**_options(settings)) as made:
+            _finetune(task, settings, made, saved)
+    except Exception as error:
+        if short := out_of_memory(error, f"training with {_sizes(settings)}", *_smaller(settings)):
+            raise OutOfMemory(f"{short}{_kept(folder)}") from error
+        raise
+
+
+def _sizes(settings: RunSettings) -> str:
+    """The settings that decide how much memory a run takes."""
+    checkpointing = f"{'with' if settings.grad_checkpointing else 'without'} gradient checkpointing"
+    return f"`batch_size={settings.batch_size}`, `precision={settings.precision!r}` and {checkpointing}"
+
+
+def _smaller(settings: RunSettings) -> list[str]:
+    """Settings that take less memory, those first that change least of what is learned."""
+    ways = ["`precision='bf16'`"] if settings.precision == "no" else []
+    ways += [] if settings.grad_checkpointing else ["`grad_checkpointing=True`"]
+    if settings.batch_size > 1:
+        batch = settings.batch_size // 2
+        ways.append(f"`batch_size={batch}` with `accumulate={settings.accumulate * 2}`, as many images an update")
+    return ways
+
+
+def _kept(folder: Path) -> str:
+    if not (folder / STATE).exists():
+        return ""
+    return (
+        f". {folder} keeps its last checkpoint: `resume=True` takes another precision and gradient checkpointing; "
+        f"another batch size needs a new run"
+    )
 
 
 def _options(settings: RunSettings) -> dict[str, Any]:

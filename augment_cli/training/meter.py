@@ -10,7 +10,7 @@ from augment_cli.errors import AugmentError
 
 
 class Diverged(AugmentError):
-    """The loss is infinite or not a number."""
+    """The loss or its gradients are infinite or not a number."""
 
 
 class Meter:

@@ -220,24 +220,6 @@ def test_drop_path_is_for_training_alone(model, images, tmp_path):
         with_drop_path(open_model("densenet121"), 0.1)
 
 
-def test_a_compiled_model_learns_the_same(model, images, tmp_path, monkeypatch):
-    compiled = []
-    whole = torch.nn.Module.compile
-
-    def in_eager_mode(module):
-        compiled.append(module)
-        whole(module, backend="eager")
-
-    monkeypatch.setattr(torch.nn.Module, "compile", in_eager_mode)
-    changes = {"epochs": 1, "ema_decay": 0.9, "augmentation": False}
-    for name, flag in (("plain", False), ("compiled", True)):
-        finetune(short(model, images, tmp_path / name, compile=flag, **changes))
-    assert len(compiled) == 1
-    plain, other = (load_file(tmp_path / name / "last/model.safetensors") for name in ("plain", "compiled"))
-    for name in plain:
-        torch.testing.assert_close(plain[name], other[name], rtol=1e-3, atol=1e-4)
-
-
 def test_random_states_are_the_callers_afterwards(model, images, tmp_path):
     def drawn() -> list[float]:
         return [random.random(), float(np.random.randn()), float(torch.rand(()))]
