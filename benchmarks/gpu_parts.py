@@ -3,7 +3,6 @@
 import csv
 import importlib.util
 import os
-import re
 import signal
 import statistics
 import subprocess
@@ -44,7 +43,7 @@ class Call:
 
     @property
     def compiler(self) -> str:
-        return "aot_eager" if self.rehearse else "inductor"
+        return "eager" if self.rehearse else "inductor"
 
 
 MODE = {"training": "forward+backward", "inference": "forward"}
@@ -125,19 +124,20 @@ def layers(call: Call) -> list[Measurement]:
     found += [_aa(call, size, "inference", [*usual, "flex"], **bf16) for size in sizes[1:]]
     found += [_aa(call, "7", mode, usual, **bf16) for mode in MODE]
     found += [_aa(call, size, "inference", few, **bf16, compiled=True) for size in sizes]
-    return _one_of_each(found) if call.rehearse else found
+    return rehearsed(found) if call.rehearse else found
 
 
 AW = ["14", "28", "56", "7"]
 
 
-def _one_of_each(found: list[Measurement]) -> list[Measurement]:
-    """For a rehearsal: of rows that differ in the map's size only, the first; all where targets name them."""
-    named = {target.key for target in TARGETS}
-    kinds: dict[str, Measurement] = {}
-    for key, measure in found:
-        kinds.setdefault(key if key in named else re.sub(r"\d+(x\d+)?", "", key, count=1), (key, measure))
-    return list(kinds.values())
+def rehearsed(found: list[Measurement]) -> list[Measurement]:
+    """Rows that targets name, and one of each kind."""
+    kinds = {
+        *("AA, memory", "AW 14, training, bfloat16", "AA 14, inference, bfloat16", "AA 14, training, float32"),
+        *("AA 14, training, bfloat16, compiled", "224 px, batch 256, inference, float32"),
+        "800x1344, batch 4, training, bfloat16",
+    }
+    return [(key, measure) for key, measure in found if key in kinds | {target.key for target in TARGETS}]
 
 
 def _aa(
@@ -209,7 +209,7 @@ def models(call: Call) -> list[Measurement]:
     orders = [(setting, "training"), (compiled, "training"), (setting, "inference"), (full, "training")]
     orders += [(full, "inference"), (compiled, "inference")]
     found = [_models(call, MODELS, mode, setting, "224 px, batch 256") for setting, mode in orders]
-    return found[:3] if call.rehearse else found
+    return rehearsed(found) if call.rehearse else found
 
 
 def _models(call: Call, makers: dict, mode: str, setting: Any, name: str) -> Measurement:
@@ -253,9 +253,8 @@ def detection(call: Call) -> list[Measurement]:
     found += [_aa(call, size, "training", backends, **bf16) for size in ("25x42", "100x168")]
     found += [_aa(call, size, "inference", backends, **bf16) for size in ("50x84", "25x42", "100x168")]
     found += [_models(call, DETECTORS, "inference", setting, "800x1344, batch 4")]
-    if call.rehearse:
-        return _one_of_each(found)
-    return [*found, _models(call, DETECTORS, "training", replace(setting, compile=True), "800x1344, batch 4")]
+    found += [_models(call, DETECTORS, "training", replace(setting, compile=True), "800x1344, batch 4")]
+    return rehearsed(found) if call.rehearse else found
 
 
 def fit(call: Call) -> list[Measurement]:
