@@ -23,8 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from gpu_parts import PARTS, ROOT, SECONDS, Call
-from gpu_rows import Rows, problems
+from gpu_rows import START, Rows, failure, problems
 from gpu_targets import markdown, targets
+
+sys.path.insert(1, str(ROOT))  # the package from this tree, installed or not
 
 RESTART = 75
 """Exit status of a part that a new process is to go on with: the card takes no more calls from this one."""
@@ -69,6 +71,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--budget", nargs="+", default=[], metavar="[PART=]SECONDS", help="for each part, or for one")
     parser.add_argument("--results", type=Path, metavar="DIR", help="where results are kept")
     parser.add_argument("--again", action="store_true", help="measure anew what there are results of")
+    parser.add_argument("--one-process", action="store_true", help="all parts in this process, which ends with a crash")
     parser.add_argument("--show", action="store_true", help="show the results that are there")
     for name, kind in (("child", str), ("until", float), ("call", str), ("file", Path)):
         parser.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS)
@@ -160,6 +163,11 @@ def run_part(part: str, path: Path, options: argparse.Namespace) -> None:
     seconds = options.budget[part]
     until, call = time.time() + seconds, str(time.time_ns())
     print(f"\n{part}: {seconds:.0f} s at most", flush=True)
+    if options.one_process:
+        os.environ.update(environment(options))
+        options.child, options.until, options.call, options.file = part, until, call, path
+        run_child(options)
+        return
     command = [sys.executable, __file__, "--child", part, "--until", str(until), "--call", call, "--file", str(path)]
     command += ["--device", options.device, *(["--rehearse"] if options.rehearse else [])]
     while True:
@@ -168,10 +176,10 @@ def run_part(part: str, path: Path, options: argparse.Namespace) -> None:
         if code == 0:
             return
         if code != RESTART:
-            running = rows.content["running"] or [part, "start"]
+            running = rows.content["running"] or [part, START]
             reason = "it was killed: its time was over" if code is None else f"the process ended with {code}"
             rows.put(*running, {"error": {"class": "Died", "message": reason}, "call": call, "commit": commit()})
-            if running[1] == "start":
+            if running[1] == START:
                 return
         if time.time() > until:
             return
@@ -199,14 +207,17 @@ def run_process(command: list[str], environment: dict[str, str], seconds: float)
 
 def run_child(options: argparse.Namespace) -> int:
     """Measure one part, in this process."""
-    from measure import failure
-
     part, rows = options.child, Rows(options.file)
     work = options.file.parent / "work" if options.rehearse else ROOT / "out" / "gpu"
     call = Call(options.device, options.rehearse, options.until, work)
-    measurements = PARTS[part](call)
-    rows.plan(part, [key for key, _ in measurements])
     written = {"call": options.call, "commit": commit()}
+    try:
+        measurements = PARTS[part](call)
+    except Exception as error:
+        traceback.print_exc()
+        rows.put(part, START, {"error": failure(error)} | written)
+        return 0
+    rows.plan(part, [key for key, _ in measurements])
     for key, measure in measurements:
         if rows.is_done(part, key, options.call):
             continue
@@ -227,11 +238,12 @@ def run_child(options: argparse.Namespace) -> int:
 
 def works(device: str) -> bool:
     """Whether the card still takes calls from this process: after an illegal access it takes none."""
+    if device == "cpu":
+        return True
     import torch
 
     try:
-        if device == "cuda":
-            torch.zeros(1, device=device).item()
+        torch.zeros(1, device=device).item()
     except RuntimeError:
         return False
     return True

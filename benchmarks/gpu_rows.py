@@ -8,6 +8,9 @@ from typing import Any
 FINDINGS = {"OutOfMemoryError", "OutOfResources"}
 """Errors that are results: memory that the card, and shared memory that a block of Triton's, does not have."""
 
+START = "start"
+"""The key of a part that failed before its measurements were known."""
+
 
 class Rows:
     """Rows by part and key. Each says by which call of the program it was measured.
@@ -33,6 +36,7 @@ class Rows:
 
     def plan(self, part: str, keys: list[str]) -> None:
         self.content["planned"][part] = keys
+        self.part(part).pop(START, None)
         self.write()
 
     def begin(self, part: str, key: str) -> None:
@@ -66,6 +70,11 @@ class Rows:
             for key, row in rows.items()
             for name, error in problems(row)
         ]
+
+
+def failure(error: BaseException) -> dict[str, str]:
+    """An error as results keep it."""
+    return {"class": type(error).__name__, "message": str(error).strip()[:1000]}
 
 
 def problems(row: dict) -> list[tuple[str, dict[str, str]]]:

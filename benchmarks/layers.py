@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from measure import Device, failure, machine, quartiles, ratios, write_results
+from gpu_rows import failure
+from measure import Device, machine, quartiles, ratios, write_results
 from rivals import RIVALS
 from torch import Tensor, nn
 

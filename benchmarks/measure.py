@@ -40,11 +40,6 @@ def quartiles(values: list[float]) -> dict[str, float]:
     return {"low": round(low, 6), "median": round(median, 6), "high": round(high, 6)}
 
 
-def failure(error: BaseException) -> dict[str, str]:
-    """An error as results keep it."""
-    return {"class": type(error).__name__, "message": str(error).strip()[:1000]}
-
-
 def write_results(name: str, results: dict) -> None:
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(results, indent=2) + "\n")
