@@ -8,7 +8,7 @@ LOWEST := out/lowest
 QUICK := tests/cli tests/reporting tests/training tests/planning tests/test_files.py tests/test_signals.py \
 	tests/test_dataset.py tests/checkpoint/test_files.py tests/layers/aa/test_conv.py tests/layers/aw/test_conv.py
 
-.PHONY: demo test test-fast coverage docs sanitize fuzz lowest lint format benchmark sweep story clean
+.PHONY: demo test test-fast coverage docs sanitize fuzz lowest lint format benchmark gpu sweep story clean
 
 demo: $(INSTALLED)
 	mkdir -p out
@@ -80,6 +80,13 @@ format: $(READY)
 
 benchmark: $(READY)
 	$(VENV)/bin/python benchmarks/convert.py
+
+# On a machine with an NVIDIA card: everything there is to check and to measure on one (docs/gpu.md).
+#   GPU_PYTHON  a Python that has torch for CUDA, timm, pytest and the package's other requirements; nothing is installed
+#   OUT         a folder for the results, in place of benchmarks/results
+#   GPU         options: GPU="--parts models --budget 300"
+gpu: $(if $(GPU_PYTHON),,$(READY))
+	$(or $(GPU_PYTHON),$(VENV)/bin/python) benchmarks/gpu.py $(if $(OUT),--results $(OUT)) $(GPU)
 
 sweep: $(READY)
 	$(VENV)/bin/python docs/sweep.py

@@ -1,5 +1,6 @@
-"""Helpers of the benchmarks: the machine's description, quartiles, peak memory, and the folder of results."""
+"""Helpers of the benchmarks: the machine's description, time and memory on a device, quartiles, and results."""
 
+import gc
 import json
 import os
 import platform
@@ -8,6 +9,8 @@ import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+
+import torch
 
 from augment_cli.layers import native
 
@@ -63,6 +66,48 @@ def ratios(numerator: list[float], denominator: list[float]) -> dict[str, float]
     return quartiles([a / b for a, b in zip(numerator, denominator, strict=True)])
 
 
+class Device:
+    """Where calls are measured: "cpu" or "cuda"."""
+
+    def __init__(self, name: str = "cpu") -> None:
+        self.name = name
+
+    def synchronize(self) -> None:
+        """Wait for what was launched."""
+        if self.name == "cuda":
+            torch.cuda.synchronize()
+
+    def seconds(self, step: Callable[[], object], at_least: float = 0.02) -> float:
+        """One reading: the mean of as many calls as fill `at_least` seconds. Their number doubles between two looks."""
+        self.synchronize()
+        start, calls, more = time.perf_counter(), 0, 1
+        while True:
+            for _ in range(more):
+                step()
+            self.synchronize()
+            calls += more
+            more = calls
+            if (spent := time.perf_counter() - start) >= at_least:
+                return spent / calls
+
+    def peak_mib(self, step: Callable[[], object]) -> float:
+        """The most memory that tensors made by a call hold at one time, in MiB."""
+        if self.name != "cuda":
+            return peak_mib(step)
+        self.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        self.synchronize()
+        return round((torch.cuda.max_memory_allocated() - before) / 2**20, 3)
+
+    def free(self) -> None:
+        """Give memory back that no tensor uses, after something failed for want of it."""
+        gc.collect()
+        if self.name == "cuda":
+            torch.cuda.empty_cache()
+
+
 def peak_mib(function: Callable[[], object]) -> float:
     """The most memory that tensors made by a call hold at one time, in MiB, on the CPU: by torch's profiler."""
     from torch.profiler import ProfilerActivity, profile
@@ -76,7 +121,7 @@ def peak_mib(function: Callable[[], object]) -> float:
     for event in sorted(_memory_events(profiler), key=lambda e: e.start_ns()):
         held += event.nbytes()
         most = max(most, held)
-    return round(most / 2**20, 1)
+    return round(most / 2**20, 3)
 
 
 def _memory_events(profiler) -> list:

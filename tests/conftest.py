@@ -7,6 +7,7 @@ import torch
 
 if not torch.cuda.is_available():  # Triton reads it when it is imported, as torch.utils.flop_counter does
     os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch's deterministic mode asks for it on CUDA
 
 from augment_cli.analysis import source
 from augment_cli.analysis.graph import ModelGraph, analyze
@@ -19,6 +20,7 @@ TESTS = Path(__file__).parent
 SLOW = (
     "analysis/test_cache.py",
     "attention",
+    "benchmarks",
     "checkpoint/test_rebuild.py",
     "cli/test_bad_input.py",
     "cli/test_escaping.py",
@@ -31,6 +33,7 @@ SLOW = (
     "examples",
     "exporting",
     "families",
+    "gpu",
     "interop",
     "layers/native/test_library.py",
     "layers/test_in_torch.py",

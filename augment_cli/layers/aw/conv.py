@@ -146,8 +146,7 @@ class AWConv2d(nn.Conv2d):
 
     def scales(self, x: Tensor) -> Tensor:
         """A2, one number for each group of input channels and kernel tap: (N, C1/r, h, w)."""
-        pooled = F.adaptive_avg_pool2d(x, self.kernel_size)
-        return F.relu(self.mix(F.relu(self.reduce(pooled))))
+        return F.relu(self.mix(F.relu(self.reduce(_pool(x, self.kernel_size)))))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, reduction={self.reduction}{', same_pad' if self.same_pad else ''}"
@@ -189,6 +188,29 @@ def fits_groups(reduction: int, in_channels: int, groups: int) -> bool:
     """Whether r divides the input channels, and each r channels that share a map lie in one group or fill groups."""
     inputs = in_channels // groups
     return in_channels % reduction == 0 and (inputs % reduction == 0 or reduction % inputs == 0)
+
+
+def _pool(x: Tensor, size: Pair) -> Tensor:
+    """F.adaptive_avg_pool2d. Shapes: x (N, C, H, W) to (N, C, h, w).
+
+    On CUDA torch's gradient is summed by atomics, and refused in deterministic mode: there it is a product.
+    """
+    if x.device.type == "cuda" and torch.are_deterministic_algorithms_enabled():
+        return pool_by_product(x, size)
+    return F.adaptive_avg_pool2d(x, size)
+
+
+def pool_by_product(x: Tensor, size: Pair) -> Tensor:
+    """F.adaptive_avg_pool2d as a product with a matrix of zeros and ones. Shapes: x (N, C, H, W) to (N, C, h, w)."""
+    rows, columns = (_windows(n, count, x) for n, count in zip(x.shape[2:], size, strict=True))
+    sums = torch.einsum("ncyx,hy,wx->nchw", x, rows, columns)
+    return sums / (rows.sum(1)[:, None] * columns.sum(1)).to(sums.dtype)
+
+
+def _windows(size: int, count: int, like: Tensor) -> Tensor:
+    """Which of `size` positions are in each window of an adaptive pool: (count, size), ones and zeros."""
+    i, position = torch.arange(count, device=like.device)[:, None], torch.arange(size, device=like.device)
+    return ((position >= i * size // count) & (position < -(-(i + 1) * size // count))).to(like.dtype)
 
 
 def _pad_same(x: Tensor, kernel_size: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> Tensor:

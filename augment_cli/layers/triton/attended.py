@@ -14,12 +14,13 @@ PROGRAMS = 1024
 """Programs that fill a large GPU several times over: where a kernel has fewer blocks, its gradient is summed over parts
 of the batch. Arithmetic (132 SMs of an H100), not measured."""
 
-# Positions, output channels and input channels in a block, by how products are computed. The axis that a kernel sums
-# over is the shortest. Blocks are about as large as registers allow (benchmarks/kernels.py). Nothing has been timed.
-_BLOCKS = {
-    "conv_forward": {"ieee": (64, 32, 16), "tf32": (128, 64, 32), "half": (128, 64, 32)},
-    "maps_backward": {"ieee": (64, 16, 32), "tf32": (128, 32, 64), "half": (128, 32, 64)},
-    "kernel_backward": {"ieee": (32, 32, 32), "tf32": (32, 64, 32), "half": (64, 64, 64)},
+# Positions, output channels and input channels in a block, warps, and stages of the loops' loads, by how products are
+# computed. The axis that a kernel sums over is the shortest. Blocks are about as large as registers allow
+# (benchmarks/kernels.py). Nothing has been timed; benchmarks/gpu_tune.py does.
+BLOCKS = {
+    "conv_forward": {"ieee": (64, 32, 16, 4, 1), "tf32": (128, 64, 32, 4, 3), "half": (128, 64, 32, 4, 3)},
+    "maps_backward": {"ieee": (64, 16, 32, 4, 1), "tf32": (128, 32, 64, 4, 3), "half": (128, 32, 64, 4, 3)},
+    "kernel_backward": {"ieee": (32, 32, 32, 4, 1), "tf32": (32, 64, 32, 4, 3), "half": (64, 64, 64, 4, 3)},
 }
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -73,7 +74,7 @@ class _Call:
         x, weight, _, _ = inputs
         outputs, _, groups, r = weight.shape
         products = "half" if x.dtype != torch.float32 else "tf32" if _allows_tf32() else "ieee"
-        block, of_outputs, of_inputs = _BLOCKS[kernel.__name__][products]
+        block, of_outputs, of_inputs, warps, stages = BLOCKS[kernel.__name__][products]
         block, channels = min(padded(positions), block), min(padded(r, 1), of_inputs)
         self.kernel, self.geometry, self.taps = kernel, geometry, math.prod(geometry.size)
         self.parts = -(-r // channels)  # of a group
@@ -82,8 +83,7 @@ class _Call:
         self.sizes = groups * r, outputs, *x.shape[2:], *geometry.out_size(x), groups, r, self.taps, geometry.size[1]
         precision = "interpreted" if is_interpreted() else "tf32" if products == "tf32" else "ieee"
         constants = {"BP": block, "BO": of_outputs, "BG": of_inputs // channels, "BR": channels, "PRECISION": precision}
-        stages = 1 if products == "ieee" else 3
-        self.options = {**constants, "num_warps": 4, "num_stages": stages, "enable_fp_fusion": True}
+        self.options = {**constants, "num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
 
     def run(self, grid: int, tensors: tuple[Tensor, ...], strides: tuple[int, ...], *more: int) -> None:
         """Launch `grid` programs."""

@@ -12,12 +12,13 @@ from augment_cli.layers.triton import is_interpreted, on_device_of, padded
 
 _LOG2_E = 1.4426950408889634
 
-# Positions in a tile of queries and of keys, and warps, by how products are computed and by the padded channels of a
-# head: the largest tiles whose numbers stay in registers, or nearly so (benchmarks/kernels.py). Nothing has been timed.
-_SIZES = {
-    "ieee": {32: (64, 16, 8), 64: (32, 16, 8), 128: (16, 16, 8)},
-    "tf32": {32: (64, 32, 8), 64: (32, 32, 8), 128: (32, 16, 8)},
-    "half": {32: (64, 64, 4), 64: (64, 32, 8), 128: (32, 32, 8)},
+# Positions in a tile of queries and of keys, warps, and stages of the loops' loads, by how products are computed and by
+# the padded channels of a head: the largest tiles whose numbers stay in registers, or nearly so
+# (benchmarks/kernels.py). Nothing has been timed; benchmarks/gpu_tune.py does.
+SIZES = {
+    "ieee": {32: (64, 16, 8, 1), 64: (32, 16, 8, 1), 128: (16, 16, 8, 1)},
+    "tf32": {32: (64, 32, 8, 1), 64: (32, 32, 8, 1), 128: (32, 16, 8, 1)},
+    "half": {32: (64, 64, 4, 1), 64: (64, 32, 8, 1), 128: (32, 32, 8, 1)},
 }
 
 Results = tuple[Tensor, ...]
@@ -144,8 +145,8 @@ def kernel_options(dtype: torch.dtype, d: int, e: int, height: int, width: int) 
     tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
     products = "half" if dtype != torch.float32 else "tf32" if tf32 else "ieee"
     precision = "interpreted" if is_interpreted() else "tf32" if products == "tf32" else "ieee"
-    q, k, warps = _SIZES[products][max(padded(d), padded(e), 32)]
+    q, k, warps, stages = SIZES[products][max(padded(d), padded(e), 32)]
     (qy, qx), (ky, kx) = tile_for(q, height, width), tile_for(k, height, width)
     constants = {"D": d, "E": e, "PADDED_D": padded(d), "PADDED_E": padded(e), "PRECISION": precision}
     constants |= {"QY": qy, "QX": qx, "KY": ky, "KX": kx, "PY": padded(qy + ky), "PX": padded(qx + kx)}
-    return {**constants, "num_warps": warps, "num_stages": 1, "enable_fp_fusion": True}
+    return {**constants, "num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}

@@ -43,7 +43,7 @@ def make_inputs(n=2, heads=2, height=6, width=5, d=4, e=3, *, dtype=torch.float6
 def gradients(function: Callable[..., Tensor], inputs: list[Tensor]) -> tuple[Tensor, ...]:
     """The result and the gradients of a sum that weighs every number of it differently."""
     out = function(*inputs)
-    weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)
+    weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype, device=out.device).view(out.shape)
     return out, *torch.autograd.grad((out * weights).sum(), inputs)
 
 

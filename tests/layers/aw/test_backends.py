@@ -32,7 +32,7 @@ def results(layer: AWConv2d, x: Tensor) -> dict[str, Tensor]:
     """The output, and the gradients of a sum that weighs every number of it differently."""
     x = x.detach().requires_grad_()
     out = layer(x)
-    weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)
+    weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype, device=out.device).view(out.shape)
     named = {"x": x, **dict(layer.named_parameters())}
     gradients = torch.autograd.grad((out * weights).sum(), list(named.values()))
     return {"out": out.detach(), **dict(zip(named, gradients, strict=True))}

@@ -8,6 +8,7 @@ from timm.layers import Conv2dSame
 from torch import nn
 
 from augment_cli.layers import AWConv2d, ScaledStandardize, Standardize
+from augment_cli.layers.aw.conv import pool_by_product
 from tests.layers import oracles
 from tests.layers.helpers import assert_equal, assert_gradients, normal, pairs, randomised, seeds
 
@@ -171,3 +172,14 @@ def test_arguments_are_those_of_a_convolution_in_its_order():
 def test_padding_with_anything_but_zeros_is_named():
     with pytest.raises(ValueError, match="padding_mode='reflect'"):
         AWConv2d(4, 3, 3, padding=1, padding_mode="reflect")
+
+
+@pytest.mark.parametrize("size", [(7, 5), (6, 9), (2, 3), (1, 1)], ids=str)
+@pytest.mark.parametrize("window", [(3, 3), (1, 2), (5, 1)], ids=str)
+def test_pooling_by_a_product_is_torchs(size, window):
+    """It is what runs on CUDA in deterministic mode, where torch has none that is."""
+    x = normal(2, 3, *size, seed=0).requires_grad_()
+    found, expected = pool_by_product(x, window), nn.functional.adaptive_avg_pool2d(x, window)
+    assert_equal(found, expected)
+    weights = torch.linspace(-1, 1, found.numel(), dtype=x.dtype).view(found.shape)
+    assert_equal(*(torch.autograd.grad((out * weights).sum(), x)[0] for out in (found, expected)))

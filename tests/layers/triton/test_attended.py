@@ -107,6 +107,15 @@ def test_channels_last_goes_in_and_comes_out():
     assert_same(results(layer, last), results(layer, x), 1e-6)
 
 
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    """Without it, the gradient of torch's pool, which the attention starts from, is summed by atomics on CUDA."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("deterministic")
 def test_results_repeat_bit_for_bit():
     layer, x = layer_of(18, 33, 3, padding=1, reduction=9), input_of(2, 18, 5, 6)
     first, second = (results(layer, x) for _ in range(2))
