@@ -289,7 +289,7 @@ def _find(name: str) -> Path:
         if not path.is_file():
             raise InputError(f"recipe {name}: no such file")
         return path
-    raise InputError(f"no built-in recipe named {name}{nearest(name, known)} A path to a TOML file works too")
+    raise InputError(f"no built-in recipe named {name}{nearest(name, known)}; a path to a TOML file works too")
 
 
 def _override(data: dict[str, Any], override: str) -> None:
