@@ -78,7 +78,7 @@ def check_file(option: str, path: str | Path | None) -> None:
         AugmentError: there is no such file.
     """
     if path is not None and not Path(path).is_file():
-        raise AugmentError(f"{option} {path}: no such file")
+        raise AugmentError(f"{option} {path}: {'a folder, and no file' if Path(path).is_dir() else 'no such file'}")
 
 
 def _in_timm(architecture: str) -> bool:

@@ -69,7 +69,7 @@ _LEAD = (
 
 def _choice(kind: str) -> Markup:
     checked = "checked" if kind == "weights" else None
-    return tag("label", tag("input", type="radio", name="kind", value=kind, checked=checked), f" {_TEXTS[kind]}  ")
+    return tag("label", tag("input", type="radio", name="kind", value=kind, checked=checked), f" {_TEXTS[kind]}")
 
 
 def _of_image(index: int, name: str, members: list[Seen]) -> Markup:
@@ -234,6 +234,7 @@ def _tiles(layer: HeadMaps | Rollout, query: int, kind: str) -> tuple[np.ndarray
 
 
 _STYLE = """
+label { display: inline-block; margin-right: 0.8rem; }
 .chooser { position: relative; display: inline-block; margin: 0.8rem 0; cursor: crosshair; touch-action: none; }
 .chooser img { display: block; max-width: min(100%, 26rem); height: auto; border-radius: 6px; }
 .chooser i { position: absolute; width: 14px; height: 14px; margin: -7px; border: 2px solid #fff; border-radius: 99px;
@@ -245,6 +246,13 @@ _STYLE = """
 .heads canvas { border-radius: 4px; background: #000; }
 .heads figcaption { font-size: 0.72rem; color: var(--quiet); font-weight: 400; line-height: 1.3; }
 .kernel img { image-rendering: pixelated; max-width: 100%; margin-top: 0.4rem; }
+@media print {
+  section.looked { break-inside: auto; }
+  .chooser img { max-width: 14rem; }
+  .layer { break-inside: avoid; }
+  label { display: none; }
+  .heads figure, .heads canvas { width: 9.5rem; height: auto; }
+}
 """
 
 _SCRIPT = """

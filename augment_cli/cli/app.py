@@ -28,6 +28,9 @@ from augment_cli.cli import (
 from augment_cli.errors import AugmentError, out_of_memory
 from augment_cli.terminal import echo, respell, say
 
+# What Typer raises for arguments that do not fit; it exports the class for a single argument, and not their base.
+_UsageError: Any = typer.BadParameter.__base__
+
 
 class _Program(TyperGroup):
     """Bad input ends every command with one message and exit code 2, Ctrl-C with 130, a closed pipe in silence."""
@@ -37,6 +40,12 @@ class _Program(TyperGroup):
             return super().invoke(ctx)
         except AugmentError as error:
             raise _refused(error) from error
+        except _UsageError as error:
+            message = error.format_message().replace("Value error, ", "")
+            if not message:  # a group without a command has shown its help
+                raise
+            say(f"error: {message.rstrip('.')}; {error.ctx.command_path} --help says what it takes")
+            raise typer.Exit(2) from error
         except (MemoryError, RuntimeError) as error:  # torch's are RuntimeErrors; typer's and click's own are, too
             if short := out_of_memory(error, f"augment {ctx.invoked_subcommand}", "smaller batches or images"):
                 raise _refused(short) from error

@@ -78,7 +78,8 @@ class Timer:
             return None
         return (
             f"measuring took {self.spent:.0f} s, and latency.seconds is {self.settings.seconds:g}: every model is run "
-            f"{FEWEST_ROUNDS + 1} times at least; fewer images in latency.batch take less"
+            f"{FEWEST_ROUNDS + 1} times at least, at {(self.table.source or 0) / 1e9:.2g} s a pass; fewer images in "
+            f"latency.batch take less"
         )
 
     @property

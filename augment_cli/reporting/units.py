@@ -35,10 +35,10 @@ def signed_amount(number: int) -> str:
 def duration(nanoseconds: int) -> str:
     """A time in milliseconds, to four digits.
 
-    >>> duration(12_345_678), duration(-4_321), duration(0)
-    ('12.35 ms', '-0.004321 ms', '0 ms')
+    >>> duration(12_345_678), duration(-4_321), duration(1_083_400_000), duration(0)
+    ('12.35 ms', '-0.004321 ms', '1083 ms', '0 ms')
     """
-    return f"{nanoseconds / 1e6:#.4g} ms" if nanoseconds else "0 ms"
+    return f"{f'{nanoseconds / 1e6:#.4g}'.rstrip('.')} ms" if nanoseconds else "0 ms"
 
 
 def signed_duration(nanoseconds: int) -> str:

@@ -97,19 +97,35 @@ def test_bad_input_is_refused_in_one_line_and_changes_nothing(prepared, argument
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("arguments", "word", "command"),
     [
-        ["convert", "--nonsense"],
-        ["report"],
-        ["report", "x", "-f", "pdf"],
-        ["convert", "a", "--seed", "-1"],
-        ["sing"],
+        (["convert", "--nonsense"], "--nonsense", "convert"),
+        (["report"], "FILE", "report"),
+        (["report", "x", "-f", "pdf"], "pdf", "report"),
+        (["convert", "a", "--seed", "-1"], "--seed", "convert"),
+        (["plan", "a", "--frontier", "size"], "size", "plan"),
+        (["plan", "a", "--points", "1"], "--points", "plan"),
+        (["attention", "a", "b", "--head", "x"], "--head", "attention"),
+        (["diff", "a"], "B", "diff"),
+        (["detect", "finetune", "a", "--nonsense"], "--nonsense", "detect finetune"),
+        (["sing"], "sing", ""),
     ],
 )
-def test_wrong_usage_exits_with_2_too(arguments):
+def test_wrong_usage_is_refused_in_one_line_too(arguments, word, command):
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 2
-    assert "Usage: " in result.stderr
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert word in line
+    assert f"{command} --help" in line
+    assert result.stdout == ""
+
+
+def test_a_group_without_a_command_shows_its_help():
+    result = CliRunner().invoke(app, ["detect"])
+    assert result.exit_code == 2
+    assert "finetune" in result.output
+    assert "error" not in result.output
 
 
 def program(*arguments: str, **options) -> subprocess.CompletedProcess:
