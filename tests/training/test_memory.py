@@ -72,8 +72,12 @@ def test_other_errors_pass():
 
 
 def test_memory_is_not_taken_for_bad_input():
-    with pytest.raises(OutOfMemory, match="the file x"), boundary("the file x"):
+    """Whoever knows what to do about it says so."""
+    with pytest.raises(OutOfMemory, match="the file x: MemoryError"), boundary("the file x"):
         raise MemoryError
+    known = pytest.raises(OutOfMemory, match=r"^this needs .*the file x: CUDA out of memory.*; try that$")
+    with known, enough_memory("this", "that"), boundary("the file x"):
+        raise torch.OutOfMemoryError(CUDA)
     with pytest.raises(InputError), boundary("the file x"):
         raise ValueError("no")
 
