@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from wrapt import register_post_import_hook
 
-from augment_cli.errors import AugmentError, BudgetError, FileError, InputError
+from augment_cli.errors import AugmentError, BudgetError, FileError, InputError, OutOfMemory
 
 if TYPE_CHECKING:
     from augment_cli import detection
@@ -59,6 +59,7 @@ __all__ = [
     "BudgetError",
     "FileError",
     "InputError",
+    "OutOfMemory",
     "Plan",
     "attention_maps",
     "check",

@@ -44,8 +44,7 @@ def out_of_memory(error: BaseException, doing: str, *ways: str) -> OutOfMemory |
         doing: what needs the memory, such as "training with `batch_size=64`".
         ways: what to do about it, the best first.
     """
-    known = isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error)))
-    if not known:
+    if not _of_memory(error):
         return None
     traceback.clear_frames(error.__traceback__)
     said = first_line(error) if str(error) else "out of memory"
@@ -55,6 +54,12 @@ def out_of_memory(error: BaseException, doing: str, *ways: str) -> OutOfMemory |
     return OutOfMemory(
         f"{doing} needs more memory than there is: {said}" + (f"; try {', or '.join(ways)}" if ways else "")
     )
+
+
+def _of_memory(error: BaseException) -> bool:
+    if isinstance(error, RuntimeError):
+        return _NO_MEMORY.search(str(error)) is not None
+    return isinstance(error, (MemoryError, OutOfMemory))
 
 
 @contextmanager
@@ -70,7 +75,7 @@ def enough_memory(doing: str, *ways: str) -> Iterator[None]:
 
 @contextmanager
 def boundary(subject: str) -> Iterator[None]:
-    """Turn whatever exception is raised within into one InputError that begins with `subject`.
+    """Turn whatever exception is raised within into one InputError or OutOfMemory that begins with `subject`.
 
     It stands around code of others that works on input from outside, such as parsers and timm's constructors: they
     raise anything. AugmentErrors pass as they are.
@@ -80,7 +85,8 @@ def boundary(subject: str) -> Iterator[None]:
     except AugmentError:
         raise
     except Exception as error:
-        raise out_of_memory(error, subject) or InputError(f"{subject}: {first_line(error)}") from error
+        kind = OutOfMemory if _of_memory(error) else InputError
+        raise kind(f"{subject}: {first_line(error)}") from error
 
 
 def first_line(error: BaseException) -> str:

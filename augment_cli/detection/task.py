@@ -84,7 +84,7 @@ class Detection(Task[DetectionSettings]):
         """The sum of the detector's losses, and (2,): that times images, images."""
         losses = model(list(images), list(targets))
         loss = torch.stack([part.float() for part in losses.values()]).sum()
-        count = torch.tensor(float(len(targets)), device=loss.device)
+        count = torch.full((), float(len(targets)), device=loss.device)  # torch.tensor would wait for the device
         return loss, torch.stack([loss.detach() * count, count])
 
     def validate(self, model: nn.Module) -> Row:

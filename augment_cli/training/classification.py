@@ -69,7 +69,7 @@ class Classification(Task[Settings]):
         logits = logits_of(model, mixed)
         loss = self._criterion(mixed, logits, targets)
         correct = (logits.detach().argmax(-1) == labels).sum()
-        count = torch.tensor(float(len(labels)), device=loss.device)
+        count = torch.full((), float(len(labels)), device=loss.device)  # torch.tensor would wait for the device
         return loss, torch.stack([loss.detach().float() * count, correct.float(), count])
 
     def _criterion(self, images: Tensor, logits: Tensor, targets: Tensor) -> Tensor:

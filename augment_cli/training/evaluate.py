@@ -60,13 +60,17 @@ def evaluate(
     modes = [(module, module.training) for m in models for module in m.modules()]
     for m in models:
         m.eval()
-    rows = [torch.zeros(6, device=accelerator.device)]
+    rows, highest = [torch.zeros(6, device=accelerator.device)], []
     confusion = torch.zeros(num_classes or 0, num_classes or 0, device=accelerator.device)
     for images, labels in loader:
         with accelerator.autocast():
             logits = logits_of(model, images)
             reference = None if other is None else logits_of(other, images)
-        _check_labels(labels, logits)
+        classes = logits.shape[-1]
+        highest.append(labels.max())
+        if len(highest) == 1:  # reading a number waits for the device: not after every batch
+            _check_labels(highest, classes)
+        labels = labels.clamp(max=classes - 1)
         rows.append(_row(logits, labels, reference))
         if num_classes:
             predicted = labels * num_classes + logits.argmax(-1)
@@ -74,6 +78,8 @@ def evaluate(
         advance(len(labels))
     for module, mode in modes:
         module.training = mode
+    if highest:
+        _check_labels(highest, classes)
     # float32 is exact enough for the sums of a batch, but not for those of all batches.
     sums = torch.stack([torch.stack(rows).cpu().double().sum(0)]).to(accelerator.device, _widest(accelerator.device))
     sums = accelerator.reduce(sums, reduction="sum")[0].tolist()
@@ -84,10 +90,10 @@ def _widest(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def _check_labels(labels: Tensor, logits: Tensor) -> None:
-    highest = int(labels.max())
-    if highest >= logits.shape[-1]:
-        raise AugmentError(f"the data have a label {highest}, and the model has {logits.shape[-1]} classes, from 0")
+def _check_labels(labels: list[Tensor], classes: int) -> None:
+    highest = int(torch.stack(labels).max())
+    if highest >= classes:
+        raise AugmentError(f"the data have a label {highest}, and the model has {classes} classes, from 0")
 
 
 def _row(logits: Tensor, labels: Tensor, reference: Tensor | None) -> Tensor:

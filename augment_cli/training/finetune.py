@@ -68,7 +68,7 @@ def _smaller(settings: RunSettings) -> list[str]:
     if settings.batch_size > 1:
         batch = settings.batch_size // 2
         ways.append(f"`batch_size={batch}` with `accumulate={settings.accumulate * 2}`, as many images an update")
-    return ways
+    return [*ways, "a smaller `img_size`"]
 
 
 def _kept(folder: Path) -> str:

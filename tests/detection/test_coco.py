@@ -8,9 +8,10 @@ import torch
 from PIL import Image
 
 from augment_cli.detection.coco import read_annotations
-from augment_cli.detection.data import DetectionImages, augment
+from augment_cli.detection.data import DetectionImages, augment, make_loader
 from augment_cli.detection.precision import average_precision
 from augment_cli.errors import AugmentError
+from augment_cli.training.accelerators import one_accelerator
 from tests.cli.helpers import run
 from tests.detection.conftest import draw_split, make_data, write_split
 from tests.training.conftest import write_images
@@ -278,3 +279,18 @@ def test_the_data_set_of_these_tests_is_deterministic(tmp_path, data):
     again = make_data(tmp_path / "again")
     a, b = (folder / "annotations/instances_train2017.json" for folder in (data, again))
     assert a.read_bytes() == b.read_bytes()
+
+
+def test_images_cross_as_bytes_and_are_fractions_on_the_device(data):
+    split = read_annotations(data, "train")
+    images = DetectionImages(split, flip=0.5, crop_scale=0.5)
+    with one_accelerator(cpu=True) as accelerator:
+        found = [batch for workers in (0, 2) for batch in make_loader(images, 4, workers, accelerator)]
+    assert len(found) == 2 * 3
+    for pictures, targets in found:
+        for picture, target in zip(pictures, targets, strict=True):
+            place = next(i for i, record in enumerate(split.records) if record.id == int(target["image_id"]))
+            pixels, expected = images[place]
+            assert pixels.dtype == torch.uint8
+            assert torch.equal(picture, pixels.float() / 255)
+            assert torch.equal(target["boxes"], expected["boxes"])

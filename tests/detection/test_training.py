@@ -18,7 +18,7 @@ from augment_cli.training.state import read_state
 from tests.cli.helpers import ok, run
 from tests.detection.conftest import in_process, short, summary, weights
 from tests.training.conftest import short as short_classification
-from tests.training.test_distributed import on_two_processes
+from tests.training.test_distributed import DEVICE, on_two_processes
 
 # What every part of the state is needed for: moments, a moving average, groups of batches, sizes, crops and flips.
 CHANGES = {
@@ -151,7 +151,7 @@ def test_a_compiled_run_learns_the_same_on_images_of_any_size(backbone, data, tm
 
 def test_two_processes_give_the_losses_of_one_with_twice_the_batch(backbone, data, tmp_path):
     common = ("--data", data, "--detector", "retinanet", "--levels", "1,2,3", "--norm", "frozen", "--img-size", "64x96")
-    common = (*common, "--scales", "1,1", "--epochs", "2", "-j", "0", "--cpu", "--warmup-epochs", "0", "--opt", "sgd")
+    common = (*common, *DEVICE, "--scales", "1,1", "--epochs", "2", "-j", "0", "--warmup-epochs", "0", "--opt", "sgd")
     start = ("detect", "finetune", backbone, *common)
     ok(*map(str, start), "-b", "4", "-o", str(tmp_path / "one"))
     two = on_two_processes(*start, "-b", "2", "-o", tmp_path / "two")

@@ -75,9 +75,11 @@ def test_fewer_than_five_classes_have_a_top_5_too():
     assert scores.top5 == 100
 
 
-def test_labels_without_a_class_are_refused(tables):
+@pytest.mark.parametrize("image", [3, 30])
+def test_labels_without_a_class_are_refused(tables, image):
+    """In the first batch and in a later one."""
     model, _, labels = tables
-    labels[3] = 7
+    labels[image] = 7
     with pytest.raises(AugmentError, match="have a label 7, and the model has 7 classes"):
         evaluate(model, loader(labels), Accelerator(cpu=True))
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import multiprocessing
 import tarfile
 from dataclasses import replace
 
@@ -73,6 +74,7 @@ def test_a_killed_run_goes_on_to_the_same_result_bit_for_bit(
     assert weights(tmp_path / "run") == weights(unbroken)
     assert summary(tmp_path / "run") == summary(unbroken)
     assert not list((tmp_path / "run").glob(".*.tmp"))
+    assert not multiprocessing.active_children()
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 import multiprocessing
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -10,10 +11,11 @@ from accelerate import Accelerator
 from timm.data import create_loader
 
 from augment_cli.dataset import open_dataset
+from augment_cli.training import transfer
 from augment_cli.training.accelerators import one_accelerator
 from augment_cli.training.data import evaluation_loader, place, training_loader
 from augment_cli.training.settings import Settings
-from augment_cli.training.transfer import Batch, Collate
+from augment_cli.training.transfer import Batch, Collate, aside
 
 CONFIG = {
     "input_size": (3, 32, 32),
@@ -136,6 +138,7 @@ def test_workers_stay_from_one_epoch_to_the_next(images):
 
 LEFT_WORKERS = """
 import sys
+from contextlib import contextmanager
 from accelerate import Accelerator
 from augment_cli.dataset import open_dataset
 from augment_cli.training.data import training_loader
@@ -152,3 +155,36 @@ def test_workers_end_with_a_program_that_leaves_them(images):
     command = [sys.executable, "-c", LEFT_WORKERS, str(images)]
     ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)
     assert (ended.returncode, ended.stderr) == (3, "")
+
+
+def test_what_a_stream_makes_stays_until_the_other_is_done_with_it(monkeypatch):
+    """The current stream waits for the copies, and every tensor that leaves is known to be used by it."""
+    done = []
+
+    class Stream:
+        def __init__(self, name):
+            self.name = str(name)
+
+        def wait_stream(self, other):
+            done.append(f"{self.name} waits for {other.name}")
+
+    class Made:
+        def record_stream(self, stream):
+            done.append(f"used by {stream.name}")
+
+    @contextmanager
+    def entered(stream):
+        done.append(f"into {stream.name}")
+        yield
+        done.append(f"out of {stream.name}")
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("current"))
+    monkeypatch.setattr(torch.cuda, "stream", entered)
+    try:
+        for _ in range(2):
+            with aside(torch.device("cuda:7")) as made:
+                made.append(Made())
+    finally:
+        transfer._stream.cache_clear()
+    assert done == 2 * ["into cuda:7", "out of cuda:7", "current waits for cuda:7", "used by current"]
