@@ -18,7 +18,9 @@ import re
 import subprocess
 import sys
 import time
+import tomllib
 import traceback
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +109,7 @@ def describe(options: argparse.Namespace) -> dict[str, Any]:
 
     if options.device == "cuda" and not torch.cuda.is_available():
         kind = f"is made for CUDA {torch.version.cuda}" if torch.version.cuda else "is made without CUDA"
-        raise SystemExit(
+        sys.exit(
             f"gpu.py: torch {torch.__version__} {kind} and finds no NVIDIA GPU that it can use; nvidia-smi says what "
             "there is. With another environment: make gpu GPU_PYTHON=/that/bin/python. Without a GPU, "
             "python benchmarks/gpu.py --rehearse tries everything on tiny shapes"
@@ -115,7 +117,18 @@ def describe(options: argparse.Namespace) -> dict[str, Any]:
     from measure import machine
 
     about: dict[str, Any] = {"card": card(options.device), "machine": machine(), "commit": commit()}
+    if lacking := missing():
+        about["missing packages"] = ", ".join(lacking)
+        print(f"gpu.py: parts will fail, for this Python lacks {about['missing packages']}", file=sys.stderr)
     return about | ({"rehearsal": "figures mean nothing"} if options.rehearse else {})
+
+
+def missing() -> list[str]:
+    """Requirements of the package and of its tests that are not installed."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    names = [re.split(r"[^\w-]", requirement)[0] for requirement in project["dependencies"]]
+    found = {distribution.metadata["Name"].lower().replace("_", "-") for distribution in distributions()}
+    return [name for name in [*names, "pytest", "hypothesis"] if name not in found]
 
 
 def card(device: str) -> dict[str, Any]:
