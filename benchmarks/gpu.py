@@ -199,10 +199,10 @@ def run_part(part: str, path: Path, options: argparse.Namespace) -> None:
 
 
 def environment(options: argparse.Namespace) -> dict[str, str]:
-    """The package from this tree, no network, and the interpreter of Triton's kernels where there is no GPU."""
+    """The package from this tree and no network; for a rehearsal, no GPU and the interpreter of Triton's kernels."""
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     own = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "HF_HUB_OFFLINE": "1", "AUGMENT_CACHE": "off"}
-    return os.environ | own | ({"TRITON_INTERPRET": "1"} if options.device == "cpu" else {})
+    return os.environ | own | ({"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""} if options.device == "cpu" else {})
 
 
 def run_process(command: list[str], environment: dict[str, str], seconds: float) -> int | None:

@@ -30,11 +30,12 @@ def call(folder: Path, *arguments: str) -> tuple[subprocess.CompletedProcess, di
 
 @needs_triton
 def test_a_rehearsal_measures_everything_that_targets_name(tmp_path):
-    parts = ("layers", "models", "detection", "fit", "finetune", "tune")
+    parts = ("tests", "layers", "models", "detection", "fit", "finetune", "tune")
     done, found = call(tmp_path, "--one-process", "--parts", *parts, "--budget", "600")
     assert not done.returncode, done.stdout[-3000:] + done.stderr[-3000:]
     assert {part for part, rows in found["rows"].items() if rows} == set(parts)
     assert all(row["measured"] is not None for row in found["targets"])
+    assert found["rows"]["tests"]["tests/gpu"]["passed"] == 2
     assert found["rows"]["finetune"]["finetune --precision bf16"]["images_per_second"] > 0
     assert "| target |" in done.stdout
 
