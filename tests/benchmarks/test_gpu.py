@@ -18,7 +18,6 @@ from gpu_targets import TARGETS, markdown, targets  # noqa: E402
 
 from tests.layers.helpers import needs_triton  # noqa: E402
 
-
 PROGRAM = [sys.executable, ROOT / "benchmarks" / "gpu.py"]
 
 
