@@ -18,7 +18,9 @@ import re
 import subprocess
 import sys
 import time
+import tomllib
 import traceback
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +40,14 @@ def main() -> int:
     options = parse()
     if options.child:
         return run_child(options)
-    about = describe(options)
-    usual = ROOT / ("out/gpu" if options.rehearse else "benchmarks/results") / f"gpu-{slug(about['card']['name'])}.json"
-    path = options.results.resolve() / usual.name if options.results else usual
-    rows = Rows(path, before=None if options.rehearse else usual)
+    usual = ROOT / ("out/gpu" if options.rehearse else "benchmarks/results")
+    folder = options.results.resolve() if options.results else usual
     if options.show:
-        print(markdown(rows), end="")
+        print("\n".join(markdown(Rows(path)) for path in sorted(folder.glob("gpu-*.json"))), end="")
         return 0
+    about = describe(options)
+    path = folder / f"gpu-{slug(about['card']['name'])}.json"
+    rows = Rows(path, before=None if options.rehearse else usual / path.name)
     if options.again:
         for part in options.parts:
             rows.forget(part)
@@ -60,7 +63,7 @@ def main() -> int:
         rows.write()
         print(markdown(rows), flush=True)
         print(f"{time.monotonic() - began:.0f} s; results are in {path}")
-    return 1 if rows.failures() else 0
+    return 1 if any(part in options.parts for part, *_ in rows.failures()) else 0
 
 
 def parse() -> argparse.Namespace:
@@ -107,7 +110,7 @@ def describe(options: argparse.Namespace) -> dict[str, Any]:
 
     if options.device == "cuda" and not torch.cuda.is_available():
         kind = f"is made for CUDA {torch.version.cuda}" if torch.version.cuda else "is made without CUDA"
-        raise SystemExit(
+        sys.exit(
             f"gpu.py: torch {torch.__version__} {kind} and finds no NVIDIA GPU that it can use; nvidia-smi says what "
             "there is. With another environment: make gpu GPU_PYTHON=/that/bin/python. Without a GPU, "
             "python benchmarks/gpu.py --rehearse tries everything on tiny shapes"
@@ -115,7 +118,18 @@ def describe(options: argparse.Namespace) -> dict[str, Any]:
     from measure import machine
 
     about: dict[str, Any] = {"card": card(options.device), "machine": machine(), "commit": commit()}
+    if lacking := missing():
+        about["missing packages"] = ", ".join(lacking)
+        print(f"gpu.py: parts will fail, for this Python lacks {about['missing packages']}", file=sys.stderr)
     return about | ({"rehearsal": "figures mean nothing"} if options.rehearse else {})
+
+
+def missing() -> list[str]:
+    """Requirements of the package and of its tests that are not installed."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    names = [re.split(r"[^\w-]", requirement)[0] for requirement in project["dependencies"]]
+    found = {distribution.metadata["Name"].lower().replace("_", "-") for distribution in distributions()}
+    return [name for name in [*names, "pytest", "hypothesis"] if name not in found]
 
 
 def card(device: str) -> dict[str, Any]:
@@ -186,10 +200,10 @@ def run_part(part: str, path: Path, options: argparse.Namespace) -> None:
 
 
 def environment(options: argparse.Namespace) -> dict[str, str]:
-    """The package from this tree, no network, and the interpreter of Triton's kernels where there is no GPU."""
+    """The package from this tree and no network; for a rehearsal, no GPU and the interpreter of Triton's kernels."""
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     own = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "HF_HUB_OFFLINE": "1", "AUGMENT_CACHE": "off"}
-    return os.environ | own | ({"TRITON_INTERPRET": "1"} if options.device == "cpu" else {})
+    return os.environ | own | ({"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""} if options.device == "cpu" else {})
 
 
 def run_process(command: list[str], environment: dict[str, str], seconds: float) -> int | None:

@@ -52,7 +52,9 @@ MODE = {"training": "forward+backward", "inference": "forward"}
 def tests(call: Call) -> list[Measurement]:
     """Tests of the layers and of models on the card, then those of the kernels, which run on it too."""
     if call.rehearse:
-        return [("tests/gpu", partial(run_tests, call, 1.0, "tests/gpu", "-k", "contiguous and triton and bfloat16"))]
+        return [
+            ("tests/gpu", partial(run_tests, call, 1.0, "tests/gpu", "-k", "every_backend and aa-triton and bfloat16"))
+        ]
     kernels = ("tests/layers/triton", "--ignore", "tests/layers/triton/test_compiling.py")
     return [
         ("tests/gpu", partial(run_tests, call, 0.6, "tests/gpu")),
@@ -76,7 +78,7 @@ def run_tests(call: Call, share: float, *arguments: str) -> dict[str, Any]:
         row["stopped"] = "for want of time"
     if row["failures"] or code not in (0, None):
         names = ", ".join(failure["test"] for failure in row["failures"])
-        row["error"] = {"class": "TestFailures", "message": f"{len(row['failures'])} failed: {names}"}
+        row["error"] = {"class": "TestFailures", "message": f"pytest ended with {code}; failed: {names or 'none'}"}
     return row
 
 

@@ -55,9 +55,9 @@ class Rows:
         self.write()
 
     def is_done(self, part: str, key: str, call: str) -> bool:
-        """Whether there is nothing to do: what failed in an earlier call is tried again."""
+        """Whether there is nothing to do: what failed or was stopped in an earlier call is tried again."""
         row = self.part(part).get(key)
-        return row is not None and (row["call"] == call or not problems(row))
+        return row is not None and (row["call"] == call or not (problems(row) or "stopped" in row))
 
     def left_out(self, part: str) -> list[str]:
         return [key for key in self.content["planned"].get(part, []) if key not in self.part(part)]

@@ -18,11 +18,13 @@ from gpu_targets import TARGETS, markdown, targets  # noqa: E402
 
 from tests.layers.helpers import needs_triton  # noqa: E402
 
+PROGRAM = [sys.executable, ROOT / "benchmarks" / "gpu.py"]
+
 
 def call(folder: Path, *arguments: str) -> tuple[subprocess.CompletedProcess, dict]:
     """Run the program; what it did, and the results."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--rehearse", "--results", str(folder), *arguments]
+    command = [*PROGRAM, "--rehearse", "--results", folder, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     path = folder / "gpu-rehearsal.json"
     return done, json.loads(path.read_text()) if path.exists() else {}
@@ -30,11 +32,12 @@ def call(folder: Path, *arguments: str) -> tuple[subprocess.CompletedProcess, di
 
 @needs_triton
 def test_a_rehearsal_measures_everything_that_targets_name(tmp_path):
-    parts = ("layers", "models", "detection", "fit", "finetune", "tune")
+    parts = ("tests", "layers", "models", "detection", "fit", "finetune", "tune")
     done, found = call(tmp_path, "--one-process", "--parts", *parts, "--budget", "600")
     assert not done.returncode, done.stdout[-3000:] + done.stderr[-3000:]
     assert {part for part, rows in found["rows"].items() if rows} == set(parts)
     assert all(row["measured"] is not None for row in found["targets"])
+    assert found["rows"]["tests"]["tests/gpu"]["passed"] == 2
     assert found["rows"]["finetune"]["finetune --precision bf16"]["images_per_second"] > 0
     assert "| target |" in done.stdout
 
@@ -122,6 +125,8 @@ def test_what_fails_or_dies_stops_nothing_else_and_is_tried_again(tmp_path):
     assert rows.part("layers")["a"]["error"]["message"] == "no such luck"
     assert rows.part("models")["f"]["figure"] == 1.5
     assert "ValueError: no such luck" in done.stdout
+    shown = subprocess.run([*PROGRAM, "--show", "--results", tmp_path], capture_output=True, text=True, check=True)
+    assert "figure 1.5" in shown.stdout
     _, rows, count = fake(tmp_path)
     assert count == 4  # what was measured is not measured again
     assert len(rows.failures()) == len(failures)

@@ -58,7 +58,7 @@ def together(results: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {"out": results["out"], "x": results["x"], "parameters": torch.cat(parts)}
 
 
-@each_model
+@pytest.mark.parametrize("name", MODELS if CUDA else ["aa"])
 def test_channels_last_and_compiled(name):
     model = model_of(name).eval()
     expected = exact(model, images())

@@ -20,6 +20,11 @@ OPERATORS = {"aa": "triton_attention", "aw": "attended_conv"}
 
 def compiled_operators(name: str) -> list[str]:
     """Operators of this package in the one graph of a compiled layer on CUDA."""
+    return [target.split(".")[1] for target in compiled_targets(name) if target.startswith("augment_cli.")]
+
+
+def compiled_targets(name: str) -> list[str]:
+    """All that is called in that graph."""
     seen = []
 
     def compiler(module, example):
@@ -29,7 +34,7 @@ def compiled_operators(name: str) -> list[str]:
     with FakeTensorMode():
         out = torch.compile(LAYERS[name](), backend=compiler, fullgraph=True)(torch.empty(2, 8, 28, 28, device="cuda"))
     assert out.device.type == "cuda"
-    return [target.split(".")[1] for target in seen if target.startswith("augment_cli.")]
+    return seen
 
 
 @pytest.fixture(autouse=True)
@@ -70,6 +75,18 @@ def test_triton_without_its_compiler(name, monkeypatch):
     with pytest.warns(UserWarning, match=r"does not work here \(Failed to find C compiler"):
         assert not compiled_operators(name)
     assert not compiled_operators(name)
+
+
+def test_aw_pools_by_a_product_in_deterministic_mode():
+    """torch refuses the gradient of its adaptive pool there."""
+    pools = []
+    for mode in (False, True):
+        torch.use_deterministic_algorithms(mode)
+        try:
+            pools.append(any("adaptive_avg_pool2d" in target for target in compiled_targets("aw")))
+        finally:
+            torch.use_deterministic_algorithms(False)
+    assert pools == [True, False]
 
 
 def test_a_triton_that_is_too_old(monkeypatch):
