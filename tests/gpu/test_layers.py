@@ -211,6 +211,14 @@ def test_deterministic_algorithms(layer, backend, precision):
     assert_near(first, exact(module, x, LARGE[layer].plain), wanted.tolerance)
 
 
+@pytest.mark.parametrize("backend", backends("fused", "triton"))
+@pytest.mark.usefixtures("deterministic")
+def test_resized_tables_and_pooled_maps_in_deterministic_mode(backend):
+    split = {"heads": 2, "key_channels": 8, "value_channels": 4, "resolution": 4, "attention_pool": 2}
+    module, x = made(Case(lambda: AAConv2d(8, 20, 3, padding=1, **split), (2, 8, 7, 10), "reference"), backend)
+    assert_near(run(module, x), exact(module, x, "reference"), PRECISIONS["float32"].tolerance)
+
+
 @pytest.mark.parametrize("backend", backends("triton"))
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_aa_repeats_bit_for_bit_in_any_mode(backend, precision):

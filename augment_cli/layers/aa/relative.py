@@ -28,8 +28,9 @@ def resize_table(table: Tensor, size: int) -> Tensor:
     if rows == 1:
         middle = table.shape[0] // 2
         return table[middle : middle + 1]
-    columns = table.t().unsqueeze(0)  # 1, d, 2 S - 1
-    return F.interpolate(columns, size=rows, mode="linear", align_corners=True).squeeze(0).t()
+    # Of a map of height 1, since torch's gradient of one-dimensional interpolation has no deterministic form on CUDA.
+    columns = table.t()[None, :, None]  # 1, d, 1, 2 S - 1
+    return F.interpolate(columns, size=(1, rows), mode="bilinear", align_corners=True)[0, :, 0].t()
 
 
 def _keeps_sizes_open() -> bool:
