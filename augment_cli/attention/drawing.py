@@ -236,7 +236,8 @@ def _tiles(layer: HeadMaps | Rollout, query: int, kind: str) -> tuple[np.ndarray
 _STYLE = """
 label { display: inline-block; margin-right: 0.8rem; }
 .chooser { position: relative; display: inline-block; margin: 0.8rem 0; cursor: crosshair; touch-action: none; }
-.chooser img { display: block; max-width: min(100%, 26rem); height: auto; border-radius: 6px; }
+.chooser img { display: block; min-width: 14rem; max-width: min(100%, 26rem); height: auto;
+  border-radius: 6px; }
 .chooser i { position: absolute; width: 14px; height: 14px; margin: -7px; border: 2px solid #fff; border-radius: 99px;
   outline: 1px solid #000; pointer-events: none; display: none; }
 .layer { margin-top: 1.2rem; }
