@@ -18,6 +18,8 @@ from gpu_targets import TARGETS, markdown, targets  # noqa: E402
 
 from tests.layers.helpers import needs_triton  # noqa: E402
 
+sys.path.remove(str(ROOT / "benchmarks"))  # its modules have names that other packages look for
+
 PROGRAM = [sys.executable, ROOT / "benchmarks" / "gpu.py"]
 
 

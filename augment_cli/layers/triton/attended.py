@@ -16,7 +16,7 @@ of the batch. Arithmetic (132 SMs of an H100), not measured."""
 
 # Positions, output channels and input channels in a block, warps, and stages of the loops' loads, by how products are
 # computed. The axis that a kernel sums over is the shortest. Blocks are about as large as registers allow
-# (benchmarks/kernels.py). Nothing has been timed; benchmarks/gpu_tune.py does.
+# (benchmarks/compiled_kernels.py). Nothing has been timed; benchmarks/gpu_tune.py does.
 BLOCKS = {
     "conv_forward": {"ieee": (64, 32, 16, 4, 1), "tf32": (128, 64, 32, 4, 3), "half": (128, 64, 32, 4, 3)},
     "maps_backward": {"ieee": (64, 16, 32, 4, 1), "tf32": (128, 32, 64, 4, 3), "half": (128, 32, 64, 4, 3)},

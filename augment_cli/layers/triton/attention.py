@@ -14,7 +14,7 @@ _LOG2_E = 1.4426950408889634
 
 # Positions in a tile of queries and of keys, warps, and stages of the loops' loads, by how products are computed and by
 # the padded channels of a head: the largest tiles whose numbers stay in registers, or nearly so
-# (benchmarks/kernels.py). Nothing has been timed; benchmarks/gpu_tune.py does.
+# (benchmarks/compiled_kernels.py). Nothing has been timed; benchmarks/gpu_tune.py does.
 SIZES = {
     "ieee": {32: (64, 16, 8, 1), 64: (32, 16, 8, 1), 128: (16, 16, 8, 1)},
     "tf32": {32: (64, 32, 8, 1), 64: (32, 32, 8, 1), 128: (32, 16, 8, 1)},

@@ -33,8 +33,8 @@ def test_kernels_compile_and_keep_their_numbers_in_registers(precision, archs, t
     rows = tmp_path / "rows.json"
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path / "cache"), "TRITON_INTERPRET": "0"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, "benchmarks/kernels.py", "--quick", "--precision", precision, "--json", str(rows)]
-    command += ["--arch", *map(str, archs)]
+    command = [sys.executable, "benchmarks/compiled_kernels.py", "--quick", "--json", str(rows)]
+    command += ["--precision", precision, "--arch", *map(str, archs)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert not done.returncode, done.stderr
     found = json.loads(rows.read_text())

@@ -1,6 +1,6 @@
 """What the Triton kernels take of a GPU: registers, spilled bytes, shared memory. Needs no GPU.
 
-    python benchmarks/kernels.py [--arch 80 90 100] [--json FILE]
+    python benchmarks/compiled_kernels.py [--arch 80 90 100] [--json FILE]
 
 Triton compiles for a GPU that is not there, by its own ptxas. Each kernel is compiled as the layers launch it, from a
 call with tensors on the CPU, so the tiles, warps and argument types are those of training.
