@@ -42,8 +42,8 @@ def _factors(mixing, scales, o, o_inside, group, groups, BG: tl.constexpr):
 def _formed(kernels, factors, BG: tl.constexpr, BR: tl.constexpr):
     """A block of K (outputs, BG BR) times its factors (outputs, BG)."""
     outputs: tl.constexpr = kernels.shape[0]
-    groups = tl.reshape(kernels.to(tl.float32), (outputs, BG, BR)) * factors[:, :, None]
-    return tl.reshape(groups, (outputs, BG * BR))
+    repeated = tl.reshape(tl.broadcast_to(factors[:, :, None], (outputs, BG, BR)), (outputs, BG * BR))
+    return kernels.to(tl.float32) * repeated
 
 
 @triton.jit
