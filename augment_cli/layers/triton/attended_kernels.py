@@ -62,23 +62,26 @@ def conv_forward(
     o, p = block_o * BO + tl.arange(0, BO), block_p * BP + tl.arange(0, BP)
     o_inside, p_inside = o < c2, p < positions
     y, column = p // out_width, p % out_width
-    x, scales = x + n * x_n, scales + n * taps * groups
+    top, left = y * stride_y - padding_y, column * stride_x - padding_x  # of the tap at 0, 0
+    x, scales = x + n * x_n + top.to(tl.int64) * x_y + left * x_x, scales + n * taps * groups
+    kernel += o.to(tl.int64) * taps * c1
 
     sums = tl.zeros((BP, BO), tl.float32)
-    for t in range(taps):
-        in_y = y * stride_y + t // taps_x * dilation_y - padding_y
-        in_x = column * stride_x + t % taps_x * dilation_x - padding_x
+    parts = tl.cdiv(r, BR)
+    blocks = tl.cdiv(groups, BG) * parts
+    for i in range(taps * blocks):  # one loop, not three: loads are pipelined in the innermost one only
+        t, group, first = i // blocks, i % blocks // parts * BG, i % blocks % parts * BR
+        down, right = t // taps_x * dilation_y, t % taps_x * dilation_x
+        in_y, in_x = top + down, left + right
         inside = p_inside & (in_y >= 0) & (in_y < height) & (in_x >= 0) & (in_x < width)
-        at = in_y.to(tl.int64) * x_y + in_x * x_x
-        for group in range(0, groups, BG):
-            factors, _, _ = _factors(mixing, scales + t * groups, o, o_inside, group, groups, BG)
-            for first in range(0, r, BR):
-                c, c_inside = _channels(group, first, groups, r, BG, BR)
-                seen = tl.load(x + at[:, None] + c[None, :] * x_c, mask=inside[:, None] & c_inside[None, :], other=0.0)
-                places = (o[:, None].to(tl.int64) * taps + t) * c1 + c[None, :]
-                kernels = tl.load(kernel + places, mask=o_inside[:, None] & c_inside[None, :], other=0.0)
-                formed = _formed(kernels, factors, BG, BR).to(seen.dtype)
-                sums = product(seen, tl.trans(formed), PRECISION, sums)
+        factors, _, _ = _factors(mixing, scales + t * groups, o, o_inside, group, groups, BG)
+        c, c_inside = _channels(group, first, groups, r, BG, BR)
+        places = x[:, None] + (down * x_y + right * x_x + c * x_c)[None, :]
+        seen = tl.load(places, mask=inside[:, None] & c_inside[None, :], other=0.0)
+        places = kernel[:, None] + (t * c1 + c)[None, :]
+        kernels = tl.load(places, mask=o_inside[:, None] & c_inside[None, :], other=0.0)
+        formed = _formed(kernels, factors, BG, BR).to(seen.dtype)
+        sums = product(seen, tl.trans(formed), PRECISION, sums)
     places = n * out_n + y[:, None] * out_y + column[:, None] * out_x + o[None, :].to(tl.int64) * out_c
     tl.store(out + places, sums.to(out.dtype.element_ty), mask=p_inside[:, None] & o_inside[None, :])
 
