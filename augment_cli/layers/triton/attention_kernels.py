@@ -67,10 +67,13 @@ def _window(table, size, offset, like, D: tl.constexpr, PADDED: tl.constexpr, Q:
 
 
 @triton.jit
-def _by_line(products, of_query, Q: tl.constexpr, K: tl.constexpr):
-    """Products with a window, (T, P), to logits of K lines of keys, (T, K); of_query (T,) are the queries' lines."""
-    line = tl.arange(0, K)
-    return tl.gather(products, line[None, :] - of_query[:, None] + (Q - 1), axis=1)
+def _by_line(products, of_query, lines, Q: tl.constexpr, K: tl.constexpr):
+    """Products with a window, (T, P), to logits of K lines of keys, (T, K), of which the first `lines` are on the map:
+    the others get -inf. of_query (T,) are the queries' lines.
+    """
+    line = tl.arange(0, K)[None, :]
+    picked = tl.gather(products, line - of_query[:, None] + (Q - 1), axis=1)
+    return tl.where(line < lines, picked, float("-inf"))
 
 
 @triton.jit
@@ -84,13 +87,10 @@ def _by_offset(d_lines, of_query, Q: tl.constexpr, K: tl.constexpr, P: tl.conste
 
 
 @triton.jit
-def _logits(q, k, rows, columns, keys_inside, PRECISION: tl.constexpr):
-    """Logits before scaling, -inf for keys beside the map: (queries, keys). Shapes: rows (queries, KY), columns
-    (queries, KX).
-    """
+def _logits(q, k, rows, columns, PRECISION: tl.constexpr):
+    """Logits before scaling (queries, keys). Shapes: rows (queries, KY), columns (queries, KX), whose -inf remain."""
     relative = tl.reshape(rows[:, :, None] + columns[:, None, :], (q.shape[0], k.shape[0]))
-    logits = product(q, tl.trans(k), PRECISION) + relative
-    return tl.where(keys_inside[None, :], logits, float("-inf"))
+    return product(q, tl.trans(k), PRECISION, relative)
 
 
 @triton.jit
@@ -119,13 +119,13 @@ def attention_forward(
     values = tl.zeros((T, PADDED_E), tl.float32)
     for x in range(0, width, KX):
         of_width = _window(rel_width, width, x - tile_x, queries.dtype, D, PADDED_D, QX, PX)
-        columns = _by_line(product(queries, tl.trans(of_width), PRECISION), of_x, QX, KX)
+        columns = _by_line(product(queries, tl.trans(of_width), PRECISION), of_x, width - x, QX, KX)
         for y in range(0, height, KY):
             of_height = _window(rel_height, height, y - tile_y, queries.dtype, D, PADDED_D, QY, PY)
-            rows = _by_line(product(queries, tl.trans(of_height), PRECISION), of_y, QY, KY)
+            rows = _by_line(product(queries, tl.trans(of_height), PRECISION), of_y, height - y, QY, KY)
             keys_at, keys_inside = _positions(y, x, height, width, KY, KX)
             keys = _load(k, keys_at, keys_inside, k_c, k_p, D, PADDED_D)
-            logits = _logits(queries, keys, rows, columns, keys_inside, PRECISION)
+            logits = _logits(queries, keys, rows, columns, PRECISION)
             higher = tl.maximum(peaks, tl.max(logits, 1))
             kept = tl.exp2((peaks - higher) * scale)
             weights = tl.exp2((logits - higher[:, None]) * scale)
@@ -176,14 +176,14 @@ def queries_backward(
     d_queries = tl.zeros((T, PADDED_D), tl.float32)
     for x in range(0, width, KX):
         of_width = _window(rel_width, width, x - tile_x, queries.dtype, D, PADDED_D, QX, PX)
-        columns = _by_line(product(queries, tl.trans(of_width), PRECISION), of_x, QX, KX)
+        columns = _by_line(product(queries, tl.trans(of_width), PRECISION), of_x, width - x, QX, KX)
         d_columns = tl.zeros((T, KX), tl.float32)
         for y in range(0, height, KY):
             of_height = _window(rel_height, height, y - tile_y, queries.dtype, D, PADDED_D, QY, PY)
-            rows = _by_line(product(queries, tl.trans(of_height), PRECISION), of_y, QY, KY)
+            rows = _by_line(product(queries, tl.trans(of_height), PRECISION), of_y, height - y, QY, KY)
             keys_at, keys_inside = _positions(y, x, height, width, KY, KX)
             keys = _load(k, keys_at, keys_inside, k_c, k_p, D, PADDED_D)
-            logits = _logits(queries, keys, rows, columns, keys_inside, PRECISION)
+            logits = _logits(queries, keys, rows, columns, PRECISION)
             weights = tl.exp2((logits - peaks[:, None]) * scale) * inverses[:, None]
             seen = _load(v, keys_at, keys_inside, v_c, v_p, E, PADDED_E)
             d_weights = product(grads, tl.trans(seen), PRECISION)
@@ -237,9 +237,9 @@ def keys_backward(
             peaks = tl.load(shifts + task * positions + queries_at, mask=queries_inside, other=0.0)
             inverses = 1 / tl.load(sums + task * positions + queries_at, mask=queries_inside, other=1.0)
             delta = tl.load(deltas + task * positions + queries_at, mask=queries_inside, other=0.0)
-            columns = _by_line(product(queries, tl.trans(of_width), PRECISION), of_x, QX, KX)
-            rows = _by_line(product(queries, tl.trans(of_height), PRECISION), of_y, QY, KY)
-            logits = _logits(queries, keys, rows, columns, inside, PRECISION)
+            columns = _by_line(product(queries, tl.trans(of_width), PRECISION), of_x, width - tile_x, QX, KX)
+            rows = _by_line(product(queries, tl.trans(of_height), PRECISION), of_y, height - tile_y, QY, KY)
+            logits = _logits(queries, keys, rows, columns, PRECISION)
             weights = tl.exp2((logits - peaks[:, None]) * scale) * inverses[:, None]
             weights = tl.where(queries_inside[:, None], weights, 0.0)
             d_values = product(tl.trans(weights.to(grads.dtype)), grads, PRECISION, d_values)
