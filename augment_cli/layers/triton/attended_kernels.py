@@ -18,6 +18,9 @@ import triton.language as tl
 
 from augment_cli.layers.triton.product import product
 
+SIZES = ["height", "width", "out_height", "out_width"]
+"""Arguments whose values make no faster code: maps of many sizes, as in detection, need one compilation."""
+
 
 @triton.jit
 def _channels(group, first, groups, r, BG: tl.constexpr, BR: tl.constexpr):
@@ -46,7 +49,7 @@ def _formed(kernels, factors, BG: tl.constexpr, BR: tl.constexpr):
     return kernels.to(tl.float32) * repeated
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def conv_forward(
     x, kernel, mixing, scales, out,
     x_n, x_c, x_y, x_x, out_n, out_c, out_y, out_x,
@@ -86,7 +89,7 @@ def conv_forward(
     tl.store(out + places, sums.to(out.dtype.element_ty), mask=p_inside[:, None] & o_inside[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def maps_backward(
     d_out, kernel, mixing, scales, d_x,
     d_out_n, d_out_c, d_out_y, d_out_x, x_n, x_c, x_y, x_x,
@@ -127,7 +130,7 @@ def maps_backward(
     tl.store(d_x + places, sums.to(d_x.dtype.element_ty), mask=p_inside[:, None] & c_inside[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*SIZES, "batch", "samples"])
 def kernel_backward(
     d_out, x, kernel, mixing, scales, d_kernel, d_mixing, d_scales,
     d_out_n, d_out_c, d_out_y, d_out_x, x_n, x_c, x_y, x_x,

@@ -29,6 +29,9 @@ import triton.language as tl
 
 from augment_cli.layers.triton.product import product
 
+SIZES = ["heads", "height"]
+"""Arguments whose values make no faster code: maps of many sizes, as in detection, need fewer compilations."""
+
 
 @triton.jit
 def _positions(tile_y, tile_x, height, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
@@ -93,7 +96,7 @@ def _logits(q, k, rows, columns, PRECISION: tl.constexpr):
     return product(q, tl.trans(k), PRECISION, relative)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def attention_forward(
     q, k, v, rel_height, rel_width, out, shifts, sums,
     q_n, q_h, q_c, q_p, k_n, k_h, k_c, k_p, v_n, v_h, v_c, v_p,
@@ -139,7 +142,7 @@ def attention_forward(
     tl.store(sums + task * positions + at, totals, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def queries_backward(
     q, k, v, rel_height, rel_width, out, shifts, sums, d_out, deltas, d_q, d_windows,
     q_n, q_h, q_c, q_p, k_n, k_h, k_c, k_p, v_n, v_h, v_c, v_p,
@@ -200,7 +203,7 @@ def queries_backward(
     _store(d_q + task * D * positions, at, inside, positions, d_queries * d_scale, D, PADDED_D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def keys_backward(
     q, k, v, rel_height, rel_width, shifts, sums, d_out, deltas, d_k, d_v, d_windows,
     q_n, q_h, q_c, q_p, k_n, k_h, k_c, k_p, v_n, v_h, v_c, v_p,
@@ -263,7 +266,7 @@ def _store_window(d_windows, place, d_window, D: tl.constexpr, PADDED: tl.conste
     tl.store(d_windows + place * P * D + p[:, None] * D + c[None, :], d_window, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size", "queries", "keys"])
 def table_backward(
     sums, d_table, of_queries, of_keys, size, queries, keys,
     D: tl.constexpr, PADDED_D: tl.constexpr, Q: tl.constexpr, K: tl.constexpr, TILES: tl.constexpr,
