@@ -162,6 +162,7 @@ def kernel_backward(
     of_mixing = tl.zeros((BO, BG), tl.float32)
     for n in range(split * samples, tl.minimum((split + 1) * samples, batch)):
         of_sample = tl.zeros((BO, BG * BR), tl.float32)
+        x_of_sample, d_out_of_sample = x + n * x_n, d_out + n * d_out_n
         for first in range(0, positions, BP):
             p = first + tl.arange(0, BP)
             y, column = p // out_width, p % out_width
@@ -169,10 +170,10 @@ def kernel_backward(
             in_x = column * stride_x + t % taps_x * dilation_x - padding_x
             p_inside = p < positions
             inside = p_inside & (in_y >= 0) & (in_y < height) & (in_x >= 0) & (in_x < width)
-            places = n * x_n + in_y[:, None] * x_y + in_x[:, None] * x_x + c[None, :] * x_c
-            seen = tl.load(x + places, mask=inside[:, None] & c_inside[None, :], other=0.0)
-            places = n * d_out_n + y[:, None] * d_out_y + column[:, None] * d_out_x + o[None, :] * d_out_c
-            grads = tl.load(d_out + places, mask=p_inside[:, None] & o_inside[None, :], other=0.0)
+            places = (in_y * x_y + in_x * x_x)[:, None] + c[None, :] * x_c
+            seen = tl.load(x_of_sample + places, mask=inside[:, None] & c_inside[None, :], other=0.0)
+            places = (y * d_out_y + column * d_out_x)[:, None] + o[None, :] * d_out_c
+            grads = tl.load(d_out_of_sample + places, mask=p_inside[:, None] & o_inside[None, :], other=0.0)
             of_sample = product(tl.trans(grads), seen, PRECISION, of_sample)
         at_scales = (n * taps + t) * groups
         factors, by_output, by_group = _factors(mixing, scales + at_scales, o, o_inside, group, groups, BG)
