@@ -42,11 +42,22 @@ def _positions(tile_y, tile_x, height, width, ROWS: tl.constexpr, COLUMNS: tl.co
 
 
 @triton.jit
-def _load(maps, at, inside, channel_step, position_step, C: tl.constexpr, PADDED: tl.constexpr):
-    """Channels of a tile's positions, zeros beside the map: (T, PADDED)."""
-    c = tl.arange(0, PADDED)
-    places = at[:, None].to(tl.int64) * position_step + c[None, :] * channel_step
+def _load(maps, at, inside, channel_step, position_step, C: tl.constexpr, PADDED: tl.constexpr, ALIGNED: tl.constexpr):
+    """Channels of a tile's positions, zeros beside the map: (T, PADDED). ALIGNED divides the place of each position."""
+    c, first = tl.arange(0, PADDED), at.to(tl.int64) * position_step
+    if ALIGNED > 1:
+        first = tl.multiple_of(first, ALIGNED)
+    places = first[:, None] + c[None, :] * channel_step
     return tl.load(maps + places, mask=inside[:, None] & (c < C)[None, :], other=0.0)
+
+
+@triton.jit
+def _of_head(maps, n, h, sample_step, head_step, ALIGNED: tl.constexpr):
+    """Where a head's map of one sample begins."""
+    first = n * sample_step + h * head_step
+    if ALIGNED > 1:
+        first = tl.multiple_of(first, ALIGNED)
+    return maps + first
 
 
 @triton.jit
@@ -102,6 +113,7 @@ def attention_forward(
     q_n, q_h, q_c, q_p, k_n, k_h, k_c, k_p, v_n, v_h, v_c, v_p,
     heads, height, width, scale,
     D: tl.constexpr, E: tl.constexpr, PADDED_D: tl.constexpr, PADDED_E: tl.constexpr,
+    ALIGNED_D: tl.constexpr, ALIGNED_E: tl.constexpr,
     QY: tl.constexpr, QX: tl.constexpr, KY: tl.constexpr, KX: tl.constexpr, PY: tl.constexpr, PX: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -112,11 +124,12 @@ def attention_forward(
     task, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
     tile_y, tile_x = tile // across * QY, tile % across * QX
     n, h = task // heads, task % heads
-    q, k, v = q + n * q_n + h * q_h, k + n * k_n + h * k_h, v + n * v_n + h * v_h
+    q, k = _of_head(q, n, h, q_n, q_h, ALIGNED_D), _of_head(k, n, h, k_n, k_h, ALIGNED_D)
+    v = _of_head(v, n, h, v_n, v_h, ALIGNED_E)
     at, inside = _positions(tile_y, tile_x, height, width, QY, QX)
     of_y, of_x = tl.arange(0, T) // QX, tl.arange(0, T) % QX
 
-    queries = _load(q, at, inside, q_c, q_p, D, PADDED_D)
+    queries = _load(q, at, inside, q_c, q_p, D, PADDED_D, ALIGNED_D)
     peaks = tl.full((T,), float("-inf"), tl.float32)
     totals = tl.zeros((T,), tl.float32)
     values = tl.zeros((T, PADDED_E), tl.float32)
@@ -127,12 +140,12 @@ def attention_forward(
             of_height = _window(rel_height, height, y - tile_y, queries.dtype, D, PADDED_D, QY, PY)
             rows = _by_line(product(queries, tl.trans(of_height), PRECISION), of_y, height - y, QY, KY)
             keys_at, keys_inside = _positions(y, x, height, width, KY, KX)
-            keys = _load(k, keys_at, keys_inside, k_c, k_p, D, PADDED_D)
+            keys = _load(k, keys_at, keys_inside, k_c, k_p, D, PADDED_D, ALIGNED_D)
             logits = _logits(queries, keys, rows, columns, PRECISION)
             higher = tl.maximum(peaks, tl.max(logits, 1))
             kept = tl.exp2((peaks - higher) * scale)
             weights = tl.exp2((logits - higher[:, None]) * scale)
-            seen = _load(v, keys_at, keys_inside, v_c, v_p, E, PADDED_E)
+            seen = _load(v, keys_at, keys_inside, v_c, v_p, E, PADDED_E, ALIGNED_E)
             totals = totals * kept + tl.sum(weights, 1)
             values = product(weights.to(seen.dtype), seen, PRECISION, values * kept[:, None])
             peaks = higher
@@ -148,6 +161,7 @@ def queries_backward(
     q_n, q_h, q_c, q_p, k_n, k_h, k_c, k_p, v_n, v_h, v_c, v_p,
     heads, height, width, scale, d_scale,
     D: tl.constexpr, E: tl.constexpr, PADDED_D: tl.constexpr, PADDED_E: tl.constexpr,
+    ALIGNED_D: tl.constexpr, ALIGNED_E: tl.constexpr,
     QY: tl.constexpr, QX: tl.constexpr, KY: tl.constexpr, KX: tl.constexpr, PY: tl.constexpr, PX: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -161,15 +175,16 @@ def queries_backward(
     task, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
     tile_y, tile_x = tile // across * QY, tile % across * QX
     n, h = task // heads, task % heads
-    q, k, v = q + n * q_n + h * q_h, k + n * k_n + h * k_h, v + n * v_n + h * v_h
+    q, k = _of_head(q, n, h, q_n, q_h, ALIGNED_D), _of_head(k, n, h, k_n, k_h, ALIGNED_D)
+    v = _of_head(v, n, h, v_n, v_h, ALIGNED_E)
     at, inside = _positions(tile_y, tile_x, height, width, QY, QX)
     i = tl.arange(0, T)
     of_y, of_x = i // QX, i % QX
     positions = height * width
 
-    queries = _load(q, at, inside, q_c, q_p, D, PADDED_D)
-    grads = _load(d_out + task * E * positions, at, inside, positions, 1, E, PADDED_E)
-    results = _load(out + task * E * positions, at, inside, positions, 1, E, PADDED_E)
+    queries = _load(q, at, inside, q_c, q_p, D, PADDED_D, ALIGNED_D)
+    grads = _load(d_out + task * E * positions, at, inside, positions, 1, E, PADDED_E, 1)
+    results = _load(out + task * E * positions, at, inside, positions, 1, E, PADDED_E, 1)
     products = product(grads, tl.trans(results), PRECISION)
     delta = tl.sum(tl.where(i[:, None] == i[None, :], products, 0.0), 1)
     tl.store(deltas + task * positions + at, delta, mask=inside)
@@ -185,10 +200,10 @@ def queries_backward(
             of_height = _window(rel_height, height, y - tile_y, queries.dtype, D, PADDED_D, QY, PY)
             rows = _by_line(product(queries, tl.trans(of_height), PRECISION), of_y, height - y, QY, KY)
             keys_at, keys_inside = _positions(y, x, height, width, KY, KX)
-            keys = _load(k, keys_at, keys_inside, k_c, k_p, D, PADDED_D)
+            keys = _load(k, keys_at, keys_inside, k_c, k_p, D, PADDED_D, ALIGNED_D)
             logits = _logits(queries, keys, rows, columns, PRECISION)
             weights = tl.exp2((logits - peaks[:, None]) * scale) * inverses[:, None]
-            seen = _load(v, keys_at, keys_inside, v_c, v_p, E, PADDED_E)
+            seen = _load(v, keys_at, keys_inside, v_c, v_p, E, PADDED_E, ALIGNED_E)
             d_weights = product(grads, tl.trans(seen), PRECISION)
             d_logits = weights * (d_weights - delta[:, None])
             d_queries = product(d_logits.to(keys.dtype), keys, PRECISION, d_queries)
@@ -209,6 +224,7 @@ def keys_backward(
     q_n, q_h, q_c, q_p, k_n, k_h, k_c, k_p, v_n, v_h, v_c, v_p,
     heads, height, width, scale, d_scale,
     D: tl.constexpr, E: tl.constexpr, PADDED_D: tl.constexpr, PADDED_E: tl.constexpr,
+    ALIGNED_D: tl.constexpr, ALIGNED_E: tl.constexpr,
     QY: tl.constexpr, QX: tl.constexpr, KY: tl.constexpr, KX: tl.constexpr, PY: tl.constexpr, PX: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -220,13 +236,14 @@ def keys_backward(
     task, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
     tile_y, tile_x = tile // across * KY, tile % across * KX
     n, h = task // heads, task % heads
-    q, k, v = q + n * q_n + h * q_h, k + n * k_n + h * k_h, v + n * v_n + h * v_h
+    q, k = _of_head(q, n, h, q_n, q_h, ALIGNED_D), _of_head(k, n, h, k_n, k_h, ALIGNED_D)
+    v = _of_head(v, n, h, v_n, v_h, ALIGNED_E)
     at, inside = _positions(tile_y, tile_x, height, width, KY, KX)
     of_y, of_x = tl.arange(0, T) // QX, tl.arange(0, T) % QX
     positions = height * width
 
-    keys = _load(k, at, inside, k_c, k_p, D, PADDED_D)
-    seen = _load(v, at, inside, v_c, v_p, E, PADDED_E)
+    keys = _load(k, at, inside, k_c, k_p, D, PADDED_D, ALIGNED_D)
+    seen = _load(v, at, inside, v_c, v_p, E, PADDED_E, ALIGNED_E)
     d_keys = tl.zeros((KEYS, PADDED_D), tl.float32)
     d_values = tl.zeros((KEYS, PADDED_E), tl.float32)
     for y in range(0, height, QY):
@@ -235,8 +252,8 @@ def keys_backward(
         for x in range(0, width, QX):
             of_width = _window(rel_width, width, tile_x - x, keys.dtype, D, PADDED_D, QX, PX)
             queries_at, queries_inside = _positions(y, x, height, width, QY, QX)
-            queries = _load(q, queries_at, queries_inside, q_c, q_p, D, PADDED_D)
-            grads = _load(d_out + task * E * positions, queries_at, queries_inside, positions, 1, E, PADDED_E)
+            queries = _load(q, queries_at, queries_inside, q_c, q_p, D, PADDED_D, ALIGNED_D)
+            grads = _load(d_out + task * E * positions, queries_at, queries_inside, positions, 1, E, PADDED_E, 1)
             peaks = tl.load(shifts + task * positions + queries_at, mask=queries_inside, other=0.0)
             inverses = 1 / tl.load(sums + task * positions + queries_at, mask=queries_inside, other=1.0)
             delta = tl.load(deltas + task * positions + queries_at, mask=queries_inside, other=0.0)

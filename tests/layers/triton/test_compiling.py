@@ -28,16 +28,21 @@ SPILLED = 64
 """Bytes a thread may keep in local memory: a few numbers of many, mostly addresses that the loops do not use."""
 
 
-@pytest.mark.parametrize(("precision", "archs"), [("fp32", {80}), ("bf16", {80, 90, 100})], ids=["fp32", "bf16"])
-def test_kernels_compile_and_keep_their_numbers_in_registers(precision, archs, tmp_path):
+def compiled(tmp_path: Path, *options: object) -> list[dict]:
+    """Rows of benchmarks/kernels.py."""
     rows = tmp_path / "rows.json"
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path / "cache"), "TRITON_INTERPRET": "0"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, "benchmarks/kernels.py", "--quick", "--precision", precision, "--json", str(rows)]
-    command += ["--arch", *map(str, archs)]
+    command = [sys.executable, "benchmarks/kernels.py", "--json", str(rows), *map(str, options)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert not done.returncode, done.stderr
-    found = json.loads(rows.read_text())
+    found: list[dict] = json.loads(rows.read_text())
+    return found
+
+
+@pytest.mark.parametrize(("precision", "archs"), [("fp32", {80}), ("bf16", {80, 90, 100})], ids=["fp32", "bf16"])
+def test_kernels_compile_and_keep_their_numbers_in_registers(precision, archs, tmp_path):
+    found = compiled(tmp_path, "--quick", "--precision", precision, "--arch", *archs)
     assert {row["arch"] for row in found} == archs
     assert {row["kernel"] for row in found} == {
         "attention_forward",
@@ -51,3 +56,12 @@ def test_kernels_compile_and_keep_their_numbers_in_registers(precision, archs, t
     for row in found:
         assert row["shared"] <= SHARED, row
         assert row["spilled"] <= SPILLED, row
+
+
+@pytest.mark.parametrize("case", ["56x56, 128 and 128", "56x56, 3, one group"])
+@pytest.mark.parametrize("arch", [90])
+def test_the_widest_heads_and_the_smallest_groups_compile_in_tf32(case, arch, tmp_path):
+    """These take the most shared memory, and small groups are laid out otherwise than large ones."""
+    found = compiled(tmp_path, "--case", case, "--precision", "tf32", "--arch", arch)
+    assert {"maps_backward", "keys_backward"} & {row["kernel"] for row in found}
+    assert max(row["shared"] for row in found) <= SHARED
