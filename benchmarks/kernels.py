@@ -58,19 +58,20 @@ def attention(height: int, width: int, d: int, e: int, dtype: torch.dtype) -> No
     backward(results[0], *inputs, *results)
 
 
-def convolution(channels: int, size: int, stride: int, *more: Any) -> None:
+def convolution(channels: int, size: int | tuple[int, int], stride: int, *more: Any) -> None:
     """Both passes of AW, for a 3x3 kernel of as many input as output channels.
 
     Args:
         more: r, where it is not 16, and the dtype.
     """
+    from augment_cli.compat import pair
     from augment_cli.layers.geometry import Geometry
     from augment_cli.layers.triton.attended import forward, kernel_backward, maps_backward
 
     *reduction, dtype = more
     r = reduction[0] if reduction else 16
     geometry, groups = Geometry((3, 3), (stride, stride), (1, 1), (1, 1)), channels // r
-    x = torch.zeros(2, channels, size, size, dtype=dtype).to(memory_format=torch.channels_last)
+    x = torch.zeros(2, channels, *pair(size), dtype=dtype).to(memory_format=torch.channels_last)
     kernel, mixing, scales = (
         torch.zeros(channels, 9, groups, r),
         torch.zeros(channels, groups),
