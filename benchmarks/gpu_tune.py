@@ -86,8 +86,12 @@ def attend(device: str, n: int, heads: int, height: int, width: int, d: int, e: 
     from augment_cli.layers.triton.attention import backward, forward
 
     drawn = _Drawn(device)
-    maps = [drawn(n, heads, c, height * width) for c in (d, d, e)]
-    inputs = [*maps, *(drawn(2 * size - 1, d).float() for size in (height, width))]
+    maps = drawn(n, heads * (2 * d + e), height, width).to(memory_format=torch.channels_last).flatten(2)
+    parts = maps.split([heads * d, heads * d, heads * e], dim=1)
+    inputs = [
+        *(t.unflatten(1, (heads, -1)) for t in parts),
+        *(drawn(2 * size - 1, d).float() for size in (height, width)),
+    ]
 
     def run() -> list[Tensor]:
         results = forward(*inputs)

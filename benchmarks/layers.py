@@ -78,7 +78,13 @@ def aa_layer(case: AACase, setting: Setting) -> tuple[AAConv2d, Tensor]:
     channels, device = case.channels, setting.device
     layer = AAConv2d(channels, channels, 3, padding=1, bias=False, **split, resolution=case.size, device=device)
     batch = setting.batch or (case.batch if device == "cpu" else case.on_gpu)
-    return layer, torch.randn(batch, channels, *case.size, device=device, requires_grad=True)
+    return layer, maps(setting, batch, channels, *case.size)
+
+
+def maps(setting: Setting, *shape: int) -> Tensor:
+    """An input in the layout that convolutions are fastest in: channels last on a GPU."""
+    layout = torch.contiguous_format if setting.device == "cpu" else torch.channels_last
+    return torch.randn(shape, device=setting.device).to(memory_format=layout).requires_grad_()
 
 
 def run(layer: nn.Module, x: Tensor, mode: str, amp: str | None = None) -> None:
@@ -120,6 +126,7 @@ def compare(steps: dict[str, Callable[[], None]], setting: Setting, ratio: Calla
             running[name], rows[name] = step, {}
         except Exception as error:  # whatever a compiler or a driver raises
             rows[name] = {"error": failure(error)}
+        if name not in running:  # out here the error no longer holds what the step had made
             device.free()
             device.synchronize()  # raises where the card cannot go on, so that the rest is not measured
     readings = [
@@ -155,8 +162,7 @@ def compare_aw(channels: int, size: int, batch: int, mode: str, backends: list[s
     torch.compiler.reset()
     layer = AWConv2d(channels, channels, 3, padding=1, bias=False, device=setting.device)
     nn.init.normal_(layer.expand.weight, std=0.1)
-    layout = torch.contiguous_format if setting.device == "cpu" else torch.channels_last
-    x = torch.randn(batch, channels, size, size, device=setting.device).to(memory_format=layout).requires_grad_()
+    x = maps(setting, batch, channels, size, size)
     steps = {"conv": step_of(plain(channels, setting), x, mode, setting)}
     steps |= {backend: step_of(layer, x, mode, setting, backend) for backend in backends}
     return compare(

@@ -95,6 +95,7 @@ def train_epoch(run: Run, reporter: Reporter) -> None:
             due = whole and not last and checkpoints.due()
             if last or due or run.batch % _LOOK == 0:
                 seen = _look(run, reporter, seen, len(targets))
+                run.seconds = time.monotonic() - begun  # with what the device had still to do
             if due:
                 save_state(run)
             if whole:

@@ -6,6 +6,7 @@ import json
 import math
 import random
 import shutil
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -22,6 +23,7 @@ from augment_cli.errors import AugmentError
 from augment_cli.training import engine, state
 from augment_cli.training.assess import Assessment, assess
 from augment_cli.training.finetune import finetune
+from augment_cli.training.meter import Meter
 from augment_cli.training.models import open_model, with_drop_path
 from augment_cli.training.settings import Settings, read_settings
 from tests.training.conftest import configuration, in_process, short, summary, weights
@@ -255,6 +257,20 @@ def test_mixed_precision_is_that_of_every_epoch(model, images, tmp_path, monkeyp
     monkeypatch.setattr(engine, "_train_batch", recorded)
     finetune(short(model, images, tmp_path / "run", precision="bf16", new_first=1))
     assert set(seen) == {(0, torch.bfloat16), (1, torch.bfloat16)}
+
+
+def test_an_epochs_seconds_hold_what_the_device_had_still_to_do(model, images, tmp_path, monkeypatch):
+    whole = Meter.look
+
+    def waiting(self, *rest):
+        time.sleep(0.5)
+        whole(self, *rest)
+
+    monkeypatch.setattr(Meter, "look", waiting)
+    finetune(short(model, images, tmp_path / "run", epochs=1))
+    with (tmp_path / "run/summary.csv").open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert float(row["seconds"]) >= 0.5
 
 
 def test_new_first_computes_no_gradients_that_it_drops(model, images, tmp_path, monkeypatch):

@@ -18,6 +18,9 @@ import triton.language as tl
 
 from augment_cli.layers.triton.product import product
 
+SIZES = ["height", "width", "out_height", "out_width"]
+"""Arguments whose values make no faster code: maps of many sizes, as in detection, need one compilation."""
+
 
 @triton.jit
 def _channels(group, first, groups, r, BG: tl.constexpr, BR: tl.constexpr):
@@ -42,11 +45,11 @@ def _factors(mixing, scales, o, o_inside, group, groups, BG: tl.constexpr):
 def _formed(kernels, factors, BG: tl.constexpr, BR: tl.constexpr):
     """A block of K (outputs, BG BR) times its factors (outputs, BG)."""
     outputs: tl.constexpr = kernels.shape[0]
-    groups = tl.reshape(kernels.to(tl.float32), (outputs, BG, BR)) * factors[:, :, None]
-    return tl.reshape(groups, (outputs, BG * BR))
+    repeated = tl.reshape(tl.broadcast_to(factors[:, :, None], (outputs, BG, BR)), (outputs, BG * BR))
+    return kernels.to(tl.float32) * repeated
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def conv_forward(
     x, kernel, mixing, scales, out,
     x_n, x_c, x_y, x_x, out_n, out_c, out_y, out_x,
@@ -62,28 +65,31 @@ def conv_forward(
     o, p = block_o * BO + tl.arange(0, BO), block_p * BP + tl.arange(0, BP)
     o_inside, p_inside = o < c2, p < positions
     y, column = p // out_width, p % out_width
-    x, scales = x + n * x_n, scales + n * taps * groups
+    top, left = y * stride_y - padding_y, column * stride_x - padding_x  # of the tap at 0, 0
+    x, scales = x + n * x_n + top.to(tl.int64) * x_y + left * x_x, scales + n * taps * groups
+    kernel += o.to(tl.int64) * taps * c1
 
     sums = tl.zeros((BP, BO), tl.float32)
-    for t in range(taps):
-        in_y = y * stride_y + t // taps_x * dilation_y - padding_y
-        in_x = column * stride_x + t % taps_x * dilation_x - padding_x
+    parts = tl.cdiv(r, BR)
+    blocks = tl.cdiv(groups, BG) * parts
+    for i in range(taps * blocks):  # one loop, not three: loads are pipelined in the innermost one only
+        t, group, first = i // blocks, i % blocks // parts * BG, i % blocks % parts * BR
+        down, right = t // taps_x * dilation_y, t % taps_x * dilation_x
+        in_y, in_x = top + down, left + right
         inside = p_inside & (in_y >= 0) & (in_y < height) & (in_x >= 0) & (in_x < width)
-        at = in_y.to(tl.int64) * x_y + in_x * x_x
-        for group in range(0, groups, BG):
-            factors, _, _ = _factors(mixing, scales + t * groups, o, o_inside, group, groups, BG)
-            for first in range(0, r, BR):
-                c, c_inside = _channels(group, first, groups, r, BG, BR)
-                seen = tl.load(x + at[:, None] + c[None, :] * x_c, mask=inside[:, None] & c_inside[None, :], other=0.0)
-                places = (o[:, None].to(tl.int64) * taps + t) * c1 + c[None, :]
-                kernels = tl.load(kernel + places, mask=o_inside[:, None] & c_inside[None, :], other=0.0)
-                formed = _formed(kernels, factors, BG, BR).to(seen.dtype)
-                sums = product(seen, tl.trans(formed), PRECISION, sums)
+        factors, _, _ = _factors(mixing, scales + t * groups, o, o_inside, group, groups, BG)
+        c, c_inside = _channels(group, first, groups, r, BG, BR)
+        places = x[:, None] + (down * x_y + right * x_x + c * x_c)[None, :]
+        seen = tl.load(places, mask=inside[:, None] & c_inside[None, :], other=0.0)
+        places = kernel[:, None] + (t * c1 + c)[None, :]
+        kernels = tl.load(places, mask=o_inside[:, None] & c_inside[None, :], other=0.0)
+        formed = _formed(kernels, factors, BG, BR).to(seen.dtype)
+        sums = product(seen, tl.trans(formed), PRECISION, sums)
     places = n * out_n + y[:, None] * out_y + column[:, None] * out_x + o[None, :].to(tl.int64) * out_c
     tl.store(out + places, sums.to(out.dtype.element_ty), mask=p_inside[:, None] & o_inside[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def maps_backward(
     d_out, kernel, mixing, scales, d_x,
     d_out_n, d_out_c, d_out_y, d_out_x, x_n, x_c, x_y, x_x,
@@ -124,7 +130,7 @@ def maps_backward(
     tl.store(d_x + places, sums.to(d_x.dtype.element_ty), mask=p_inside[:, None] & c_inside[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*SIZES, "batch", "samples"])
 def kernel_backward(
     d_out, x, kernel, mixing, scales, d_kernel, d_mixing, d_scales,
     d_out_n, d_out_c, d_out_y, d_out_x, x_n, x_c, x_y, x_x,
@@ -156,6 +162,7 @@ def kernel_backward(
     of_mixing = tl.zeros((BO, BG), tl.float32)
     for n in range(split * samples, tl.minimum((split + 1) * samples, batch)):
         of_sample = tl.zeros((BO, BG * BR), tl.float32)
+        x_of_sample, d_out_of_sample = x + n * x_n, d_out + n * d_out_n
         for first in range(0, positions, BP):
             p = first + tl.arange(0, BP)
             y, column = p // out_width, p % out_width
@@ -163,10 +170,10 @@ def kernel_backward(
             in_x = column * stride_x + t % taps_x * dilation_x - padding_x
             p_inside = p < positions
             inside = p_inside & (in_y >= 0) & (in_y < height) & (in_x >= 0) & (in_x < width)
-            places = n * x_n + in_y[:, None] * x_y + in_x[:, None] * x_x + c[None, :] * x_c
-            seen = tl.load(x + places, mask=inside[:, None] & c_inside[None, :], other=0.0)
-            places = n * d_out_n + y[:, None] * d_out_y + column[:, None] * d_out_x + o[None, :] * d_out_c
-            grads = tl.load(d_out + places, mask=p_inside[:, None] & o_inside[None, :], other=0.0)
+            places = (in_y * x_y + in_x * x_x)[:, None] + c[None, :] * x_c
+            seen = tl.load(x_of_sample + places, mask=inside[:, None] & c_inside[None, :], other=0.0)
+            places = (y * d_out_y + column * d_out_x)[:, None] + o[None, :] * d_out_c
+            grads = tl.load(d_out_of_sample + places, mask=p_inside[:, None] & o_inside[None, :], other=0.0)
             of_sample = product(tl.trans(grads), seen, PRECISION, of_sample)
         at_scales = (n * taps + t) * groups
         factors, by_output, by_group = _factors(mixing, scales + at_scales, o, o_inside, group, groups, BG)

@@ -106,6 +106,7 @@ class _Call:
         self.height, self.width = (len(rel_height) + 1) // 2, (len(rel_width) + 1) // 2
         self.inputs = q, k, v, rel_height.contiguous(), rel_width.contiguous()
         self.options = kernel_options(q.dtype, self.d, v.shape[2], self.height, self.width)
+        self.aligned = {"ALIGNED_D": aligned(q, k), "ALIGNED_E": aligned(v)}
 
     def tiles(self, side: str) -> tuple[int, int]:
         """Rows and columns of tiles of queries ("Q") or of keys ("K")."""
@@ -118,7 +119,7 @@ class _Call:
         numbers = self.heads, self.height, self.width, *(scale * _LOG2_E, scale)[:scales]
         grid = (self.tasks * math.prod(self.tiles(side)),)
         with on_device_of(self.inputs[0]):
-            kernel[grid](*self.inputs, *tensors, *strides, *numbers, **self.options)
+            kernel[grid](*self.inputs, *tensors, *strides, *numbers, **self.aligned, **self.options)
 
     def empty_windows(self, side: str, windows: int, axis: str) -> Tensor:
         """Sums of each program for each window of one table: (B, rows of tiles, columns of tiles, windows, P, d)."""
@@ -138,6 +139,16 @@ class _Call:
             kernel(
                 sums, d_table, *sums.stride()[:2], size, queries, keys, **constants, num_warps=1, enable_fp_fusion=True
             )
+
+
+def aligned(*maps: Tensor) -> int:
+    """Channels of a position that one load can take: a power of two up to 8, 1 where they are not side by side.
+
+    Triton knows of a step only whether 16 divides it, and heads of 20 channels are 20 apart in channels-last maps.
+    """
+    if any(t.stride(2) != 1 for t in maps):
+        return 1
+    return math.gcd(8, *(step for t in maps for step in (t.stride(0), t.stride(1), t.stride(3))))
 
 
 def kernel_options(dtype: torch.dtype, d: int, e: int, height: int, width: int) -> dict[str, Any]:

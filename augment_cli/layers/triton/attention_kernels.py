@@ -29,6 +29,9 @@ import triton.language as tl
 
 from augment_cli.layers.triton.product import product
 
+SIZES = ["heads", "height"]
+"""Arguments whose values make no faster code: maps of many sizes, as in detection, need fewer compilations."""
+
 
 @triton.jit
 def _positions(tile_y, tile_x, height, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
@@ -39,11 +42,22 @@ def _positions(tile_y, tile_x, height, width, ROWS: tl.constexpr, COLUMNS: tl.co
 
 
 @triton.jit
-def _load(maps, at, inside, channel_step, position_step, C: tl.constexpr, PADDED: tl.constexpr):
-    """Channels of a tile's positions, zeros beside the map: (T, PADDED)."""
-    c = tl.arange(0, PADDED)
-    places = at[:, None].to(tl.int64) * position_step + c[None, :] * channel_step
+def _load(maps, at, inside, channel_step, position_step, C: tl.constexpr, PADDED: tl.constexpr, ALIGNED: tl.constexpr):
+    """Channels of a tile's positions, zeros beside the map: (T, PADDED). ALIGNED divides the place of each position."""
+    c, first = tl.arange(0, PADDED), at.to(tl.int64) * position_step
+    if ALIGNED > 1:
+        first = tl.multiple_of(first, ALIGNED)
+    places = first[:, None] + c[None, :] * channel_step
     return tl.load(maps + places, mask=inside[:, None] & (c < C)[None, :], other=0.0)
+
+
+@triton.jit
+def _of_head(maps, n, h, sample_step, head_step, ALIGNED: tl.constexpr):
+    """Where a head's map of one sample begins."""
+    first = n * sample_step + h * head_step
+    if ALIGNED > 1:
+        first = tl.multiple_of(first, ALIGNED)
+    return maps + first
 
 
 @triton.jit
@@ -67,10 +81,13 @@ def _window(table, size, offset, like, D: tl.constexpr, PADDED: tl.constexpr, Q:
 
 
 @triton.jit
-def _by_line(products, of_query, Q: tl.constexpr, K: tl.constexpr):
-    """Products with a window, (T, P), to logits of K lines of keys, (T, K); of_query (T,) are the queries' lines."""
-    line = tl.arange(0, K)
-    return tl.gather(products, line[None, :] - of_query[:, None] + (Q - 1), axis=1)
+def _by_line(products, of_query, lines, Q: tl.constexpr, K: tl.constexpr):
+    """Products with a window, (T, P), to logits of K lines of keys, (T, K), of which the first `lines` are on the map:
+    the others get -inf. of_query (T,) are the queries' lines.
+    """
+    line = tl.arange(0, K)[None, :]
+    picked = tl.gather(products, line - of_query[:, None] + (Q - 1), axis=1)
+    return tl.where(line < lines, picked, float("-inf"))
 
 
 @triton.jit
@@ -84,21 +101,19 @@ def _by_offset(d_lines, of_query, Q: tl.constexpr, K: tl.constexpr, P: tl.conste
 
 
 @triton.jit
-def _logits(q, k, rows, columns, keys_inside, PRECISION: tl.constexpr):
-    """Logits before scaling, -inf for keys beside the map: (queries, keys). Shapes: rows (queries, KY), columns
-    (queries, KX).
-    """
+def _logits(q, k, rows, columns, PRECISION: tl.constexpr):
+    """Logits before scaling (queries, keys). Shapes: rows (queries, KY), columns (queries, KX), whose -inf remain."""
     relative = tl.reshape(rows[:, :, None] + columns[:, None, :], (q.shape[0], k.shape[0]))
-    logits = product(q, tl.trans(k), PRECISION) + relative
-    return tl.where(keys_inside[None, :], logits, float("-inf"))
+    return product(q, tl.trans(k), PRECISION, relative)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def attention_forward(
     q, k, v, rel_height, rel_width, out, shifts, sums,
     q_n, q_h, q_c, q_p, k_n, k_h, k_c, k_p, v_n, v_h, v_c, v_p,
     heads, height, width, scale,
     D: tl.constexpr, E: tl.constexpr, PADDED_D: tl.constexpr, PADDED_E: tl.constexpr,
+    ALIGNED_D: tl.constexpr, ALIGNED_E: tl.constexpr,
     QY: tl.constexpr, QX: tl.constexpr, KY: tl.constexpr, KX: tl.constexpr, PY: tl.constexpr, PX: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -109,27 +124,28 @@ def attention_forward(
     task, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
     tile_y, tile_x = tile // across * QY, tile % across * QX
     n, h = task // heads, task % heads
-    q, k, v = q + n * q_n + h * q_h, k + n * k_n + h * k_h, v + n * v_n + h * v_h
+    q, k = _of_head(q, n, h, q_n, q_h, ALIGNED_D), _of_head(k, n, h, k_n, k_h, ALIGNED_D)
+    v = _of_head(v, n, h, v_n, v_h, ALIGNED_E)
     at, inside = _positions(tile_y, tile_x, height, width, QY, QX)
     of_y, of_x = tl.arange(0, T) // QX, tl.arange(0, T) % QX
 
-    queries = _load(q, at, inside, q_c, q_p, D, PADDED_D)
+    queries = _load(q, at, inside, q_c, q_p, D, PADDED_D, ALIGNED_D)
     peaks = tl.full((T,), float("-inf"), tl.float32)
     totals = tl.zeros((T,), tl.float32)
     values = tl.zeros((T, PADDED_E), tl.float32)
     for x in range(0, width, KX):
         of_width = _window(rel_width, width, x - tile_x, queries.dtype, D, PADDED_D, QX, PX)
-        columns = _by_line(product(queries, tl.trans(of_width), PRECISION), of_x, QX, KX)
+        columns = _by_line(product(queries, tl.trans(of_width), PRECISION), of_x, width - x, QX, KX)
         for y in range(0, height, KY):
             of_height = _window(rel_height, height, y - tile_y, queries.dtype, D, PADDED_D, QY, PY)
-            rows = _by_line(product(queries, tl.trans(of_height), PRECISION), of_y, QY, KY)
+            rows = _by_line(product(queries, tl.trans(of_height), PRECISION), of_y, height - y, QY, KY)
             keys_at, keys_inside = _positions(y, x, height, width, KY, KX)
-            keys = _load(k, keys_at, keys_inside, k_c, k_p, D, PADDED_D)
-            logits = _logits(queries, keys, rows, columns, keys_inside, PRECISION)
+            keys = _load(k, keys_at, keys_inside, k_c, k_p, D, PADDED_D, ALIGNED_D)
+            logits = _logits(queries, keys, rows, columns, PRECISION)
             higher = tl.maximum(peaks, tl.max(logits, 1))
             kept = tl.exp2((peaks - higher) * scale)
             weights = tl.exp2((logits - higher[:, None]) * scale)
-            seen = _load(v, keys_at, keys_inside, v_c, v_p, E, PADDED_E)
+            seen = _load(v, keys_at, keys_inside, v_c, v_p, E, PADDED_E, ALIGNED_E)
             totals = totals * kept + tl.sum(weights, 1)
             values = product(weights.to(seen.dtype), seen, PRECISION, values * kept[:, None])
             peaks = higher
@@ -139,12 +155,13 @@ def attention_forward(
     tl.store(sums + task * positions + at, totals, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def queries_backward(
     q, k, v, rel_height, rel_width, out, shifts, sums, d_out, deltas, d_q, d_windows,
     q_n, q_h, q_c, q_p, k_n, k_h, k_c, k_p, v_n, v_h, v_c, v_p,
     heads, height, width, scale, d_scale,
     D: tl.constexpr, E: tl.constexpr, PADDED_D: tl.constexpr, PADDED_E: tl.constexpr,
+    ALIGNED_D: tl.constexpr, ALIGNED_E: tl.constexpr,
     QY: tl.constexpr, QX: tl.constexpr, KY: tl.constexpr, KX: tl.constexpr, PY: tl.constexpr, PX: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -158,15 +175,16 @@ def queries_backward(
     task, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
     tile_y, tile_x = tile // across * QY, tile % across * QX
     n, h = task // heads, task % heads
-    q, k, v = q + n * q_n + h * q_h, k + n * k_n + h * k_h, v + n * v_n + h * v_h
+    q, k = _of_head(q, n, h, q_n, q_h, ALIGNED_D), _of_head(k, n, h, k_n, k_h, ALIGNED_D)
+    v = _of_head(v, n, h, v_n, v_h, ALIGNED_E)
     at, inside = _positions(tile_y, tile_x, height, width, QY, QX)
     i = tl.arange(0, T)
     of_y, of_x = i // QX, i % QX
     positions = height * width
 
-    queries = _load(q, at, inside, q_c, q_p, D, PADDED_D)
-    grads = _load(d_out + task * E * positions, at, inside, positions, 1, E, PADDED_E)
-    results = _load(out + task * E * positions, at, inside, positions, 1, E, PADDED_E)
+    queries = _load(q, at, inside, q_c, q_p, D, PADDED_D, ALIGNED_D)
+    grads = _load(d_out + task * E * positions, at, inside, positions, 1, E, PADDED_E, 1)
+    results = _load(out + task * E * positions, at, inside, positions, 1, E, PADDED_E, 1)
     products = product(grads, tl.trans(results), PRECISION)
     delta = tl.sum(tl.where(i[:, None] == i[None, :], products, 0.0), 1)
     tl.store(deltas + task * positions + at, delta, mask=inside)
@@ -176,16 +194,16 @@ def queries_backward(
     d_queries = tl.zeros((T, PADDED_D), tl.float32)
     for x in range(0, width, KX):
         of_width = _window(rel_width, width, x - tile_x, queries.dtype, D, PADDED_D, QX, PX)
-        columns = _by_line(product(queries, tl.trans(of_width), PRECISION), of_x, QX, KX)
+        columns = _by_line(product(queries, tl.trans(of_width), PRECISION), of_x, width - x, QX, KX)
         d_columns = tl.zeros((T, KX), tl.float32)
         for y in range(0, height, KY):
             of_height = _window(rel_height, height, y - tile_y, queries.dtype, D, PADDED_D, QY, PY)
-            rows = _by_line(product(queries, tl.trans(of_height), PRECISION), of_y, QY, KY)
+            rows = _by_line(product(queries, tl.trans(of_height), PRECISION), of_y, height - y, QY, KY)
             keys_at, keys_inside = _positions(y, x, height, width, KY, KX)
-            keys = _load(k, keys_at, keys_inside, k_c, k_p, D, PADDED_D)
-            logits = _logits(queries, keys, rows, columns, keys_inside, PRECISION)
+            keys = _load(k, keys_at, keys_inside, k_c, k_p, D, PADDED_D, ALIGNED_D)
+            logits = _logits(queries, keys, rows, columns, PRECISION)
             weights = tl.exp2((logits - peaks[:, None]) * scale) * inverses[:, None]
-            seen = _load(v, keys_at, keys_inside, v_c, v_p, E, PADDED_E)
+            seen = _load(v, keys_at, keys_inside, v_c, v_p, E, PADDED_E, ALIGNED_E)
             d_weights = product(grads, tl.trans(seen), PRECISION)
             d_logits = weights * (d_weights - delta[:, None])
             d_queries = product(d_logits.to(keys.dtype), keys, PRECISION, d_queries)
@@ -200,12 +218,13 @@ def queries_backward(
     _store(d_q + task * D * positions, at, inside, positions, d_queries * d_scale, D, PADDED_D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def keys_backward(
     q, k, v, rel_height, rel_width, shifts, sums, d_out, deltas, d_k, d_v, d_windows,
     q_n, q_h, q_c, q_p, k_n, k_h, k_c, k_p, v_n, v_h, v_c, v_p,
     heads, height, width, scale, d_scale,
     D: tl.constexpr, E: tl.constexpr, PADDED_D: tl.constexpr, PADDED_E: tl.constexpr,
+    ALIGNED_D: tl.constexpr, ALIGNED_E: tl.constexpr,
     QY: tl.constexpr, QX: tl.constexpr, KY: tl.constexpr, KX: tl.constexpr, PY: tl.constexpr, PX: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -217,13 +236,14 @@ def keys_backward(
     task, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
     tile_y, tile_x = tile // across * KY, tile % across * KX
     n, h = task // heads, task % heads
-    q, k, v = q + n * q_n + h * q_h, k + n * k_n + h * k_h, v + n * v_n + h * v_h
+    q, k = _of_head(q, n, h, q_n, q_h, ALIGNED_D), _of_head(k, n, h, k_n, k_h, ALIGNED_D)
+    v = _of_head(v, n, h, v_n, v_h, ALIGNED_E)
     at, inside = _positions(tile_y, tile_x, height, width, KY, KX)
     of_y, of_x = tl.arange(0, T) // QX, tl.arange(0, T) % QX
     positions = height * width
 
-    keys = _load(k, at, inside, k_c, k_p, D, PADDED_D)
-    seen = _load(v, at, inside, v_c, v_p, E, PADDED_E)
+    keys = _load(k, at, inside, k_c, k_p, D, PADDED_D, ALIGNED_D)
+    seen = _load(v, at, inside, v_c, v_p, E, PADDED_E, ALIGNED_E)
     d_keys = tl.zeros((KEYS, PADDED_D), tl.float32)
     d_values = tl.zeros((KEYS, PADDED_E), tl.float32)
     for y in range(0, height, QY):
@@ -232,14 +252,14 @@ def keys_backward(
         for x in range(0, width, QX):
             of_width = _window(rel_width, width, tile_x - x, keys.dtype, D, PADDED_D, QX, PX)
             queries_at, queries_inside = _positions(y, x, height, width, QY, QX)
-            queries = _load(q, queries_at, queries_inside, q_c, q_p, D, PADDED_D)
-            grads = _load(d_out + task * E * positions, queries_at, queries_inside, positions, 1, E, PADDED_E)
+            queries = _load(q, queries_at, queries_inside, q_c, q_p, D, PADDED_D, ALIGNED_D)
+            grads = _load(d_out + task * E * positions, queries_at, queries_inside, positions, 1, E, PADDED_E, 1)
             peaks = tl.load(shifts + task * positions + queries_at, mask=queries_inside, other=0.0)
             inverses = 1 / tl.load(sums + task * positions + queries_at, mask=queries_inside, other=1.0)
             delta = tl.load(deltas + task * positions + queries_at, mask=queries_inside, other=0.0)
-            columns = _by_line(product(queries, tl.trans(of_width), PRECISION), of_x, QX, KX)
-            rows = _by_line(product(queries, tl.trans(of_height), PRECISION), of_y, QY, KY)
-            logits = _logits(queries, keys, rows, columns, inside, PRECISION)
+            columns = _by_line(product(queries, tl.trans(of_width), PRECISION), of_x, width - tile_x, QX, KX)
+            rows = _by_line(product(queries, tl.trans(of_height), PRECISION), of_y, height - tile_y, QY, KY)
+            logits = _logits(queries, keys, rows, columns, PRECISION)
             weights = tl.exp2((logits - peaks[:, None]) * scale) * inverses[:, None]
             weights = tl.where(queries_inside[:, None], weights, 0.0)
             d_values = product(tl.trans(weights.to(grads.dtype)), grads, PRECISION, d_values)
@@ -263,7 +283,7 @@ def _store_window(d_windows, place, d_window, D: tl.constexpr, PADDED: tl.conste
     tl.store(d_windows + place * P * D + p[:, None] * D + c[None, :], d_window, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size", "queries", "keys"])
 def table_backward(
     sums, d_table, of_queries, of_keys, size, queries, keys,
     D: tl.constexpr, PADDED_D: tl.constexpr, Q: tl.constexpr, K: tl.constexpr, TILES: tl.constexpr,

@@ -77,6 +77,22 @@ def test_any_layout():
         assert_same([t.cpu().double() for t in found], expected, 1e-5)
 
 
+@pytest.mark.parametrize(
+    ("d", "layout", "found"),
+    [
+        (20, torch.channels_last, 4),
+        (16, torch.channels_last, 8),
+        (3, torch.channels_last, 1),
+        (20, torch.contiguous_format, 1),
+    ],
+)
+def test_channels_side_by_side_are_loaded_together(d, layout, found):
+    from augment_cli.layers.triton.attention import aligned
+
+    maps = torch.zeros(2, 4 * 2 * d, 5, 6).to(memory_format=layout).flatten(2).split(4 * d, dim=1)
+    assert aligned(*(t.unflatten(1, (4, d)) for t in maps)) == found
+
+
 def test_tables_made_for_another_resolution():
     *maps, _, _ = make_inputs()
     assert_near([*maps, *make_inputs(height=3, width=9)[3:]], 1e-5)
