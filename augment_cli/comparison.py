@@ -33,7 +33,7 @@ def compare(
     *models: "Model",
     recipe: str | Recipe | Sequence[str | Recipe] = (),
     overrides: Sequence[str] = (),
-    input_size: tuple[int, int] | None = None,
+    input_size: specs.ImageSize | None = None,
     cached: bool = True,
     latency: bool = False,
     **args: Any,
@@ -45,7 +45,7 @@ def compare(
             and `package.module:function`.
         recipe: recipes for every module and name, each by name, path or as an object.
         overrides: values of the recipes; "budget.params=keep,-5%" asks for a plan with each.
-        input_size: (height, width) of an image for names and modules. None takes the model's own.
+        input_size: of an image for names and modules, as for `convert`. None takes the model's own.
         cached: keep what is found of timm's models in the user's cache folder.
         latency: measure the time of each plan's model beside its source on this machine, as the first recipe says.
         args: arguments for timm.create_model or the function.
@@ -60,6 +60,8 @@ def compare(
         >>> len(found.impossible)
         2
     """
+    if not models:
+        raise InputError("nothing to compare: name a model")
     recipes = list(_recipes(recipe, overrides))
     named = [model for model in models if not _is_planned(model)]
     if recipes and not named:
@@ -95,7 +97,7 @@ def frontier(
     *overrides: str,
     unit: Unit = "params",
     points: int = 9,
-    input_size: tuple[int, int] | None = None,
+    input_size: specs.ImageSize | None = None,
     cached: bool = True,
     **args: Any,
 ) -> Frontier:
@@ -224,9 +226,14 @@ def _open(model: "Model") -> Candidate:
     return Candidate.of(str(model), metadata.plan, metadata.fidelity)
 
 
-def _look(model: "Model", args: dict[str, Any], size: tuple[int, int] | None, cached: bool) -> tuple[Source, Analysis]:
+def _look(
+    model: "Model", args: dict[str, Any], input_size: specs.ImageSize | None, cached: bool
+) -> tuple[Source, Analysis]:
+    size = specs.height_width(input_size)
     if isinstance(model, (str, Path)):
-        return look(str(model), args, size, cached)
+        found = look(str(model), args, size, cached)
+        specs.check_channels(input_size, found[0].input_size[0])
+        return found
     from augment_cli.analysis.graph import analyze
     from augment_cli.analysis.source import describe_module
 

@@ -67,7 +67,7 @@ def load_images(
         AugmentError: nothing there, or too few images.
     """
     if count < FEWEST:
-        raise InputError(f"`calibrate_images={count}`: a fit needs {FEWEST} images at least, a few hundred to be good")
+        raise InputError(f"`calibrate_images={count}`: give {FEWEST} at least; a few hundred are better")
     data = open_dataset(spec, labels=False, on_corrupt="skip", channels=input_size[0], seed=seed)
     data.transform, mean, std = eval_transform(model, input_size)
     images = list(_drawn(data, count, seed))
@@ -121,7 +121,7 @@ def eval_transform(
 
 def _check_enough(count: int, origin: str) -> None:
     if count < FEWEST:
-        raise InputError(f"{origin} has {count} images: a fit needs {FEWEST} at least, a few hundred to be good")
+        raise InputError(f"{origin} has {count} images: give {FEWEST} at least; a few hundred are better")
 
 
 def _drawn(data: Any, count: int, seed: int) -> Iterator[Tensor]:
