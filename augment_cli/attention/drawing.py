@@ -195,10 +195,11 @@ def write_png(seen: list[Seen], path: Path, at: tuple[float, float], kind: str =
     """
     lines = [(one, layer) for one in seen for layer in one.layers]
     across = 1 + max((layer.heads for _, layer in lines if isinstance(layer, HeadMaps)), default=1)
-    with picture(path, 1.7 * across, 2.05 * len(lines), dpi=110) as figure:
+    with picture(path, 1.7 * across, 2.2 * len(lines), dpi=110) as figure:
         for axes, (one, layer) in zip(figure.subplots(len(lines), across, squeeze=False), lines, strict=True):
             for ax in axes:
                 ax.axis("off")
+                ax.set_anchor("S")  # room for the title above an image that is not as high as its axes
             axes[0].imshow(one.pixels)
             name = "rollout" if isinstance(layer, Rollout) else layer.name
             axes[0].set_title("\n".join((Path(one.model).name, Path(one.image).name, name)), fontsize=7)
