@@ -28,7 +28,7 @@ from augment_cli.formats import DETECTOR_KEY, read_tensor_metadata
 from augment_cli.latency.timer import Timer, measure_latency, plan_within
 from augment_cli.planning.plan import Plan, make_plan
 from augment_cli.planning.reading import check_budget, fit_plan, read_plan
-from augment_cli.planning.recipe import Recipe, latency_settings, load_recipe
+from augment_cli.planning.recipe import Recipe, as_recipe, latency_settings
 from augment_cli.publishing import pack, send
 from augment_cli.reporting.output import check_target, write_model
 from augment_cli.reporting.printed import PrintedReport
@@ -316,10 +316,7 @@ def _planned(
     overrides: tuple[str, ...],
     model: Model,
 ) -> Plan:
-    if not isinstance(recipe, Recipe):
-        recipe = load_recipe(str(recipe), overrides)
-    elif overrides:
-        raise InputError("overrides are for a recipe's name or file: a recipe object is taken as it is")
+    recipe = as_recipe(recipe, overrides)
     if recipe.budget.latency == "free":
         made, _ = make_plan(described.name, graph, recipe, described.args, base=described.base)
         return made

@@ -221,3 +221,43 @@ def test_nothing_to_compare_or_to_look_at_is_said():
     for call in (augment.compare, lambda: augment.attention_maps(model, []), lambda: augment.attention_maps([], "p")):
         with pytest.raises(augment.InputError, match="nothing to"):
             call()
+
+
+def test_one_value_is_taken_where_several_may_be_given(tmp_path):
+    override = "budget.params=-2%"
+    (tmp_path / "mine.toml").write_text('description = "d"\noperator = "aa"\n')
+    several = augment.compare("test_resnet", recipe=["aa"], overrides=[override])
+    assert augment.compare("test_resnet", recipe="aa", overrides=override) == several
+    assert augment.load_recipe("aa", override) == augment.load_recipe("aa", [override])
+    assert augment.compare("test_resnet", recipe=tmp_path / "mine.toml").candidates[1].plan.recipe == "mine"
+    model = augment.convert("test_resnet", "aa", "select.names=layer4.*", input_size=48)
+    found = augment.attention_maps(model, Image.new("RGB", (9, 9)), layers="layer4.*conv2", heads=1)
+    assert [(layer.name, layer.numbers) for layer in found.seen[0].layers] == [("layer4.0.conv2", (1,))]
+
+
+def test_overrides_beside_a_recipe_that_was_loaded_are_refused_everywhere():
+    recipe, override = augment.load_recipe("aa"), "budget.params=keep"
+    for call in (
+        lambda: augment.plan("test_resnet", recipe, override),
+        lambda: augment.frontier("test_resnet", recipe, override),
+        lambda: augment.compare("test_resnet", recipe=recipe, overrides=override),
+    ):
+        with pytest.raises(augment.InputError, match="taken as it is"):
+            call()
+    with pytest.raises(augment.InputError, match="as a string"):
+        augment.plan("test_resnet", "aa", [override])
+
+
+def test_findings_show_their_tables_and_not_their_fields():
+    model = augment.convert("test_resnet", "aa", "select.names=layer4.*", input_size=48)
+    image = Image.new("RGB", (9, 9))
+    found = (
+        augment.report(model),
+        augment.compare("test_resnet", recipe="aa"),
+        augment.frontier("test_resnet", points=2),
+        augment.diff(model, model),
+        augment.attention_maps(model, image),
+    )
+    for one in found:
+        assert repr(one) == str(one)
+        assert "(" not in repr(one).splitlines()[0]

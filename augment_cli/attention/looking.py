@@ -41,7 +41,7 @@ _KERNEL_NOTE = (
 _SHARE_COLUMNS = (Column("Layer", is_text=True), Column("Share"))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Attention(Sheets):
     """What converted models attend to on images, model by model.
 
@@ -129,8 +129,8 @@ def _head_rows(layer: HeadMaps) -> Iterator[tuple[str, ...]]:
 def attention_maps(
     models: "str | Path | nn.Module | Sequence[str | Path | nn.Module]",
     images: "str | Path | Image.Image | Sequence[str | Path | Image.Image]",
-    layers: Sequence[str] = (),
-    heads: Sequence[int] = (),
+    layers: str | Sequence[str] = (),
+    heads: int | Sequence[int] = (),
     input_size: ImageSize | None = None,
     base: str | None = None,
     rollout: bool = False,
@@ -155,16 +155,18 @@ def attention_maps(
         raise InputError("nothing to look at: give a model and an image")
     sides = height_width(input_size)
     opened = [_open(model, base) for model in several]
-    chosen = [choose(model, tuple(layers)) for _, model in opened]
+    globs = (layers,) if isinstance(layers, str) else tuple(layers)
+    numbers = (heads,) if isinstance(heads, int) else tuple(heads)
+    chosen = [choose(model, globs) for _, model in opened]
     rolled = [
-        list(layers_of(model) if not layers else names) if rollout else []
+        list(layers_of(model) if not globs else names) if rollout else []
         for (_, model), names in zip(opened, chosen, strict=True)
     ]
     pictures = [_read(image, i) for i, image in enumerate(files)]
     seen = []
     for name, picture in pictures:
         for (label, model), names, along in zip(opened, chosen, rolled, strict=True):
-            seen.append(_look(label, model, names, along, name, picture, tuple(heads), sides))
+            seen.append(_look(label, model, names, along, name, picture, numbers, sides))
     return Attention(seen)
 
 

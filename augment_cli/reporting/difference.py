@@ -58,7 +58,7 @@ class Agreement:
     divergence: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Difference(Sheets):
     """The difference of two models by name: their plans, their tensors, and their predictions where asked for.
 

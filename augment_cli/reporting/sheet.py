@@ -117,6 +117,8 @@ class Sheets(ABC):
     def __str__(self) -> str:
         return to_text(self.table())
 
+    __repr__ = __str__
+
     def _repr_markdown_(self) -> str:
         return self._markdown()
 

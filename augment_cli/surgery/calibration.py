@@ -97,7 +97,9 @@ def gather_images(
     else:
         with boundary("`calibrate`"):
             items = (item[0] if isinstance(item, (tuple, list)) else item for item in islice(images, count))
-            stacked = torch.stack([item if isinstance(item, Tensor) else transform(item) for item in items])
+            tensors = [item if isinstance(item, Tensor) else transform(item) for item in items]
+            _check_enough(len(tensors), "`calibrate`")
+            stacked = torch.stack(tensors)
     if tuple(stacked.shape[1:]) != input_size:
         size, wanted = ("x".join(map(str, shape)) for shape in (stacked.shape[1:], input_size))
         raise InputError(f"`calibrate` has images of {size}, and the model takes {wanted}")
