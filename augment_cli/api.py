@@ -28,11 +28,12 @@ from augment_cli.formats import DETECTOR_KEY, read_tensor_metadata
 from augment_cli.latency.timer import Timer, measure_latency, plan_within
 from augment_cli.planning.plan import Plan, make_plan
 from augment_cli.planning.reading import check_budget, fit_plan, read_plan
-from augment_cli.planning.recipe import Recipe, latency_settings, load_recipe
+from augment_cli.planning.recipe import Recipe, as_recipe, latency_settings
 from augment_cli.publishing import pack, send
 from augment_cli.reporting.output import check_target, write_model
 from augment_cli.reporting.printed import PrintedReport
 from augment_cli.seeds import preserved
+from augment_cli.specs import ImageSize, check_channels, height_width
 from augment_cli.surgery import replace
 from augment_cli.surgery.calibration import Calibration, gather_images
 
@@ -40,11 +41,10 @@ if TYPE_CHECKING:
     from augment_cli.checkpoint.rebuild import Base
 
 Model = str | nn.Module
-Size = int | tuple[int, int] | tuple[int, int, int]
 
 
 def plan(
-    model: Model, recipe: str | Recipe = "aa", *overrides: str, input_size: Size | None = None, **args: Any
+    model: Model, recipe: str | Recipe = "aa", *overrides: str, input_size: ImageSize | None = None, **args: Any
 ) -> Plan:
     """Plan the replacement of a model's convolutions. Needs no weights, and computes nothing on images.
 
@@ -76,7 +76,7 @@ def convert(
     *overrides: str,
     pretrained: bool = False,
     checkpoint: str | Path | None = None,
-    input_size: Size | None = None,
+    input_size: ImageSize | None = None,
     calibrate: "str | Path | Tensor | Iterable[Any] | None" = None,
     calibrate_images: int = 512,
     seed: int = 0,
@@ -223,7 +223,7 @@ def export(
     model: "nn.Module | str | Path",
     path: str | Path,
     *,
-    input_size: Size | None = None,
+    input_size: ImageSize | None = None,
     dynamic: str = "batch",
     precision: str = "fp32",
     opset: int = 20,
@@ -257,9 +257,9 @@ def export(
     if input_size is None and metadata is None:
         raise InputError("`input_size` is missing: a model that is not converted does not say its images' size")
     size = metadata.plan.input_size if metadata else (3, 0, 0)
-    if input_size is not None:
-        sides = (input_size, input_size) if isinstance(input_size, int) else input_size
-        size = (sides[0] if len(sides) == 3 else size[0], sides[-2], sides[-1])
+    if sides := height_width(input_size):
+        channels = input_size[0] if isinstance(input_size, tuple) and len(input_size) == 3 else size[0]
+        size = (channels, *sides)
     images = None if calibrate is None else gather_images(calibrate, model, size, calibrate_images)
     options: dict[str, Any] = {"precision": precision, "opset": opset, "tolerance": tolerance, "overwrite": overwrite}
     with preserved():
@@ -298,14 +298,15 @@ def report(
     return PrintedReport.of(plan, metadata, path)
 
 
-def _describe(model: Model, input_size: Size | None, args: dict[str, Any]) -> tuple[source.Source, nn.Module]:
-    size = (input_size, input_size) if isinstance(input_size, int) else input_size
-    height_width = None if size is None else (size[-2], size[-1])
+def _describe(model: Model, input_size: ImageSize | None, args: dict[str, Any]) -> tuple[source.Source, nn.Module]:
     if isinstance(model, str):
-        return source.describe(model, args, height_width)
-    if args:
+        described = source.describe(model, args, height_width(input_size))
+    elif args:
         raise InputError(f"a module knows its own arguments: leave out {', '.join(args)}")
-    return source.describe_module(model, height_width)
+    else:
+        described = source.describe_module(model, height_width(input_size))
+    check_channels(input_size, described[0].input_size[0])
+    return described
 
 
 def _planned(
@@ -315,10 +316,7 @@ def _planned(
     overrides: tuple[str, ...],
     model: Model,
 ) -> Plan:
-    if not isinstance(recipe, Recipe):
-        recipe = load_recipe(str(recipe), overrides)
-    elif overrides:
-        raise InputError("overrides are for a recipe's name or file: a recipe object is taken as it is")
+    recipe = as_recipe(recipe, overrides)
     if recipe.budget.latency == "free":
         made, _ = make_plan(described.name, graph, recipe, described.args, base=described.base)
         return made

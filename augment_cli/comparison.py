@@ -16,7 +16,7 @@ from augment_cli.planning.frontier import frontier as plans_along
 from augment_cli.planning.latency import LatencySettings
 from augment_cli.planning.plan import Plan, make_plan
 from augment_cli.planning.reading import read_plan
-from augment_cli.planning.recipe import UNITS, Recipe, load_recipe
+from augment_cli.planning.recipe import UNITS, Recipe, as_recipe
 from augment_cli.reporting.comparison import Candidate, Comparison
 from augment_cli.reporting.frontier import Frontier
 from augment_cli.reporting.numbers import Change
@@ -27,13 +27,14 @@ if TYPE_CHECKING:
     from augment_cli.latency.timer import Timer
 
     Model = str | Path | Plan | nn.Module
+    OneRecipe = str | Path | Recipe
 
 
 def compare(
     *models: "Model",
-    recipe: str | Recipe | Sequence[str | Recipe] = (),
-    overrides: Sequence[str] = (),
-    input_size: tuple[int, int] | None = None,
+    recipe: "OneRecipe | Sequence[OneRecipe]" = (),
+    overrides: str | Sequence[str] = (),
+    input_size: specs.ImageSize | None = None,
     cached: bool = True,
     latency: bool = False,
     **args: Any,
@@ -43,9 +44,9 @@ def compare(
     Args:
         models: converted models, their files or folders, plans or their JSON files, modules, names of timm's models,
             and `package.module:function`.
-        recipe: recipes for every module and name, each by name, path or as an object.
-        overrides: values of the recipes; "budget.params=keep,-5%" asks for a plan with each.
-        input_size: (height, width) of an image for names and modules. None takes the model's own.
+        recipe: one or several for every module and name, each by name, path or as an object.
+        overrides: one or several values of the recipes; "budget.params=keep,-5%" asks for a plan with each.
+        input_size: of an image for names and modules, as for `convert`. None takes the model's own.
         cached: keep what is found of timm's models in the user's cache folder.
         latency: measure the time of each plan's model beside its source on this machine, as the first recipe says.
         args: arguments for timm.create_model or the function.
@@ -60,6 +61,8 @@ def compare(
         >>> len(found.impossible)
         2
     """
+    if not models:
+        raise InputError("nothing to compare: name a model")
     recipes = list(_recipes(recipe, overrides))
     named = [model for model in models if not _is_planned(model)]
     if recipes and not named:
@@ -91,11 +94,11 @@ def compare(
 
 def frontier(
     model: "str | nn.Module",
-    recipe: str | Recipe = "aa",
+    recipe: "OneRecipe" = "aa",
     *overrides: str,
     unit: Unit = "params",
     points: int = 9,
-    input_size: tuple[int, int] | None = None,
+    input_size: specs.ImageSize | None = None,
     cached: bool = True,
     **args: Any,
 ) -> Frontier:
@@ -118,7 +121,7 @@ def frontier(
     if unit not in UNITS or points < 2:
         raise InputError(f"`unit` is one of {', '.join(UNITS)}, and `points` at least 2")
     source, analysis = _look(model, args, input_size, cached)
-    settings = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
+    settings = as_recipe(recipe, overrides)
     if unit != "latency" and settings.budget.latency == "free":
         return Frontier(tuple(plans_along(source, analysis, settings, unit, points)), unit)
     from augment_cli.latency.timer import frontier_within
@@ -172,17 +175,14 @@ def check_models(models: Iterable[str]) -> None:
 
 
 def _recipes(
-    given: str | Recipe | Sequence[str | Recipe], overrides: Sequence[str]
+    given: "OneRecipe | Sequence[OneRecipe]", overrides: str | Sequence[str]
 ) -> Iterator[tuple[list[str], Recipe]]:
     """Every recipe under every combination of the overrides' values, each with the words that tell it from others."""
-    chosen = (given,) if isinstance(given, (str, Recipe)) else tuple(given) or (("aa",) if overrides else ())
-    for recipe, values in product(chosen, product(*map(alternatives, overrides))):
-        if not isinstance(recipe, Recipe):
-            yield [recipe, *values], load_recipe(recipe, values)
-        elif overrides:
-            raise InputError("overrides are for a recipe's name or file: a recipe object is taken as it is")
-        else:
-            yield [recipe.name], recipe
+    chosen = (given,) if isinstance(given, (str, Path, Recipe)) else tuple(given) or (("aa",) if overrides else ())
+    given_values = map(alternatives, (overrides,) if isinstance(overrides, str) else overrides)
+    for recipe, values in product(chosen, product(*given_values)):
+        name = recipe.name if isinstance(recipe, Recipe) else str(recipe)
+        yield [name, *values], as_recipe(recipe, values)
 
 
 def alternatives(override: str) -> list[str]:
@@ -224,9 +224,14 @@ def _open(model: "Model") -> Candidate:
     return Candidate.of(str(model), metadata.plan, metadata.fidelity)
 
 
-def _look(model: "Model", args: dict[str, Any], size: tuple[int, int] | None, cached: bool) -> tuple[Source, Analysis]:
+def _look(
+    model: "Model", args: dict[str, Any], input_size: specs.ImageSize | None, cached: bool
+) -> tuple[Source, Analysis]:
+    size = specs.height_width(input_size)
     if isinstance(model, (str, Path)):
-        return look(str(model), args, size, cached)
+        found = look(str(model), args, size, cached)
+        specs.check_channels(input_size, found[0].input_size[0])
+        return found
     from augment_cli.analysis.graph import analyze
     from augment_cli.analysis.source import describe_module
 

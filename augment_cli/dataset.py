@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from augment_cli.errors import AugmentError, nearest
+from augment_cli.errors import AugmentError, InputError, nearest
 from augment_cli.seeds import derive, preserved, seed_cpu
 from augment_cli.specs import COLUMNS, STREAMS, OnCorrupt, check_data, kind_of
 
@@ -241,7 +241,7 @@ def open_dataset(
     options: dict[str, Any] = {"is_training": is_training, "batch_size": batch_size, "seed": seed, "download": download}
     keys = {k: v for k, v in (("input_key", input_key), ("target_key", target_key)) if v is not None}
     if keys and kind not in COLUMNS:
-        raise AugmentError(f"data {spec} have no columns: leave out `{next(iter(keys))}`")
+        raise InputError(f"data {spec} have no columns: leave out `{next(iter(keys))}`")
     options |= keys
     if kind in STREAMS:
         options["input_img_mode"] = "L" if channels == 1 else "RGB"
@@ -264,7 +264,7 @@ def _create(spec: str, *, root: str | Path | None, split: str, **options: Any) -
     kind = kind.lower()
     if kind == "torch":
         if root is None:
-            raise AugmentError(f"{spec}: where are its files? Give their folder as `data_root`")
+            raise InputError(f"{spec}: where are its files? Give their folder as `data_root`")
         options = {"download": options["download"]}
     elif kind == "wds":
         root, split = _shards(Path(name), split)
@@ -275,10 +275,10 @@ def _create(spec: str, *, root: str | Path | None, split: str, **options: Any) -
     try:
         source = create_dataset(spec, root=None if root is None else str(root), split=split, **options)
     except ImportError as error:
-        raise AugmentError(f"{spec}: a package for {kind}/ data is missing: {error}") from error
+        raise InputError(f"{spec}: a package for {kind}/ data is missing: {error}") from error
     except Exception as error:  # readers of five libraries raise as many types
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise AugmentError(f"{spec} cannot be opened, split {split}: {lines[0].rstrip('.')}") from error
+        raise InputError(f"{spec} cannot be opened, split {split}: {lines[0].rstrip('.')}") from error
     if kind == "hfds":
         _check_columns(spec, source.reader)
     elif kind == "wds" and "input_key" in options:
@@ -293,7 +293,7 @@ def _check_columns(spec: str, reader: Any) -> None:
     wanted += [("target_key", key) for key in reader.target_keys or (reader.label_key,)]
     for setting, key in wanted:
         if columns and key.partition("/")[0] not in columns:
-            raise AugmentError(f"{spec} has no column {key}: give one of {', '.join(columns)} as `{setting}`")
+            raise InputError(f"{spec} has no column {key}: give one of {', '.join(columns)} as `{setting}`")
 
 
 def _check_entry(spec: str, reader: Any, keys: list[str]) -> None:
@@ -305,7 +305,7 @@ def _check_entry(spec: str, reader: Any, keys: list[str]) -> None:
         names = [Path(member.name).name.partition(".") for member in itertools.islice(tar, 20)]
     entries = {rest: None for first, _, rest in names if first == names[0][0]} if names else {}
     if entries and not entries.keys() & set(keys):
-        raise AugmentError(f"{spec} has no entry {keys[0]}: give one of {', '.join(entries)} as `input_key`")
+        raise InputError(f"{spec} has no entry {keys[0]}: give one of {', '.join(entries)} as `input_key`")
 
 
 def _shards(path: Path, split: str) -> tuple[Path, str]:
@@ -319,14 +319,14 @@ def _open_path(path: Path, split: str, labels: bool) -> Any:
     check_data(str(path))
     folder = _split_folder(path, split) if path.is_dir() else path
     if not path.is_dir() and path.suffix != ".tar":
-        raise AugmentError(f"data {path} is neither a folder nor a tar file")
+        raise InputError(f"data {path} is neither a folder nor a tar file")
     options: dict[str, Any] = {} if path.is_dir() else {"cache_tarinfo": False}
     try:
         source = create_dataset("", root=str(folder), search_split=False, **options)
     except RuntimeError as error:
-        raise AugmentError(f"data {folder} {_contents(folder)}") from error
+        raise InputError(f"data {folder} {_contents(folder)}") from error
     except Exception as error:  # tarfile and timm raise many types for damaged files
-        raise AugmentError(f"data {path} cannot be read: {error}") from error
+        raise InputError(f"data {path} cannot be read: {error}") from error
     if labels and path.is_dir():
         _check_class_folders(folder, source.reader)
     return source
@@ -340,7 +340,7 @@ def _split_folder(path: Path, split: str) -> Path:
             return path / name
     others = [name for names in _SPLITS.values() for name in names if (path / name).is_dir()]
     if others:
-        raise AugmentError(f"data {path} has a folder {others[0]}, but none for the split {split}")
+        raise InputError(f"data {path} has a folder {others[0]}, but none for the split {split}")
     return path
 
 
@@ -358,12 +358,10 @@ def _check_class_folders(folder: Path, reader: Any) -> None:
     root = str(folder)
     filled = {Path(file).relative_to(root).parts[0] for file, _ in reader.samples}
     if loose := next((file for file, _ in reader.samples if Path(file).parent == folder), None):
-        raise AugmentError(
-            f"data {folder}: {Path(loose).name} is in no class folder; put every class in one of its own"
-        )
+        raise InputError(f"data {folder}: {Path(loose).name} is in no class folder; put every class in one of its own")
     empty = sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name not in filled and p.name[0] != ".")
     if empty:
-        raise AugmentError(f"data {folder}: no images in {len(empty)} of its class folders, such as {empty[0]}")
+        raise InputError(f"data {folder}: no images in {len(empty)} of its class folders, such as {empty[0]}")
 
 
 def _classes(source: Any) -> dict[str, int] | None:
@@ -381,7 +379,7 @@ def _relabel(images: Images, classes: dict[str, int], spec: str) -> None:
         return
     if unknown := [name for name in images.classes if name not in classes]:
         such = f"such as {unknown[0]}{nearest(unknown[0], classes)}"
-        raise AugmentError(f"data {spec} have classes that are not known, {len(unknown)} of them, {such}")
+        raise InputError(f"data {spec} have classes that are not known, {len(unknown)} of them, {such}")
     own = {index: name for name, index in images.classes.items()}
     images.relabel = [classes[own[index]] if index in own else -1 for index in range(max(own) + 1)]
     images.classes = dict(classes)

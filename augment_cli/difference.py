@@ -57,7 +57,8 @@ def diff(
     converted = [_converted(model, base) for model in (first, second)]
     known = next((side for side in converted if side), None)
     if known is None or known.metadata is None:
-        raise InputError(f"neither {_label(first)} nor {_label(second)} is a converted model: one at least must be")
+        named = f"{_label(first)} nor {_label(second)}"
+        raise InputError(f"neither {named} is a converted model, and one must be; `augment compare` shows plans")
     sides = [
         side or _source(model, known.metadata.plan, base)
         for side, model in zip(converted, (first, second), strict=True)
@@ -99,7 +100,8 @@ def _source(model: Model, plan: Plan, base: str | None) -> _Side:
         if plan.base == "other" or str(model).partition(".")[0] != plan.model.partition(".")[0]:
             raise InputError(f"{model} is not the source of the plan, which is {plan.model}")
     described, _ = source.describe(name, dict(plan.model_args), plan.input_size[1:])
-    weights = source.create(described, origin=None if is_file else str(model))
+    instead = f"Give a file of weights in place of {model}"
+    weights = source.create(described, origin=None if is_file else str(model), instead=instead)
     if is_file:
         source.load_checkpoint(weights, Path(model))
     return _Side(str(model), weights, None)

@@ -103,7 +103,8 @@ def first_line(error: BaseException) -> str:
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     """A hint with the known names most like `name`, or with how many there are: '; did you mean ...?'"""
     known = list(known)
-    matches = difflib.get_close_matches(name, known, n=count, cutoff=0.5)
+    folded = {each.lower(): each for each in known}
+    matches = difflib.get_close_matches(name.lower(), folded, n=count, cutoff=0.5)
     if matches:
-        return f"; did you mean {', '.join(matches)}?"
+        return f"; did you mean {', '.join(folded[match] for match in matches)}?"
     return f"; known: {', '.join(known)}" if 0 < len(known) <= 20 else ""

@@ -19,7 +19,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from augment_cli import signals
-from augment_cli.errors import AugmentError
+from augment_cli.errors import FileError
 
 if sys.platform != "win32":
     import fcntl
@@ -41,13 +41,13 @@ def read_text(path: Path, what: str, most: int = 2**20) -> str:
         with path.open("rb") as file:
             content = file.read(most + 1)
     except (OSError, ValueError) as error:
-        raise AugmentError(f"{what} {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        raise FileError(f"{what} {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if len(content) > most:
-        raise AugmentError(f"{what} {path} has more than {most:,} bytes, the most that a {what} may have")
+        raise FileError(f"{what} {path} has more than {most:,} bytes, the most that a {what} may have")
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise AugmentError(f"{what} {path} is not a text file: {error}") from error
+        raise FileError(f"{what} {path} is not a text file: {error}") from error
 
 
 def check_output(path: Path, overwrite: bool, inputs: Iterable[Path | None] = ()) -> None:
@@ -61,9 +61,7 @@ def check_output(path: Path, overwrite: bool, inputs: Iterable[Path | None] = ()
     """
     mode = check_place(path, overwrite, inputs)
     if mode is not None and not stat.S_ISREG(mode):
-        raise AugmentError(
-            f"{path} is {'a folder' if stat.S_ISDIR(mode) else 'not a regular file'}: give a file's name"
-        )
+        raise FileError(f"{path} is {'a folder' if stat.S_ISDIR(mode) else 'not a regular file'}: give a file's name")
 
 
 def check_place(path: Path, overwrite: bool, inputs: Iterable[Path | None] = ()) -> int | None:
@@ -71,18 +69,18 @@ def check_place(path: Path, overwrite: bool, inputs: Iterable[Path | None] = ())
     target = _followed(path)
     for source in inputs:
         if source is not None and _followed(source).is_relative_to(target):
-            raise AugmentError(f"{path} cannot be written: {source} is read for it; give another output")
+            raise FileError(f"{path} cannot be written: {source} is read for it; give another output")
     with errors_named(path):
         try:
             mode = target.lstat().st_mode
         except (FileNotFoundError, NotADirectoryError):
             mode = None
     if mode is not None and not overwrite:
-        raise AugmentError(f"{path} exists; `overwrite=True` replaces it")
+        raise FileError(f"{path} exists; `overwrite=True` replaces it")
     if not target.parent.is_dir():
-        raise AugmentError(f"{path} cannot be written: there is no folder {target.parent}")
+        raise FileError(f"{path} cannot be written: there is no folder {target.parent}")
     if not os.access(target.parent, os.W_OK):
-        raise AugmentError(f"{path} cannot be written: no permission in {target.parent}")
+        raise FileError(f"{path} cannot be written: no permission in {target.parent}")
     return mode
 
 
@@ -153,11 +151,11 @@ def errors_named(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise AugmentError(f"{path} cannot be written: {error.strerror or error}") from error
+        raise FileError(f"{path} cannot be written: {error.strerror or error}") from error
     except SafetensorError as error:
         found = _SAID_BY_THE_DISK.search(str(error))
         reason = next(filter(None, found.groups())) if found else error
-        raise AugmentError(f"{path} cannot be written: {reason}") from error
+        raise FileError(f"{path} cannot be written: {reason}") from error
 
 
 @contextmanager

@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Literal
 
 from augment_cli.analysis.functions import is_function
-from augment_cli.errors import AugmentError, nearest
+from augment_cli.errors import InputError, nearest
 
 KINDS = ("hfds", "hfids", "wds", "tfds", "torch")
 STREAMS = ("hfids", "wds", "tfds")
 COLUMNS = ("hfds", "hfids", "wds", "tfds")
+
+ImageSize = int | tuple[int, int] | tuple[int, int, int]
+"""Of an image: its side, (height, width) or (channels, height, width)."""
 
 OnCorrupt = Literal["fail", "skip"]
 """At an image that cannot be read: stop, or take the next readable one in its place."""
@@ -31,7 +34,7 @@ def check_data(spec: str) -> None:
     path = Path(spec)
     if kind_of(spec) is None and not path.exists():
         near = nearest(path.name, [p.name for p in path.absolute().parent.glob("*")]) if path.parent.is_dir() else ""
-        raise AugmentError(f"data {path}: no such folder or file{near}")
+        raise InputError(f"data {path}: no such folder or file{near}")
 
 
 def check_model(spec: str) -> None:
@@ -43,7 +46,7 @@ def check_model(spec: str) -> None:
     if Path(spec).exists():
         return
     if Path(spec).suffix == ".safetensors" or spec.startswith((".", "/")):
-        raise AugmentError(f"{spec}: no such file or folder")
+        raise InputError(f"{spec}: no such file or folder")
     check_name(spec)
 
 
@@ -58,17 +61,43 @@ def check_name(name: str) -> None:
     if name.startswith("local-dir:"):
         config = Path(name.removeprefix("local-dir:")) / "config.json"
         if not config.is_file():
-            raise AugmentError(f"{name} cannot be created: Config file not found: {config}")
+            raise InputError(f"{name} cannot be created: Config file not found: {config}")
     elif is_function(name):
         if find_spec(name.partition(":")[0].partition(".")[0]) is None:
-            raise AugmentError(f"{name}: no package {name.partition('.')[0]} is installed here")
+            raise InputError(f"{name}: no package {name.partition('.')[0]} is installed here")
     elif ":" not in name:
         from augment_cli.analysis.support import model_names
 
         architecture = name.partition(".")[0]
         known = model_names()
-        if architecture not in known and not _in_timm(architecture):
-            raise AugmentError(f"timm has no model {name}{nearest(architecture, known)}")
+        if architecture in known:
+            return
+        if Path(name).exists():
+            raise InputError(f"{name} is a file or folder: give the name of a model that is not converted yet")
+        if not _in_timm(architecture):
+            raise InputError(f"timm has no model {name}{nearest(architecture, known)}")
+
+
+def height_width(input_size: ImageSize | None) -> tuple[int, int] | None:
+    """An image's (height, width), whichever way its size is given.
+
+    Raises:
+        AugmentError: it is no size.
+    """
+    if input_size is None:
+        return None
+    sides = input_size if isinstance(input_size, (tuple, list)) else (input_size, input_size)
+    if len(sides) not in (2, 3) or not all(isinstance(side, int) and side > 0 for side in sides):
+        raise InputError(
+            f"`input_size={input_size!r}`: give a side in pixels, (height, width) or (channels, height, width)"
+        )
+    return sides[-2], sides[-1]
+
+
+def check_channels(input_size: ImageSize | None, channels: int) -> None:
+    """Refuse an image size with another number of channels than the model takes."""
+    if isinstance(input_size, tuple) and len(input_size) == 3 and input_size[0] != channels:
+        raise InputError(f"`input_size={input_size!r}`: the model takes images of {channels} channels")
 
 
 def check_file(option: str, path: str | Path | None) -> None:
@@ -78,7 +107,7 @@ def check_file(option: str, path: str | Path | None) -> None:
         AugmentError: there is no such file.
     """
     if path is not None and not Path(path).is_file():
-        raise AugmentError(f"{option} {path}: {'a folder, and no file' if Path(path).is_dir() else 'no such file'}")
+        raise InputError(f"{option} {path}: {'a folder, and no file' if Path(path).is_dir() else 'no such file'}")
 
 
 def _in_timm(architecture: str) -> bool:

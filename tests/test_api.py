@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 import torchvision
+from PIL import Image
 from torch import nn
 
 import augment_cli as augment
@@ -195,3 +196,68 @@ def test_the_package_lists_its_names_and_is_cheap_to_import():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == augment.__version__
+
+
+@pytest.mark.parametrize("input_size", [48, (48, 48), (3, 48, 48)])
+def test_an_image_size_is_given_in_the_same_ways_everywhere(input_size):
+    model = augment.convert("test_resnet", "aa", "select.names=layer4.*", input_size=input_size)
+    assert model.augment_metadata.plan.input_size == (3, 48, 48)
+    assert augment.compare("test_resnet", input_size=input_size).candidates[0].input_size == (3, 48, 48)
+    point, *_ = augment.frontier("test_resnet", points=2, input_size=input_size).points
+    assert point.plan.input_size == (3, 48, 48)
+    found = augment.attention_maps(model, Image.new("RGB", (9, 9)), input_size=input_size)
+    assert found.seen[0].pixels.shape == (48, 48, 3)
+
+
+@pytest.mark.parametrize("input_size", ["64", 0, (1, 2, 3, 4), (48,), (48.0, 48), (1, 48, 48)])
+def test_no_image_size_is_taken_for_another(input_size):
+    for made in (augment.plan, augment.compare, augment.frontier):
+        with pytest.raises(augment.InputError, match="input_size"):
+            made("test_resnet", input_size=input_size)
+
+
+def test_nothing_to_compare_or_to_look_at_is_said():
+    model = augment.convert("test_resnet", "aa", "select.names=layer4.*", input_size=48)
+    for call in (augment.compare, lambda: augment.attention_maps(model, []), lambda: augment.attention_maps([], "p")):
+        with pytest.raises(augment.InputError, match="nothing to"):
+            call()
+
+
+def test_one_value_is_taken_where_several_may_be_given(tmp_path):
+    override = "budget.params=-2%"
+    (tmp_path / "mine.toml").write_text('description = "d"\noperator = "aa"\n')
+    several = augment.compare("test_resnet", recipe=["aa"], overrides=[override])
+    assert augment.compare("test_resnet", recipe="aa", overrides=override) == several
+    assert augment.load_recipe("aa", override) == augment.load_recipe("aa", [override])
+    assert augment.compare("test_resnet", recipe=tmp_path / "mine.toml").candidates[1].plan.recipe == "mine"
+    model = augment.convert("test_resnet", "aa", "select.names=layer4.*", input_size=48)
+    found = augment.attention_maps(model, Image.new("RGB", (9, 9)), layers="layer4.*conv2", heads=1)
+    assert [(layer.name, layer.numbers) for layer in found.seen[0].layers] == [("layer4.0.conv2", (1,))]
+
+
+def test_overrides_beside_a_recipe_that_was_loaded_are_refused_everywhere():
+    recipe, override = augment.load_recipe("aa"), "budget.params=keep"
+    for call in (
+        lambda: augment.plan("test_resnet", recipe, override),
+        lambda: augment.frontier("test_resnet", recipe, override),
+        lambda: augment.compare("test_resnet", recipe=recipe, overrides=override),
+    ):
+        with pytest.raises(augment.InputError, match="taken as it is"):
+            call()
+    with pytest.raises(augment.InputError, match="as a string"):
+        augment.plan("test_resnet", "aa", [override])
+
+
+def test_findings_show_their_tables_and_not_their_fields():
+    model = augment.convert("test_resnet", "aa", "select.names=layer4.*", input_size=48)
+    image = Image.new("RGB", (9, 9))
+    found = (
+        augment.report(model),
+        augment.compare("test_resnet", recipe="aa"),
+        augment.frontier("test_resnet", points=2),
+        augment.diff(model, model),
+        augment.attention_maps(model, image),
+    )
+    for one in found:
+        assert repr(one) == str(one)
+        assert "(" not in repr(one).splitlines()[0]

@@ -47,6 +47,12 @@ def test_one_analysis_a_model_however_many_plans(monkeypatch):
     assert len(traced) == 2 * once
 
 
+def test_a_row_of_the_page_begins_with_its_header():
+    html = augment.compare("test_resnet", recipe="aa").to("html")
+    assert html.count('scope="row"') == html.count("<tr>") - html.count("<thead>")
+    assert '<th class="number" scope="row">1</th>' in html
+
+
 def test_models_of_every_kind(in_tmp):
     model = augment.convert("test_resnet", "aa", "select.names=layer4.*")
     augment.save(model, "m.safetensors")

@@ -102,3 +102,26 @@ def test_wrong_arguments_are_one_line(in_tmp, arguments, word):
 def test_neither_is_a_converted_model():
     with pytest.raises(AugmentError, match="neither"):
         augment.diff(timm.create_model("test_resnet"), timm.create_model("test_resnet"))
+
+
+def test_one_tensor_is_one(in_tmp):
+    model = augment.convert("test_resnet", "aa", "select.names=layer4.*")
+    tuned = copy.deepcopy(model)
+    with torch.no_grad():
+        tuned.fc.bias.add_(1)
+    text = str(augment.diff(model, tuned))
+    assert "1 tensor moved" in text
+
+
+def test_pretrained_weights_that_cannot_be_had_are_asked_for_as_a_file(monkeypatch):
+    create = timm.create_model
+
+    def without_hub(name, pretrained=False, **options):
+        if pretrained:
+            raise OSError("no connection")
+        return create(name, **options)
+
+    monkeypatch.setattr(timm, "create_model", without_hub)
+    model = augment.convert("test_resnet", "aa", "select.names=layer4.*")
+    with pytest.raises(AugmentError, match="Give a file of weights in place of test_resnet"):
+        augment.diff("test_resnet", model)

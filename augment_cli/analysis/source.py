@@ -113,10 +113,16 @@ def _call(name: str, args: dict[str, Any]) -> nn.Module:
     return model
 
 
-def create(source: Source, seed: int = 0, origin: str | None = None) -> nn.Module:
+def create(
+    source: Source,
+    seed: int = 0,
+    origin: str | None = None,
+    instead: str = "Give a file as `checkpoint`, or leave out `pretrained` for random weights",
+) -> nn.Module:
     """The source's model on the CPU, its weights random from the seed.
 
     With `origin`, the name that the user gave, the weights are timm's pretrained ones, fetched in timm's own way.
+    `instead` says what to do where they cannot be had.
 
     Raises:
         AugmentError: pretrained weights that do not exist or cannot be fetched.
@@ -133,8 +139,7 @@ def create(source: Source, seed: int = 0, origin: str | None = None) -> nn.Modul
             return timm.create_model(origin, pretrained=True, **source.args)
         except Exception as error:  # a dozen exceptions of hub, network, cache and file say the same thing
             raise InputError(
-                f"the pretrained weights of {origin} cannot be had: {first_line(error)}. "
-                f"Give a file as `checkpoint`, or leave out `pretrained` for random weights"
+                f"the pretrained weights of {origin} cannot be had: {first_line(error)}. {instead}"
             ) from error
 
 

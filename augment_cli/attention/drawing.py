@@ -2,7 +2,7 @@
 
 import base64
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,18 +46,23 @@ class Seen:
 def to_page(seen: list[Seen]) -> str:
     """One HTML page that needs nothing else. Pointing at an image chooses the query in all maps of that image."""
     title = ", ".join(dict.fromkeys(one.model for one in seen))
-    header = tag(
-        "header",
-        tag("p", "augment-cli attention", class_="eyebrow"),
-        tag("h1", title),
-        tag("p", _LEAD, class_="lead"),
-        tag("p", *(_choice(kind) for kind in KINDS), class_="lead"),
-    )
+    heads = any(isinstance(layer, HeadMaps) for one in seen for layer in one.layers)
+    header = tag("header", tag("p", "augment-cli attention", class_="eyebrow"), tag("h1", title), *_lead(heads))
     by_image: dict[str, list[Seen]] = {}
     for one in seen:
         by_image.setdefault(one.image, []).append(one)
     main = tag("main", (_of_image(i, name, members) for i, (name, members) in enumerate(by_image.items())))
-    return page(title, header, main, tag("script", Markup(_SCRIPT)), policy=_POLICY, style=_STYLE)
+    script = [tag("script", Markup(_SCRIPT))] if heads else []
+    return page(title, header, main, *script, policy=_POLICY, style=_STYLE)
+
+
+def _lead(heads: bool) -> Iterator[Markup]:
+    """How to read the page, and the choice of logits where it shows heads."""
+    if not heads:
+        yield tag("p", "AW multiplies the kernel by 1 + A, which it computes for each image.", class_="lead")
+        return
+    yield tag("p", _LEAD, class_="lead")
+    yield tag("p", *(_choice(kind) for kind in KINDS), class_="lead")
 
 
 _LEAD = (
@@ -85,7 +90,8 @@ def _layer(one: Seen, layer: Observed, several: bool) -> Markup:
     if isinstance(layer, KernelMaps):
         return _kernel(model, layer)
     if isinstance(layer, Rollout):
-        return _canvases(one, layer, f"{model}{_about_rollout(layer)}", {"rollout": layer.maps[None]}, ("moved",))
+        about = f"{model}rollout over {counted(len(layer.shares), 'layer')}: {layer.summary}"
+        return _canvases(one, layer, about, {"rollout": layer.maps[None]}, ("moved",) if layer.moved else ())
     uniform = layer.to_dict()["uniform"]
     about = (
         f"{model}{layer.name}: {counted(layer.heads, 'head')} on a map of {size(layer.map_size)}; looking everywhere "
@@ -97,14 +103,6 @@ def _layer(one: Seen, layer: Observed, several: bool) -> Markup:
         for number, outside, entropy, position in zip(*rows_of, strict=True)
     )
     return _canvases(one, layer, about, layer.maps, captions)
-
-
-def _about_rollout(layer: Rollout) -> str:
-    return (
-        f"rollout over {counted(len(layer.shares), 'layer')}: attention moved {share(layer.moved)} of what arrives at "
-        f"a position, {share(layer.outside, 0)} of that from outside its 3x3 window on the last map, "
-        f"{size(layer.map_size)}"
-    )
 
 
 def _canvases(one: Seen, layer: Grid, about: str, maps: Mapping[str, Tensor], captions: Iterable[str]) -> Markup:
@@ -197,10 +195,11 @@ def write_png(seen: list[Seen], path: Path, at: tuple[float, float], kind: str =
     """
     lines = [(one, layer) for one in seen for layer in one.layers]
     across = 1 + max((layer.heads for _, layer in lines if isinstance(layer, HeadMaps)), default=1)
-    with picture(path, 1.7 * across, 2.05 * len(lines), dpi=110) as figure:
+    with picture(path, 1.7 * across, 2.2 * len(lines), dpi=110) as figure:
         for axes, (one, layer) in zip(figure.subplots(len(lines), across, squeeze=False), lines, strict=True):
             for ax in axes:
                 ax.axis("off")
+                ax.set_anchor("S")  # room for the title above an image that is not as high as its axes
             axes[0].imshow(one.pixels)
             name = "rollout" if isinstance(layer, Rollout) else layer.name
             axes[0].set_title("\n".join((Path(one.model).name, Path(one.image).name, name)), fontsize=7)

@@ -20,6 +20,7 @@ from augment_cli.files import write_file
 from augment_cli.reporting.sheet import Column, Sheet, Sheets
 from augment_cli.reporting.text import cell
 from augment_cli.reporting.units import share, size
+from augment_cli.specs import ImageSize, height_width
 from augment_cli.surgery.calibration import eval_transform
 
 SCHEMA = 1
@@ -33,11 +34,14 @@ _HEAD_NOTE = (
     "looking everywhere alike; position is the share of the logits' variance that relative positions make."
 )
 _KERNEL_COLUMNS = (Column("Layer", is_text=True), *map(Column, ("Mean |A|", "Largest", "Scales at 0")))
-_KERNEL_NOTE = "The kernel is multiplied by 1 + A for this image."
+_KERNEL_NOTE = (
+    "The kernel is multiplied by 1 + A for this image. A is computed from scales, of which a ReLU sets some to 0. As "
+    "converted, A is 0."
+)
 _SHARE_COLUMNS = (Column("Layer", is_text=True), Column("Share"))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Attention(Sheets):
     """What converted models attend to on images, model by model.
 
@@ -111,8 +115,7 @@ def _flat(layer: Observed) -> Iterator[tuple[str, dict[str, Any]]]:
 def _about_shares(layer: Rollout) -> str:
     return (
         "Share is how far the output moves when each position of the layer attends to itself alone, over that and the "
-        f"output then. Together the layers moved {share(layer.moved)} of what arrives at a position, "
-        f"{share(layer.outside)} of that from outside its 3x3 window."
+        f"output then. In all, {layer.summary}."
     )
 
 
@@ -126,9 +129,9 @@ def _head_rows(layer: HeadMaps) -> Iterator[tuple[str, ...]]:
 def attention_maps(
     models: "str | Path | nn.Module | Sequence[str | Path | nn.Module]",
     images: "str | Path | Image.Image | Sequence[str | Path | Image.Image]",
-    layers: Sequence[str] = (),
-    heads: Sequence[int] = (),
-    input_size: tuple[int, int] | None = None,
+    layers: str | Sequence[str] = (),
+    heads: int | Sequence[int] = (),
+    input_size: ImageSize | None = None,
     base: str | None = None,
     rollout: bool = False,
 ) -> Attention:
@@ -139,7 +142,7 @@ def attention_maps(
         images: images or their files.
         layers: names or globs of layers. None takes one of each map size and the last of AW.
         heads: their numbers, from 0. None takes all.
-        input_size: (height, width) to look at. None takes the size that the first model was converted for.
+        input_size: to look at, as for `convert`. None takes the size that each model was converted for.
         base: `package.module:function` that makes the source of a converted model that timm does not know.
         rollout: find also where positions draw from through all layers of AA together, or those that `layers` names.
 
@@ -147,18 +150,23 @@ def attention_maps(
         AugmentError: not a converted model, an image that cannot be read, or no such layer or head.
     """
     several = [models] if isinstance(models, (str, Path, nn.Module)) else models
+    files = [images] if isinstance(images, (str, Path, Image.Image)) else images
+    if not several or not files:
+        raise InputError("nothing to look at: give a model and an image")
+    sides = height_width(input_size)
     opened = [_open(model, base) for model in several]
-    chosen = [choose(model, tuple(layers)) for _, model in opened]
+    globs = (layers,) if isinstance(layers, str) else tuple(layers)
+    numbers = (heads,) if isinstance(heads, int) else tuple(heads)
+    chosen = [choose(model, globs) for _, model in opened]
     rolled = [
-        list(layers_of(model) if not layers else names) if rollout else []
+        list(layers_of(model) if not globs else names) if rollout else []
         for (_, model), names in zip(opened, chosen, strict=True)
     ]
-    files = [images] if isinstance(images, (str, Path, Image.Image)) else images
     pictures = [_read(image, i) for i, image in enumerate(files)]
     seen = []
     for name, picture in pictures:
         for (label, model), names, along in zip(opened, chosen, rolled, strict=True):
-            seen.append(_look(label, model, names, along, name, picture, tuple(heads), input_size))
+            seen.append(_look(label, model, names, along, name, picture, numbers, sides))
     return Attention(seen)
 
 

@@ -34,6 +34,7 @@ from augment_cli.attention.maps import (
 from augment_cli.compat import tree_leaves
 from augment_cli.errors import InputError
 from augment_cli.layers import AAConv2d
+from augment_cli.reporting.units import share, size
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +54,19 @@ class Rollout(Grid):
     def moved(self) -> float:
         """Share of what arrives at a position that attention brought there; the rest passed no layer's attention."""
         return 1 - math.prod(1 - share for share in self.shares.values())
+
+    @property
+    def summary(self) -> str:
+        """How much attention moved, and how far, in a sentence without its full stop."""
+        if not self.moved:
+            return (
+                "attention moved nothing: what it computes does not reach the output, as where residual branches end "
+                "in zeros, which timm gives to untrained ones"
+            )
+        return (
+            f"attention moved {share(self.moved)} of what arrives at a position, {share(self.outside, 0)} of that from "
+            f"outside its 3x3 window on the last map, {size(self.map_size)}"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         return {"map": self.map_size, "moved": self.moved, "outside": self.outside, "shares": self.shares}

@@ -65,8 +65,12 @@ def weights_file(path: Path) -> Path:
     if hub.is_hub_name(path):
         return hub.fetch(path, WEIGHTS)
     file = path / WEIGHTS if path.is_dir() else path
+    if not file.is_file() and path.is_dir():
+        inside = [name for name in ("best", "last") if (path / name / WEIGHTS).is_file()]
+        hint = f"; its folders {' and '.join(inside)} have one" if inside else ""
+        raise FileError(f"{path}: no {WEIGHTS} in this folder{hint}")
     if not file.is_file():
-        raise FileError(f"{path}: no {WEIGHTS} in this folder" if path.is_dir() else f"{path}: no such file")
+        raise FileError(f"{path}: no such file")
     return file
 
 

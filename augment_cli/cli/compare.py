@@ -34,6 +34,7 @@ def compare(
     image_size: common.ImageSize = None,
     model_args: common.ModelArguments = None,
     form: writing.Form = None,
+    as_json: writing.AsJson = False,
     output: writing.Output = None,
     overwrite: writing.Overwrite = False,
     full: Annotated[bool, typer.Option("--full", help="What differs site by site, however many there are.")] = False,
@@ -53,7 +54,9 @@ def compare(
 
     if len(models) < 2 and not recipes and not overrides:
         raise InputError("one model alone: name a second, or recipes with --recipe, or values with --set")
-    form = writing.check_form(form, output, overwrite, [Path(model) for model in models if Path(model).exists()])
+    form = writing.check_form(
+        form, as_json, output, overwrite, [Path(model) for model in models if Path(model).exists()]
+    )
     arguments, size = common.parse_arguments(model_args), common.parse_image_size(image_size)
     check_models(models)
     with common.working("measuring" if latency else "planning"):

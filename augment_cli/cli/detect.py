@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from augment_cli import specs
-from augment_cli.cli import common, runs
+from augment_cli.cli import common, runs, writing
 from augment_cli.detection.run_settings import DetectionSettings
 from augment_cli.detection.settings import Kind, Norm
 from augment_cli.errors import InputError
@@ -217,6 +217,7 @@ def evaluate(
     pictures: Annotated[
         Path | None, typer.Option(metavar="FILE.png", help="Draw four images with true boxes and those found.")
     ] = None,
+    overwrite: writing.Overwrite = False,
     batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1)] = 4,
     workers: Annotated[int, typer.Option("--workers", "-j", min=0, help="Processes that read images.")] = 4,
     on_corrupt: Annotated[specs.OnCorrupt, typer.Option(help="At an image that cannot be read.")] = "fail",
@@ -235,7 +236,7 @@ def evaluate(
     if pictures is not None:
         if pictures.suffix != ".png":
             raise InputError(f"--pictures {pictures}: the name ends in .png")
-        check_output(pictures, overwrite=True, inputs=(model,))
+        check_output(pictures, overwrite, inputs=(model,))
     with common.working("importing torch and torchvision"):
         from augment_cli.detection.assess import Assessment, assess
     size = _parse_sides(img_size)

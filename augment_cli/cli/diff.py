@@ -18,6 +18,7 @@ def diff(
     ] = None,
     count: Annotated[int, typer.Option("--count", metavar="N", min=20, help="How many images at most.")] = 512,
     form: writing.Form = None,
+    as_json: writing.AsJson = False,
     output: writing.Output = None,
     overwrite: writing.Overwrite = False,
     full: Annotated[bool, typer.Option("--full", help="Every tensor that is not equal.")] = False,
@@ -32,7 +33,7 @@ def diff(
     from augment_cli import specs
 
     inputs = [Path(model) for model in (first, second) if Path(model).exists()]
-    form = writing.check_form(form, output, overwrite, inputs)
+    form = writing.check_form(form, as_json, output, overwrite, inputs)
     for model in (first, second):
         specs.check_model(model)
     if images:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from augment_cli import specs
-from augment_cli.cli import common
+from augment_cli.cli import common, writing
 from augment_cli.errors import InputError
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ def evaluate(
     confusion: Annotated[
         Path | None, typer.Option(metavar="FILE.csv|FILE.png", help="Write the confusion matrix.")
     ] = None,
+    overwrite: writing.Overwrite = False,
     img_size: common.ImageSize = None,
     batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1)] = 64,
     workers: Annotated[int, typer.Option("--workers", "-j", min=0, help="Processes that read images.")] = 4,
@@ -61,7 +62,7 @@ def evaluate(
     for weights in (checkpoint, against_checkpoint):
         specs.check_file("checkpoint", weights)
     if confusion is not None:
-        check_output(confusion, overwrite=True, inputs=(class_map, checkpoint, against_checkpoint))
+        check_output(confusion, overwrite, inputs=(class_map, checkpoint, against_checkpoint))
     with common.working("importing torch, timm and accelerate"):
         from augment_cli.training.assess import Assessment, assess, write_confusion
     asked = Assessment(

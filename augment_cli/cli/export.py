@@ -80,9 +80,11 @@ def _describe(exported: "Exported", calibrate: str | None) -> None:
 
     rows = Table(box=None, show_header=False)
     size = "x".join(map(str, exported.input_size))
-    images = f"{exported.images} {f'of {calibrate}' if calibrate else 'random'} images of {size}"
+    images = f"{exported.images} {'' if calibrate else 'random '}images of {size}"
     if exported.stride:
         images += f" and another size; sides may be multiples of {exported.stride}"
+    if calibrate:
+        images += f", from {calibrate}"
     rows.add_row("format", f"{exported.format}, {exported.precision}")
     rows.add_row("compared on", images)
     rows.add_row("largest difference", f"{exported.difference:.2g} of the largest output")

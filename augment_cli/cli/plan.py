@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from augment_cli.cli import common
+from augment_cli.cli import common, writing
 from augment_cli.errors import InputError
 
 if TYPE_CHECKING:
@@ -59,11 +59,12 @@ def plan(
             help="Draw the network; with --sensitivity what was measured, with --frontier that, as .svg, .png or .pdf.",
         ),
     ] = None,
+    overwrite: writing.Overwrite = False,
     frontier: Annotated[
         Count | None,
         _along(help="Plans for a range of this budget: the front of it against the distance from the recipe."),
     ] = None,
-    points: Annotated[int, _along(min=2, max=100, metavar="N", help="How many budgets.")] = 9,
+    points: Annotated[int | None, _along(min=2, max=100, metavar="N", help="How many budgets. [9]")] = None,
     point: Annotated[int | None, _along(min=1, metavar="N", help="Show this one of its plans, from 1.")] = None,
 ) -> None:
     """Show what each convolution of MODEL would become, and what it costs; or what a plan makes of its model.
@@ -81,10 +82,11 @@ def plan(
     from augment_cli import specs
 
     common.check_ema(ema, checkpoint)
-    _check_plot(plot, sensitivity or frontier is not None, (plan_file, checkpoint))
+    _check_plot(plot, overwrite, sensitivity or frontier is not None, (plan_file, checkpoint))
     _check_measured(sensitivity, calibrate, pretrained, checkpoint)
-    if point and not frontier:
-        raise InputError("--point is for --frontier: add it, or leave --point out")
+    for option, value in (("--point", point), ("--points", points)):
+        if value and not frontier:
+            raise InputError(f"{option} is for --frontier: add it, or leave {option} out")
     if plan_file:
         if sensitivity or frontier:
             option = "--sensitivity" if sensitivity else "--frontier"
@@ -115,7 +117,7 @@ def plan(
             (model, arguments, size), settings, (calibrate, calibrate_images, seed), origin, checkpoint, ema
         )
     if frontier:
-        front = _frontier(described, analysis, settings, frontier.value, points, found, latency, cached)
+        front = _frontier(described, analysis, settings, frontier.value, points or 9, found, latency, cached)
         if plot:
             front.draw(plot)
             common.say(f"wrote {plot}")
@@ -208,7 +210,7 @@ def _show(plan: "Plan", as_json: bool, full: bool) -> None:
         common.show(table(Report.of(plan), full=full))
 
 
-def _check_plot(plot: Path | None, any_format: bool, inputs: tuple[Path | None, ...]) -> None:
+def _check_plot(plot: Path | None, overwrite: bool, any_format: bool, inputs: tuple[Path | None, ...]) -> None:
     """Refuse a picture that cannot be written, before anything is read."""
     if plot is None:
         return
@@ -218,7 +220,7 @@ def _check_plot(plot: Path | None, any_format: bool, inputs: tuple[Path | None, 
         raise InputError(
             f"--plot {plot}: the name ends in .svg, or with --sensitivity or --frontier in .svg, .png or .pdf"
         )
-    check_output(plot, overwrite=True, inputs=inputs)
+    check_output(plot, overwrite, inputs)
 
 
 def _check_measured(sensitivity: bool, calibrate: str | None, pretrained: bool, checkpoint: Path | None) -> None:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 def report(
     path: Annotated[Path, typer.Argument(metavar="FILE|DIR", help="A converted model, or a plan's JSON file.")],
     form: writing.Form = None,
+    as_json: writing.AsJson = False,
     output: writing.Output = None,
     overwrite: writing.Overwrite = False,
     full: Annotated[bool, typer.Option("--full", help="A line for every site, equal ones too.")] = False,
@@ -39,7 +40,7 @@ def report(
     from augment_cli.reporting.table import table
 
     is_plan = path.suffix == ".json"
-    form = writing.check_form(form, output, overwrite, [path if is_plan or not output else weights_file(path)])
+    form = writing.check_form(form, as_json, output, overwrite, [path if is_plan or not output else weights_file(path)])
     metadata = None if is_plan else read_metadata(path)
     plan = metadata.plan if metadata else read_plan(path)
     if latency:

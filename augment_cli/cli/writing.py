@@ -31,6 +31,7 @@ Form = Annotated[
     Format | None,
     typer.Option("--format", "-f", help="How to show it; the suffix of --output says so too. [table]"),
 ]
+AsJson = Annotated[bool, typer.Option("--json", help="As --format json.")]
 Output = Annotated[
     Path | None,
     typer.Option("--output", "-o", metavar="FILE", help=f"Write it there, as {', '.join(_SUFFIXES)}."),
@@ -38,14 +39,20 @@ Output = Annotated[
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")]
 
 
-def check_form(given: Format | None, output: Path | None, overwrite: bool, inputs: Iterable[Path] = ()) -> Format:
-    """The format that is asked for, or that the output's suffix says.
+def check_form(
+    given: Format | None, as_json: bool, output: Path | None, overwrite: bool, inputs: Iterable[Path] = ()
+) -> Format:
+    """The format that is asked for by --format or --json, or that the output's suffix says.
 
     Raises:
         AugmentError: the two do not go together, or the output cannot be written.
     """
     from augment_cli.files import check_output
 
+    if as_json:
+        if given not in (None, Format.json):
+            raise InputError(f"--json and --format {given} name two formats: leave one of them out")
+        given = Format.json
     if output is None:
         return given or Format.table
     meant = _SUFFIXES.get(output.suffix.lower())

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from augment_cli import signals
 from augment_cli.checkpoint.metadata import metadata_of
 from augment_cli.errors import InputError, boundary
 from augment_cli.exporting.formats import SIDES, Format, Run, format_of
@@ -114,8 +115,9 @@ def export(
         )
         kind.annotate(file, _entries(exported))
         (file.parent / sidecar(path).name).write_text(exported.to_json() + "\n", encoding="utf-8")
-        for output in outputs:
-            write_file(output, partial(shutil.copyfile, file.parent / output.name))
+        with signals.held():  # all of its files, or none
+            for output in outputs:
+                write_file(output, partial(shutil.copyfile, file.parent / output.name))
     return exported
 
 

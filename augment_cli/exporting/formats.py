@@ -184,7 +184,7 @@ def format_of(path: Path) -> Format:
     found = FORMATS.get(path.suffix)
     if found is None:
         known = ", ".join(f"{suffix} ({made.name})" for suffix, made in FORMATS.items())
-        raise InputError(f"{path}: no format ends in {path.suffix or 'nothing'!r}; there are {known}")
+        raise InputError(f"{path}: the suffix says the format, one of {known}")
     if missing := [package for package in found.packages if find_spec(package) is None]:
         raise InputError(
             f"{found.name} needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed: "

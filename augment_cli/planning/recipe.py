@@ -4,6 +4,7 @@ import hashlib
 import re
 import tomllib
 from collections import Counter
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args
@@ -219,18 +220,33 @@ def builtin_recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted(recipes_dir().glob("*.toml"))}
 
 
-def load_recipe(name: str, overrides: tuple[str, ...] = ()) -> Recipe:
-    """A built-in recipe by name, or a TOML file by path, with `table.key=value` overrides.
+def as_recipe(recipe: str | Path | Recipe, overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe as it is, or by name or path with overrides.
+
+    Raises:
+        AugmentError: as `load_recipe`, or overrides beside a recipe that was loaded.
+    """
+    if not isinstance(recipe, Recipe):
+        return load_recipe(recipe, overrides)
+    if overrides:
+        raise InputError("overrides are for a recipe's name or file: a recipe object is taken as it is")
+    return recipe
+
+
+def load_recipe(name: str | Path, overrides: str | Sequence[str] = ()) -> Recipe:
+    """A built-in recipe by name, or a TOML file by path, with one or several `table.key=value` overrides.
 
     Raises:
         AugmentError: no such recipe, no TOML, an unknown key, a value that does not fit.
     """
-    path = _find(name)
+    path = _find(str(name))
     text = read_text(path, "recipe")
     with boundary(f"{path} is not a TOML file"):
         data = tomllib.loads(text)
     data.setdefault("name", path.stem)
-    for override in overrides:
+    for override in (overrides,) if isinstance(overrides, str) else overrides:
+        if not isinstance(override, str):
+            raise InputError(f"{override!r:.100}: write an override as a string, such as 'budget.params=keep'")
         _override(data, override)
     return make_recipe(data, f"recipe {name}")
 

@@ -55,7 +55,7 @@ class Candidate:
         return self.plan.predicted_divergence if self.plan else None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Comparison(Sheets):
     """What is compared, in the order in which it was named, and what could not be planned, with the reasons.
 

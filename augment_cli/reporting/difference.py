@@ -9,7 +9,7 @@ from typing import Any, Literal
 from augment_cli.reporting.comparison import Comparison
 from augment_cli.reporting.sheet import Column, Sheet, Sheets
 from augment_cli.reporting.text import cell
-from augment_cli.reporting.units import divergence, share
+from augment_cli.reporting.units import counted, divergence, share
 
 SCHEMA = 1
 _MOST_SHOWN = 10
@@ -58,7 +58,7 @@ class Agreement:
     divergence: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Difference(Sheets):
     """The difference of two models by name: their plans, their tensors, and their predictions where asked for.
 
@@ -108,7 +108,7 @@ class Difference(Sheets):
             rows = tuple((t.name, t.kind, places.get(t.state, t.state) if t in apart else _distance(t)) for t in shown)
             some = f"; the first {len(shown)}" if len(shown) < len(tensors) else ""
             if rows:
-                yield Sheet(f"{len(tensors):,} tensors {title}{some}", (*text, column), rows)
+                yield Sheet(f"{counted(len(tensors), 'tensor')} {title}{some}", (*text, column), rows)
 
     def data(self) -> dict[str, Any]:
         return {

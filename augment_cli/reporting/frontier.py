@@ -18,7 +18,7 @@ SCHEMA = 1
 _NAMES = UNITS | {"latency": "predicted time"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Frontier(Sheets):
     """Plans of one model from the smallest to the recipe's own; `str` gives the table of `augment plan --frontier`."""
 

@@ -167,8 +167,7 @@ def _totals(report: Report) -> Markup:
     return tag(
         "section",
         tag("h2", "The whole model"),
-        tag("p", note, _ratios(report), class_="quiet"),
-        tag("p", f"Latency {describe_latency(report.timed)}.", class_="quiet") if report.timed else None,
+        tag("p", note, _ratios(report), _latency(report), class_="quiet"),
         scroll(table, "The whole model"),
     )
 
@@ -199,6 +198,10 @@ def _ratios(report: Report) -> Markup | None:
         return None
     attained = ", ".join(f"{name} {ratio.overall:.3f}" for name, ratio in report.ratios.items())
     return join((tag("br"), f"Attained by all sites together, as ratios to the output channels: {attained}."))
+
+
+def _latency(report: Report) -> Markup | None:
+    return join((tag("br"), f"Latency {describe_latency(report.timed)}.")) if report.timed else None
 
 
 def _sites(report: Report) -> Markup:

@@ -12,6 +12,8 @@ class PrintedReport(Report):
     def __str__(self) -> str:
         return plain_table(self)
 
+    __repr__ = __str__
+
     def to(self, form: str) -> str:
         """The report as "json", "csv", "markdown" or "html"; the last is a page of its own.
 

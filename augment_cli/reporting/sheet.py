@@ -55,9 +55,12 @@ class Sheet:
 
     def to_html(self) -> Markup:
         def row_of(texts: tuple[str, ...]) -> Iterator[Markup]:
-            for column, text in zip(self.columns, texts, strict=True):
+            for i, (column, text) in enumerate(zip(self.columns, texts, strict=True)):
                 shown, style = (text, "left") if column.is_text else (minus(text), None)
-                yield tag("td", shown, class_=style, data_label=column.title.strip())
+                if i == 0:
+                    yield tag("th", shown, class_="number" if column.title == "#" else style, scope="row")
+                else:
+                    yield tag("td", shown, class_=style, data_label=column.title.strip())
 
         titles = (tag("th", c.title, scope="col", class_="left" if c.is_text else None) for c in self.columns)
         body = (tag("tr", row_of(row)) for row in self.rows)
@@ -113,6 +116,8 @@ class Sheets(ABC):
 
     def __str__(self) -> str:
         return to_text(self.table())
+
+    __repr__ = __str__
 
     def _repr_markdown_(self) -> str:
         return self._markdown()

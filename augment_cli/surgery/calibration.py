@@ -67,7 +67,7 @@ def load_images(
         AugmentError: nothing there, or too few images.
     """
     if count < FEWEST:
-        raise InputError(f"`calibrate_images={count}`: a fit needs {FEWEST} images at least, a few hundred to be good")
+        raise InputError(f"`calibrate_images={count}`: give {FEWEST} at least; a few hundred are better")
     data = open_dataset(spec, labels=False, on_corrupt="skip", channels=input_size[0], seed=seed)
     data.transform, mean, std = eval_transform(model, input_size)
     images = list(_drawn(data, count, seed))
@@ -97,7 +97,9 @@ def gather_images(
     else:
         with boundary("`calibrate`"):
             items = (item[0] if isinstance(item, (tuple, list)) else item for item in islice(images, count))
-            stacked = torch.stack([item if isinstance(item, Tensor) else transform(item) for item in items])
+            tensors = [item if isinstance(item, Tensor) else transform(item) for item in items]
+            _check_enough(len(tensors), "`calibrate`")
+            stacked = torch.stack(tensors)
     if tuple(stacked.shape[1:]) != input_size:
         size, wanted = ("x".join(map(str, shape)) for shape in (stacked.shape[1:], input_size))
         raise InputError(f"`calibrate` has images of {size}, and the model takes {wanted}")
@@ -121,7 +123,7 @@ def eval_transform(
 
 def _check_enough(count: int, origin: str) -> None:
     if count < FEWEST:
-        raise InputError(f"{origin} has {count} images: a fit needs {FEWEST} at least, a few hundred to be good")
+        raise InputError(f"{origin} has {count} images: give {FEWEST} at least; a few hundred are better")
 
 
 def _drawn(data: Any, count: int, seed: int) -> Iterator[Tensor]:

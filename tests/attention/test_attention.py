@@ -215,6 +215,18 @@ def test_the_command_writes_a_page_a_picture_and_numbers(in_tmp):
     assert "Outside 3x3" in ok("attention", "n", "p.png", "--site", "layer4.*", "--head", "1").stdout
 
 
+def test_titles_are_whole(in_tmp):
+    augment.attention_maps(model("aw"), picture()).write_png("a.png")
+    above = np.asarray(Image.open("a.png").convert("L"))[:4]
+    assert above.min() == 255
+
+
+def test_a_page_without_heads_asks_for_no_position():
+    page = augment.attention_maps(model("aw"), picture()).to("html")
+    assert "1 + A" in page
+    assert not any(word in page for word in ("<script", "Point at", "<input"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [

@@ -100,6 +100,8 @@ def test_attention_to_itself_moves_nothing_and_even_attention_looks_everywhere()
     net[4].proj.weight.zero_()
     nothing = roll_out(net, x, NAMES)
     assert nothing.moved == nothing.outside == float(nothing.maps.sum()) == 0
+    assert "moved nothing" in nothing.summary
+    assert "moved nothing" not in found.summary
 
 
 @torch.no_grad()

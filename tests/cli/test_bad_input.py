@@ -24,7 +24,12 @@ def prepared(in_tmp: Path) -> Path:
     (in_tmp / "bad.toml").write_text("[sites\n")
     (in_tmp / "odd.toml").write_text('description = "x"\noperator = "aa"\n[aa]\nkey_ration = 0.1\n')
     (in_tmp / "old.safetensors").write_text("precious")
+    (in_tmp / "old.svg").write_text("precious")
     (in_tmp / "file").write_text("not a folder")
+    (in_tmp / "local").mkdir()
+    for name in ("best", "last"):
+        (in_tmp / "run" / name).mkdir(parents=True)
+        (in_tmp / "run" / name / "model.safetensors").touch()
     (in_tmp / "corrupt.pth").write_bytes(b"PK\x03\x04 not a checkpoint")
     (in_tmp / "corrupt.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
     torch.save([1, 2, 3], in_tmp / "list.pth")
@@ -41,6 +46,14 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 CONVERT = ["convert", "test_resnet", "-o", "m.safetensors"]
 
 BAD = [
+    (["plan", "RESNET18"], "timm has no model RESNET18; did you mean resnet18"),
+    (["plan", "./file"], "is a file or folder: give the name of a model"),
+    (["convert", "local"], "is a file or folder: give the name of a model"),
+    (["plan", "test_resnet", "--points", "3"], "--points is for --frontier"),
+    (["plan", "test_resnet", "--plot", "old.svg"], "old.svg exists; --overwrite replaces it"),
+    (["report", "run"], "no model.safetensors in this folder; its folders best and last have one"),
+    (["report", "plan.json", "--json", "-f", "csv"], "name two formats: leave one of them out"),
+    (["diff", "plan.json", "newer.json"], "`augment compare` shows plans"),
     (["convert", "resnet51"], "timm has no model resnet51; did you mean resnet51q, resnet50"),
     (["plan", "resnet50.a1_in2k"], "timm has no weights resnet50.a1_in2k; did you mean a1_in1k"),
     (["plan", "local-dir:nowhere"], "local-dir:nowhere cannot be created: Config file not found"),

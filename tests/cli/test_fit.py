@@ -53,7 +53,7 @@ BAD = [
     (("--calibrate-images", "9"), "--calibrate and --calibrate-images are for --init fit"),
     (("--init", "fit", "--calibrate", "none"), "data none: no such folder"),
     (("--init", "fit", "--calibrate", "empty"), "is an empty folder"),
-    (("--init", "fit", "--calibrate", "pictures", "--calibrate-images", "0"), "--calibrate-images 0: a fit needs"),
+    (("--init", "fit", "--calibrate", "pictures", "--calibrate-images", "0"), "--calibrate-images 0: give 20 at least"),
     (("--init", "fit", "--calibrate", "pictures", "-r", "aw"), "there is nothing to fit"),
 ]
 

@@ -85,6 +85,7 @@ def test_the_suffix_says_how_a_report_is_written(in_tmp):
     for suffix, text in begins.items():
         ok("report", "m.safetensors", "-o", f"r.{suffix}")
         assert (in_tmp / f"r.{suffix}").read_text().lower().lstrip().startswith(text), suffix
+    assert ok("report", "m.safetensors", "--json").stdout == ok("report", "m.safetensors", "-f", "json").stdout
     refused("report", "m.safetensors", "-o", "r.pdf", word=".html")
     refused("report", "m.safetensors", "-o", "r.json", "-f", "html", "--overwrite", word="--format")
 

@@ -158,3 +158,23 @@ def test_a_format_whose_packages_are_missing_names_the_extra(in_tmp: Path, monke
     monkeypatch.setattr("augment_cli.exporting.formats.find_spec", lambda name: None)
     with pytest.raises(AugmentError, match=r"augment-cli\[export\]"):
         export(torch.nn.Identity(), in_tmp / "m.onnx", SIZE)
+
+
+STOPPED = """
+import os, signal, torch
+from augment_cli import signals
+from augment_cli.exporting import export as module
+write = module.write_file
+module.write_file = lambda *args: (write(*args), os.kill(os.getpid(), signal.SIGTERM))
+signals.install()
+try:
+    module.export(torch.nn.Conv2d(3, 4, 1), "m.pt2", (3, 8, 8))
+except signals.Stopped as stop:
+    print(stop.exit_code)
+"""
+
+
+def test_a_signal_between_its_files_waits_for_the_last(tmp_path):
+    made = subprocess.run([sys.executable, "-c", STOPPED], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert made.stdout == f"{128 + 15}\n", made.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.pt2", "m.pt2.json"]

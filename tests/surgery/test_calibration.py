@@ -64,7 +64,7 @@ def test_class_folders_and_grey_models_work(tmp_path):
 
 def test_too_few_images_and_missing_folders_are_named(tmp_path):
     model = timm.create_model("resnet10t")
-    with pytest.raises(AugmentError, match=r"few has 3 images: a fit needs 20 at least"):
+    with pytest.raises(AugmentError, match=r"few has 3 images: give 20 at least"):
         load_images(str(picture_folder(tmp_path / "few", 3)), model, (3, 32, 32))
     with pytest.raises(AugmentError, match="calibrate_images=4"):
         load_images(str(tmp_path / "few"), model, (3, 32, 32), 4)
