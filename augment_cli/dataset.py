@@ -63,7 +63,7 @@ class Images(Dataset):
         self.source, self.classes, self.labels = source, classes, labels
         self.mode = "L" if channels == 1 else "RGB"
         self.on_corrupt, self.seed = on_corrupt, seed
-        self._epoch = _shared_epoch()
+        self.shared_epoch = _shared_epoch()
         self.transform: Callable | None = None
         self.num_classes: int | None = None  # a label of `num_classes` or more is an error
         self.relabel: list[int] | None = None
@@ -90,17 +90,17 @@ class Images(Dataset):
 
     @property
     def epoch(self) -> int:
-        return int(self._epoch)
+        return int(self.shared_epoch)
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch, in this process and in the worker processes of its loaders."""
-        self._epoch.fill_(epoch)
+        self.shared_epoch.fill_(epoch)
 
     def part(self, indices: Sequence[int]) -> "Images":
         """The images at these indices, as a data set with its own transform."""
         part = copy.copy(self)
         part.indices = [self.indices[index] for index in indices]
-        part.corrupt, part._epoch = torch.zeros_like(self.corrupt).share_memory_(), _shared_epoch()
+        part.corrupt, part.shared_epoch = torch.zeros_like(self.corrupt).share_memory_(), _shared_epoch()
         return part
 
     def name(self, index: int) -> str:
