@@ -14,6 +14,8 @@ import augment_cli
 from augment_cli import compat
 
 PACKAGE = Path(augment_cli.__file__).parent
+DOCUMENTED = ("os._exit",)
+"""Names with an underscore that Python's own manual documents."""
 
 
 def private(name: str) -> bool:
@@ -30,10 +32,11 @@ def private_names(source: str) -> list[str]:
             found += [n for n in names if not n.startswith("augment_cli") and any(map(private, n.split(".")))]
         elif isinstance(node, ast.Attribute) and private(node.attr):
             owner = ast.unparse(node.value)
-            found += [] if owner in ("self", "cls", "super()") else [f"{owner}.{node.attr}"]
+            name = f"{owner}.{node.attr}"
+            found += [] if owner in ("self", "cls", "super()") or name in DOCUMENTED else [name]
         elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "setattr", "hasattr", "delattr"):
-            name = node.args[1]
-            if isinstance(name, ast.Constant) and private(str(name.value)):
+            asked = node.args[1]
+            if isinstance(asked, ast.Constant) and private(str(asked.value)):
                 found.append(ast.unparse(node))
     return found
 
